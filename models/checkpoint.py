@@ -1,0 +1,140 @@
+"""Checkpoints: a folder with ``config.json``, ``model.safetensors``, the tokenizer and a model card.
+
+Weights are safetensors and the rest is JSON, so loading runs no code from the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from haltkit.models.config import ConfigError, ModelConfig, from_dict, to_dict
+from haltkit.models.files import write_json
+from haltkit.models.gpt import LoopedGPT
+from haltkit.models.tokenizer import TOKENIZER_FILE, load_tokenizer
+
+__all__ = [
+    "BUNDLED",
+    "Checkpoint",
+    "CheckpointError",
+    "build_model",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+]
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or does not match its config."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the model in evaluation mode, its tokenizer, and what is known of its training."""
+
+    model: LoopedGPT
+    config: ModelConfig
+    tokenizer: tiktoken.Encoding
+    trained: dict[str, Any] = field(default_factory=dict)
+
+
+def build_model(config: ModelConfig) -> LoopedGPT:
+    """A freshly initialized model of this config (from torch's global generator)."""
+    from dataclasses import asdict
+
+    return LoopedGPT(**asdict(config))
+
+
+def save_checkpoint(
+    folder: Path, model: LoopedGPT, config: ModelConfig, *, dtype: torch.dtype, trained: dict[str, Any]
+) -> None:
+    """Write weights and config into an existing folder (make it with ``atomic_folder``)."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, {"model_type": "looped_gpt", "model": to_dict(config), "trained": trained})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file as a dictionary.
+
+    Raises:
+        CheckpointError: the file is missing or is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"no {path.name} in {str(path.parent)!r}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
+
+
+def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
+    """Copy weights into a model, whatever their dtype.
+
+    Raises:
+        CheckpointError: names or shapes differ; the first few differences are listed.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, the config says {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"weights do not match the config: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's config and the training record of a checkpoint folder."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{str(folder)!r} is not a checkpoint: it has no {CONFIG_FILE}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = from_dict(ModelConfig, values["model"], "model")
+    except ConfigError as error:
+        raise CheckpointError(f"{CONFIG_FILE} in {str(folder)!r}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG_FILE} in {str(folder)!r} is not a checkpoint's: {error}") from None
+    return config, dict(values.get("trained", {}))
+
+
+def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Load a checkpoint folder, by default the one that ships with haltkit.
+
+    Args:
+        folder: written by training or by :func:`save_checkpoint`.
+        dtype: of the weights and so of the computation; signals want float32 (the stored bf16 weights lose
+            nothing on the way up).
+
+    Raises:
+        CheckpointError: missing or damaged files, or weights that do not match the config.
+    """
+    folder = Path(folder)
+    config, trained = read_config(folder)
+    model = build_model(config)
+    load_weights(model, read_tensors(folder / WEIGHTS_FILE))
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else "gpt2")
+    if tokenizer.n_vocab > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {str(folder)!r} has {tokenizer.n_vocab} tokens, the model {config.vocab_size}"
+        )
+    return Checkpoint(model.to(dtype).eval(), config, tokenizer, trained)

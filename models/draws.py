@@ -1,0 +1,93 @@
+"""Random draws of the recipe, each keyed by what it belongs to.
+
+A draw depends on (seed, step, ...) alone, never on how many processes there are or on what was drawn
+before, so a resumed or a differently split run sees the same loop counts and the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["STATE_STD", "EvaluationNoise", "TrainingNoise", "loop_count", "truncated_normal_"]
+
+# [G]: the initial state is truncated normal with variance 2/5.
+STATE_STD = math.sqrt(2 / 5)
+
+# First entry of every key: keeps the streams of different purposes apart.
+_LOOPS, _TRAINING_NOISE, _EVALUATION_NOISE = 1, 2, 3
+
+
+def _entropy(*key: int | str) -> np.random.SeedSequence:
+    words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
+    return np.random.SeedSequence(words)
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    state = int(_entropy(*key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state & (2**63 - 1))
+
+
+def loop_count(mean: int, sigma: float, *, seed: int, step: int, micro_step: int, region: str) -> int:
+    """One draw of the lognormal-Poisson loop schedule of [G].
+
+    ``tau ~ Normal(log(mean) - sigma^2 / 2, sigma)`` and ``K ~ Poisson(exp(tau)) + 1``, so the expected
+    count is ``mean + 1``.
+    """
+    rng = np.random.default_rng(_entropy(_LOOPS, seed, step, micro_step, region))
+    rate = math.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma))
+    return int(rng.poisson(rate)) + 1
+
+
+def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``tensor`` in place with a normal of ``std`` cut at three standard deviations."""
+    return torch.nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+class TrainingNoise:
+    """Fresh noise for each sample, region and loop step of one training step.
+
+    Args:
+        seed: the run's seed.
+        samples: global index of each sample of the batch; its length is ``B``.
+    """
+
+    def __init__(self, seed: int, samples: Sequence[int]) -> None:
+        self.seed = seed
+        self.samples = tuple(samples)
+
+    def __call__(self, region: str, step: int, like: Tensor) -> Tensor:
+        """Noise of shape ``(B, T, D)`` for loop step ``step`` (0: the initial state) of ``region``."""
+        out = torch.empty(like.shape, dtype=torch.float32)
+        for row, sample in zip(out, self.samples, strict=True):
+            truncated_normal_(row, STATE_STD, _generator(_TRAINING_NOISE, self.seed, sample, step, region))
+        return out.to(like.device)
+
+
+class EvaluationNoise:
+    """One float32 table a region, drawn once from (seed, region) and indexed by position.
+
+    A token's initial state then depends on its position in its own sequence alone: not on the batch it
+    is in, the padding beside it, or how much of the sequence is already cached.
+    """
+
+    def __init__(self, seed: int, block_size: int, d_model: int) -> None:
+        self.seed = seed
+        self.shape = (block_size, d_model)
+        self._tables: dict[tuple[str, int], Tensor] = {}
+
+    def table(self, region: str, step: int = 0) -> Tensor:
+        """The whole table, ``(block_size, D)`` float32 on the CPU."""
+        key = (region, step)
+        if key not in self._tables:
+            generator = _generator(_EVALUATION_NOISE, self.seed, step, region)
+            self._tables[key] = truncated_normal_(torch.empty(self.shape), STATE_STD, generator)
+        return self._tables[key]
+
+    def __call__(self, region: str, step: int, like: Tensor) -> Tensor:
+        """Noise of shape ``(T, D)`` for positions ``0 .. T-1``, in ``like``'s dtype and device."""
+        return self.table(region, step)[: like.shape[-2]].to(like)

@@ -1,0 +1,321 @@
+"""LoopedGPT: a GPT some of whose layers run many times.
+
+The model of "Two-Scale Latent Dynamics for Recurrent-Depth Transformers" (arXiv 2509.23314, [P]):
+a GPT-2 style decoder whose looped regions apply their layers again and again to a state that starts
+as noise, with the region's input injected anew at each step. Block, initialization and loop schedule
+follow Geiping et al. (arXiv 2502.05171, [G]).
+
+Shapes: ``B`` sequences, ``T`` positions, ``D`` model width, ``H`` heads, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from haltkit.models.config import region_span
+from haltkit.models.draws import EvaluationNoise, truncated_normal_
+
+__all__ = ["Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
+
+# noise(region, step, like): (T, D) or (B, T, D); step 0 is the initial state.
+Noise = Callable[[str, int, Tensor], Tensor]
+NormPlacement = Literal["residual", "branch"]
+RMS_EPS = 1e-6
+
+
+class LayerMemory(Protocol):
+    """What one layer's attention remembers from step to step of a loop."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take this step's keys and values, ``(B, H, T, D/H)``; give back those to attend to.
+
+        The third entry marks positions whose keys must not be seen, ``(B, T)``, or is None.
+        """
+        ...
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, ``(B, H, T, D/H)`` each."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # On a CPU the fused kernel's backward takes a third of a training step; two products and a softmax,
+    # compiled, take a quarter of that.
+    causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
+    return scores.float().masked_fill(~causal, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, d_model: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+        y = _attend(q, k, v)
+        out: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, d_model: int, ratio: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(d_model, ratio * d_model, bias=False)
+        self.proj = nn.Linear(ratio * d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(F.silu(self.fc(x)))
+        return out
+
+
+class Block(nn.Module):
+    """One transformer layer with sandwich RMSNorm in one of the two senses of the word."""
+
+    def __init__(self, d_model: int, n_head: int, mlp_ratio: int, norm_placement: NormPlacement) -> None:
+        super().__init__()
+        self.norm_placement = norm_placement
+        self.n1, self.n2, self.n3, self.n4 = (nn.RMSNorm(d_model, eps=RMS_EPS) for _ in range(4))
+        self.attn = Attention(d_model, n_head)
+        self.mlp = MLP(d_model, mlp_ratio)
+
+    def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
+        if self.norm_placement == "residual":  # [G]
+            x = self.n2(x + self.attn(self.n1(x), memory))
+            return self.n4(x + self.mlp(self.n3(x)))  # type: ignore[no-any-return]
+        x = x + self.n2(self.attn(self.n1(x), memory))
+        return x + self.n4(self.mlp(self.n3(x)))  # type: ignore[no-any-return]
+
+
+class RegionBody(nn.Module):
+    """One loop step of a region: inject the input, run the region's layers, norm the state.
+
+    A module of its own so that hooks see each step: its first input is ``x_{k-1}``, its output ``x_k``.
+    """
+
+    def __init__(self, blocks: Sequence[Block], d_model: int, *, inject: bool, state_norm: bool) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if inject else None
+        self.blocks = nn.ModuleList(blocks)
+        # No gain: the norm of the state is then sqrt(D) exactly, a known scale for every threshold.
+        self.norm = nn.RMSNorm(d_model, eps=RMS_EPS, elementwise_affine=False) if state_norm else None
+
+    def forward(self, x: Tensor, e: Tensor | None = None, memory: Sequence[LayerMemory] | None = None) -> Tensor:
+        """``x_k`` from ``x_{k-1}``, both ``(B, T, D)``; ``e`` is the region's input, None to inject nothing."""
+        if e is not None and self.adapter is not None:
+            x = self.adapter(torch.cat([x, e.to(x.dtype)], dim=-1))
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if memory is None else memory[i])
+        return x if self.norm is None else self.norm(x)
+
+
+class Region(nn.Module):
+    """A looped group of layers and how its loop starts, is fed and ends."""
+
+    def __init__(
+        self,
+        name: str,
+        body: RegionBody,
+        d_model: int,
+        *,
+        injection: Literal["every_step", "first_step", "never"],
+        initial_state: Literal["noise", "zero", "input"],
+        noise_every_step: bool,
+        exit_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.body = body
+        self.injection = injection
+        self.initial = initial_state
+        self.noise_every_step = noise_every_step
+        self.exit_norm = nn.RMSNorm(d_model, eps=RMS_EPS) if exit_norm else None
+
+    def initial_state(self, e: Tensor, noise: Noise) -> Tensor:
+        """``x_0`` for the region's input ``e``, ``(B, T, D)``."""
+        if self.initial == "input":
+            return e
+        if self.initial == "zero":
+            return torch.zeros_like(e)
+        return noise(self.name, 0, e).to(e.dtype).expand_as(e)
+
+    def step(self, x: Tensor, e: Tensor, k: int, noise: Noise, memory: Sequence[LayerMemory] | None = None) -> Tensor:
+        """``x_k`` from ``x_{k-1}``; ``k`` counts from 1."""
+        if self.noise_every_step and k > 1:
+            x = x + noise(self.name, k - 1, e).to(x.dtype)
+        inject = self.injection == "every_step" or (self.injection == "first_step" and k == 1)
+        out: Tensor = self.body(x, e if inject else None, memory)
+        return out
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the region hands on, from its last state: ``(..., D)``, row by row."""
+        return x if self.exit_norm is None else self.exit_norm(x)
+
+    def unroll(self, e: Tensor, steps: int, noise: Noise, backprop_depth: int | None = None) -> Tensor:
+        """A fixed number of steps, no policy: ``(B, T, D)`` to ``(B, T, D)``.
+
+        Gradients flow through the last ``backprop_depth`` steps only (None: through all).
+        """
+        x = self.initial_state(e, noise)
+        cut = 0 if backprop_depth is None else max(0, steps - backprop_depth)
+        with torch.no_grad():
+            for k in range(1, cut + 1):
+                x = self.step(x, e, k, noise)
+        for k in range(cut + 1, steps + 1):
+            x = self.step(x, e, k, noise)
+        return self.leave(x)
+
+
+class LoopedGPT(nn.Module):
+    """A decoder-only transformer with looped regions; arguments as :class:`~haltkit.models.config.ModelConfig`.
+
+    ``layers`` holds the network in order under the paper's names: ``"1"``, ``"2"``, ``"3"``, region
+    ``"4"``, region ``"5-6"``, ...; ``layers.4.body`` is the module that a loop step of region 4 calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        block_size: int,
+        n_layer: int,
+        n_head: int,
+        d_model: int,
+        mlp_ratio: int = 4,
+        regions: Sequence[str] = (),
+        mean_loops: int = 12,
+        norm_placement: NormPlacement = "residual",
+        state_norm: bool = False,
+        exit_norm: bool = True,
+        injection: Literal["every_step", "first_step", "never"] = "every_step",
+        injection_init: Literal["identity", "random"] = "random",
+        initial_state: Literal["noise", "zero", "input"] = "noise",
+        noise: Literal["initial", "every_step"] = "initial",
+        noise_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.block_size, self.d_model = vocab_size, block_size, d_model
+        self.mean_loops = mean_loops
+        self.noise = EvaluationNoise(noise_seed, block_size, d_model)
+
+        self.wte = nn.Embedding(vocab_size, d_model)
+        self.wpe = nn.Embedding(block_size, d_model)
+        self.layers = nn.ModuleDict()
+        starts = {region_span(name)[0]: name for name in regions}
+        number = 1
+        while number <= n_layer:
+            name = starts.get(number, str(number))
+            first, last = region_span(name)
+            blocks = [Block(d_model, n_head, mlp_ratio, norm_placement) for _ in range(first, last + 1)]
+            if number in starts:
+                body = RegionBody(blocks, d_model, inject=injection != "never", state_norm=state_norm)
+                self.layers[name] = Region(
+                    name,
+                    body,
+                    d_model,
+                    injection=injection,
+                    initial_state=initial_state,
+                    noise_every_step=noise == "every_step",
+                    exit_norm=exit_norm,
+                )
+            else:
+                self.layers[name] = blocks[0]
+            number = last + 1
+        self.norm_f = nn.RMSNorm(d_model, eps=RMS_EPS)
+        self._init_weights(injection_init)
+
+    @property
+    def regions(self) -> dict[str, Region]:
+        """The looped regions by name, in order."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, Region)}
+
+    @property
+    def effective_depth(self) -> int:
+        """Layers a token passes at ``mean_loops`` loops in every region."""
+        return sum(
+            len(layer.body.blocks) * self.mean_loops if isinstance(layer, Region) else 1
+            for layer in self.layers.values()
+        )
+
+    def _init_weights(self, injection_init: Literal["identity", "random"]) -> None:
+        """[G] section 4.1, from narrow to wide:
+
+        | tensor                               | value                                            |
+        |--------------------------------------|--------------------------------------------------|
+        | every matrix and embedding           | truncated normal (3 sigma), std ``sqrt(2/(5D))`` |
+        | output projections (attention, MLP)  | the same, over ``sqrt(2 * effective depth)``     |
+        | injection projection, ``identity``   | ``[0.5 W ; 0.5 W + I]`` on ``[state ; input]``   |
+        | norm gains                           | 1                                                |
+        """
+        std = math.sqrt(2 / (5 * self.d_model))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif name.endswith("proj.weight"):
+                truncated_normal_(parameter, std / math.sqrt(2 * self.effective_depth))
+            else:
+                truncated_normal_(parameter, std)
+        if injection_init == "identity":
+            for region in self.regions.values():
+                if region.body.adapter is not None:
+                    with torch.no_grad():
+                        weight = region.body.adapter.weight.mul_(0.5)  # (D, 2D)
+                        weight[:, self.d_model :] += torch.eye(self.d_model)
+
+    def loop_counts(self, loops: int | Mapping[str, int] | None) -> dict[str, int]:
+        """One count a region, from one for all (None: ``mean_loops``) or a mapping that names every region.
+
+        Raises:
+            ValueError: a count below 1, an unknown region, or one left out.
+        """
+        counts = (
+            dict(loops)
+            if isinstance(loops, Mapping)
+            else dict.fromkeys(self.regions, self.mean_loops if loops is None else loops)
+        )
+        if counts.keys() != self.regions.keys():
+            raise ValueError(f"loops names regions {sorted(counts)}; the model's are {list(self.regions)}")
+        if any(count < 1 for count in counts.values()):
+            raise ValueError(f"every loop count must be at least 1, got {counts}")
+        return counts
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """``(B, T)`` token ids to ``(B, T, D)``; token plus position, times ``sqrt(D)`` ([G])."""
+        t = tokens.shape[-1]
+        if t > self.block_size:
+            raise ValueError(f"{t} tokens do not fit the model's context of {self.block_size}")
+        return (self.wte(tokens) + self.wpe.weight[:t]) * math.sqrt(self.d_model)  # type: ignore[no-any-return]
+
+    def readout(self, x: Tensor) -> Tensor:
+        """The model's decoder head on any state: final norm and tied LM head, ``(..., D)`` to ``(..., V)``."""
+        return F.linear(self.norm_f(x), self.wte.weight)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        loops: int | Mapping[str, int] | None = None,
+        *,
+        noise: Noise | None = None,
+        backprop_depth: int | None = None,
+    ) -> Tensor:
+        """The last layer's output at fixed loop counts, ``(B, T, D)``, before the head."""
+        counts = self.loop_counts(loops)
+        x = self.embed(tokens)
+        for name, layer in self.layers.items():
+            if isinstance(layer, Region):
+                x = layer.unroll(x, counts[name], noise or self.noise, backprop_depth)
+            else:
+                x = layer(x)
+        return x
+
+    def forward(self, tokens: Tensor, loops: int | Mapping[str, int] | None = None) -> Tensor:
+        """Logits ``(B, T, V)`` of tokens ``(B, T)`` at fixed loop counts (None: ``mean_loops``)."""
+        return self.readout(self.hidden(tokens, loops))

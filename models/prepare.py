@@ -1,0 +1,283 @@
+"""From text to token shards: any Hugging Face dataset, or local Parquet, JSONL or text files.
+
+Documents are taken in order and written in shards; the manifest is rewritten after each shard and says
+how many documents it covers, so an interrupted preparation goes on where the last shard ended.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from haltkit.models.data import MANIFEST, DataError
+from haltkit.models.files import atomic_path, write_json
+from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer
+
+__all__ = ["Progress", "Source", "prepare", "resolve_source"]
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".text": "text", ".md": "text"}
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_TOKENIZER_SAMPLE_CHARACTERS = 200_000_000
+_BATCH_DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: a Hub dataset (``files`` empty) or local files by split."""
+
+    name: str
+    config: str | None = None
+    files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    column: str = "text"
+
+    def open(self, split: str) -> Any:
+        """The split as a streamed dataset."""
+        import datasets
+
+        if not self.files:
+            try:
+                return datasets.load_dataset(self.name, self.config, split=split, streaming=True)
+            except Exception as error:  # datasets raises many kinds; each means it cannot be opened
+                raise DataError(
+                    f"cannot open dataset {self.name!r} ({type(error).__name__}: {_first_line(error)}); "
+                    "give a dataset on the Hub that this machine can reach, or local files"
+                ) from None
+        paths = dict(self.files)[split]
+        builder = _BUILDERS[Path(paths[0]).suffix]
+        extra = {"sample_by": "document"} if builder == "text" else {}
+        return datasets.load_dataset(builder, data_files={split: list(paths)}, split=split, streaming=True, **extra)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.files) or ("train",)
+
+    def texts(self, split: str, skip: int = 0) -> Iterator[str]:
+        """The documents' texts, in order, the first ``skip`` left out.
+
+        Raises:
+            DataError: the column is missing or is not text, or a file cannot be read.
+        """
+        stream = self.open(split)
+        rows = iter(stream.skip(skip) if skip else stream)
+        for number in itertools.count(skip):
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # a reader's own exception, which names no file
+                raise DataError(
+                    f"{self.name}, split {split}, after document {number}: {type(error).__name__}: {_first_line(error)}"
+                ) from None
+            if self.column not in row:
+                raise DataError(f"no column {self.column!r} in {self.name}; there are: {', '.join(row)}")
+            text = row[self.column]
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{self.name}, split {split}, document {number}: column {self.column!r} holds "
+                    f"{type(text).__name__}, not text"
+                )
+            yield text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def resolve_source(names: Iterable[str], config: str | None = None, column: str = "text") -> Source:
+    """Sort out what was named on the command line: files, folders and patterns, or one Hub dataset.
+
+    Files whose names begin with ``train``, ``validation``, ``valid`` or ``val`` go to that split, all
+    others to ``train``.
+
+    Raises:
+        DataError: nothing matches, files of several kinds, or an unknown kind.
+    """
+    names = list(names)
+    paths: list[Path] = []
+    for name in names:
+        if Path(name).is_dir():
+            paths += sorted(p for p in Path(name).iterdir() if p.suffix in _BUILDERS and not _is_readme(p))
+            if not paths:
+                raise DataError(f"no {', '.join(sorted(_BUILDERS))} files in folder {name!r}")
+        elif matched := sorted(glob.glob(name)):
+            paths += map(Path, matched)
+        elif Path(name).suffix in _BUILDERS or glob.has_magic(name):
+            raise DataError(f"no file {name!r}")
+    if not paths:
+        if len(names) != 1:
+            raise DataError(f"none of {', '.join(map(repr, names))} is a file; a Hub dataset is named alone")
+        return Source(name=names[0], config=config, column=column)
+    unknown = [p.name for p in paths if p.suffix not in _BUILDERS]
+    if unknown:
+        raise DataError(f"{unknown[0]}: unknown kind of file; known: {', '.join(sorted(_BUILDERS))}")
+    if len({_BUILDERS[p.suffix] for p in paths}) > 1:
+        raise DataError("the files are of several kinds; give one kind at a time")
+    files: dict[str, list[str]] = {}
+    for path in paths:
+        word = path.stem.split("-")[0].split(".")[0].lower()
+        files.setdefault(_SPLITS.get(word, "train"), []).append(str(path.resolve()))
+    label = Path(names[0]).name if len(names) == 1 else f"{len(paths)} files"
+    ordered = sorted((split, tuple(found)) for split, found in files.items())
+    return Source(name=label, files=tuple(ordered), column=column)
+
+
+def _is_readme(path: Path) -> bool:
+    return path.stem.lower() in {"readme", "license"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation has come: ``stage`` is a split's name or ``tokenizer``."""
+
+    stage: str
+    documents: int
+    tokens: int
+
+
+class _Writer:
+    """The shards of all splits and the manifest that describes them."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], dtype: type[np.unsignedinteger[Any]]) -> None:
+        self.folder, self.manifest, self.dtype = folder, manifest, dtype
+        self.buffers: dict[str, list[np.ndarray[Any, Any]]] = {}
+        self.pending = 0
+
+    def add(self, split: str, ids: list[int]) -> None:
+        self.buffers.setdefault(split, []).append(np.asarray(ids, dtype=self.dtype))
+        self.pending += len(ids)
+
+    def flush(self, stage: str, documents: int, empty: int) -> None:
+        for split, parts in self.buffers.items():
+            entry = self.manifest["splits"].setdefault(split, {"tokens": 0, "documents": 0, "shards": []})
+            tokens = np.concatenate(parts)
+            name = f"{split}-{len(entry['shards']):05d}.npy"
+            with atomic_path(self.folder / name) as partial, partial.open("wb") as file:
+                np.save(file, tokens)
+            digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+            entry["shards"].append({"file": name, "tokens": int(tokens.size), "sha256": digest})
+            entry["tokens"] += int(tokens.size)
+            entry["documents"] += len(parts)
+        self.manifest["progress"][stage] = {"documents": documents, "empty": empty}
+        write_json(self.folder / MANIFEST, self.manifest)
+        self.buffers, self.pending = {}, 0
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    *,
+    tokenizer: str | None = "gpt2",
+    train_vocab: int | None = None,
+    holdout: float = 0.01,
+    shard_tokens: int = 16_000_000,
+    max_tokens: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Tokenize ``source`` into ``out`` and return the manifest.
+
+    Args:
+        source: what to read.
+        out: folder for shards, ``manifest.json`` and, if trained here, ``tokenizer.tiktoken``.
+        tokenizer: see :func:`~haltkit.models.tokenizer.load_tokenizer`; ignored when ``train_vocab`` is given.
+        train_vocab: train a byte-level BPE of this size on the source's training split first.
+        holdout: share of the documents, chosen by a hash of their text, that go to ``validation`` when the
+            source has no such split of its own.
+        shard_tokens: a shard is closed at the first document end past so many tokens.
+        max_tokens: stop after so many tokens in all.
+        on_progress: called after every batch of documents.
+
+    Raises:
+        DataError: ``out`` holds the beginning of another preparation, or the source has no text.
+    """
+    report = on_progress or (lambda _: None)
+    settings = {
+        "source": {"name": source.name, "config": source.config, "column": source.column,
+                   "files": {split: [Path(p).name for p in paths] for split, paths in source.files}},
+        "tokenizer": f"bpe-{train_vocab}" if train_vocab else str(tokenizer),
+        "holdout": holdout, "shard_tokens": shard_tokens, "max_tokens": max_tokens,
+    }  # fmt: skip
+    manifest = _begin(out, settings)
+    if manifest.get("complete"):
+        return manifest
+    encoding = _tokenizer(source, out, tokenizer, train_vocab, report)
+    manifest["tokenizer"] = {
+        "name": settings["tokenizer"],
+        "vocab_size": encoding.n_vocab,
+        "file": TOKENIZER_FILE if train_vocab else None,
+    }
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    writer = _Writer(out, manifest, dtype)
+    end = encoding.encode_single_token(END_OF_TEXT)
+    own_validation = "validation" in source.splits
+    total = sum(entry["tokens"] for entry in manifest["splits"].values())
+    for stage in source.splits:
+        done = manifest["progress"].get(stage, {"documents": 0, "empty": 0})
+        documents, empty = done["documents"], done["empty"]
+        stream = source.texts(stage, skip=documents)
+        while (max_tokens is None or total < max_tokens) and (batch := list(itertools.islice(stream, _BATCH_DOCUMENTS))):
+            for text, ids in zip(batch, encoding.encode_ordinary_batch(batch, num_threads=2), strict=True):
+                documents += 1
+                if not ids:
+                    empty += 1
+                    continue
+                held_out = not own_validation and _held_out(text, holdout)
+                writer.add("validation" if held_out else stage, [*ids, end])
+                total += len(ids) + 1
+            if writer.pending >= shard_tokens:
+                writer.flush(stage, documents, empty)
+            report(Progress(stage, documents, total))
+        writer.flush(stage, documents, empty)
+    if not total:
+        raise DataError(f"{source.name} holds no text")
+    manifest["complete"] = True
+    write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def _held_out(text: str, share: float) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < share * 2**64
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    path = out / MANIFEST
+    if not path.is_file():
+        return {"settings": settings, "tokenizer": {}, "splits": {}, "progress": {}, "complete": False}
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if manifest["settings"].get(key) != value:
+            raise DataError(
+                f"{str(out)!r} holds data prepared with {key}={manifest['settings'].get(key)!r}, not {value!r}: "
+                "choose another folder, or the same settings to resume"
+            )
+    return manifest
+
+
+def _tokenizer(
+    source: Source, out: Path, name: str | None, train_vocab: int | None, report: Callable[[Progress], None]
+) -> tiktoken.Encoding:
+    if not train_vocab:
+        return load_tokenizer(name or "gpt2")
+    path = out / TOKENIZER_FILE
+    if path.is_file():
+        return load_tokenizer(path)
+
+    def sample() -> Iterator[str]:
+        characters = 0
+        for documents, text in enumerate(source.texts("train"), 1):
+            characters += len(text)
+            if documents % _BATCH_DOCUMENTS == 0:
+                report(Progress("tokenizer", documents, 0))
+            yield text
+            if characters >= _TOKENIZER_SAMPLE_CHARACTERS:
+                return
+
+    return train_tokenizer(sample(), train_vocab, path)

@@ -1,0 +1,143 @@
+"""Tokenizers, all run by tiktoken: GPT-2's, or a byte-level BPE of one's own in tiktoken's file format."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+
+__all__ = ["END_OF_TEXT", "TOKENIZER_FILE", "TokenizerError", "load_tokenizer", "read_ranks", "train_tokenizer"]
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.tiktoken"
+
+# GPT-2's split into words: contractions, letters, digits, other marks, white space.
+_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be found or read."""
+
+
+def load_tokenizer(source: str | Path) -> tiktoken.Encoding:
+    """A tokenizer by name or place.
+
+    Args:
+        source: ``"gpt2"``; a file in tiktoken's format; a checkpoint or data folder that holds
+            ``tokenizer.tiktoken``; or a folder with GPT-2's own ``vocab.bpe`` and ``encoder.json``.
+
+    Raises:
+        TokenizerError: nothing usable there, or ``gpt2`` is neither cached nor downloadable.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / TOKENIZER_FILE).is_file():
+            path = path / TOKENIZER_FILE
+        elif (path / "vocab.bpe").is_file() and (path / "encoder.json").is_file():
+            return _build("gpt2", _gpt2_ranks(path))
+        else:
+            raise TokenizerError(f"{path.name}: no {TOKENIZER_FILE} in this folder, nor vocab.bpe and encoder.json")
+    if path.is_file():
+        return _build(path.stem, read_ranks(path))
+    if str(source) != "gpt2":
+        raise TokenizerError(f"no tokenizer {str(source)!r}: give gpt2, a .tiktoken file, or a folder with one")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network stack raises; tiktoken does not wrap it
+        raise TokenizerError(
+            "tiktoken could not download gpt2 "
+            f"({type(error).__name__}). Provide it: pass a folder with GPT-2's vocab.bpe and encoder.json as the "
+            "tokenizer, or set TIKTOKEN_CACHE_DIR to a folder filled on a machine with a network"
+        ) from None
+
+
+def _build(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name=name, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def _gpt2_ranks(folder: Path) -> dict[bytes, int]:
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    # tiktoken caches what it reads under a hash of the path, so a changed file would be read stale.
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    try:
+        return data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    finally:
+        if before is None:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+        else:
+            os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read a file in tiktoken's format: one ``base64(token) rank`` a line.
+
+    Raises:
+        TokenizerError: a line that is not one, ranks that are not ``0 .. n-1``, or a missing byte.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise TokenizerError(f"{path.name}, line {number}: not 'base64(token) rank'") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise TokenizerError(f"{path.name}: ranks must be 0 to n-1, each once, and every single byte be a token")
+    return ranks
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> tiktoken.Encoding:
+    """Train a byte-level BPE and save it in tiktoken's format.
+
+    Args:
+        texts: documents to learn the merges from.
+        vocab_size: size of the whole vocabulary, the 256 bytes and the end-of-text token included.
+        path: where the file goes.
+
+    Raises:
+        TokenizerError: ``vocab_size`` under 257, or a text too short to yield that many tokens.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from haltkit.models.files import atomic_path
+
+    if vocab_size < 257:
+        raise TokenizerError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and the end-of-text token")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    vocabulary = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    if len(vocabulary) != vocab_size - 1:
+        raise TokenizerError(
+            f"the text yields {len(vocabulary) + 1} tokens, fewer than the {vocab_size} asked for: ask for fewer"
+        )
+    byte_of = _byte_alphabet()
+    with atomic_path(path) as partial:
+        lines = (
+            base64.b64encode(bytes(byte_of[c] for c in token)) + b" %d\n" % rank
+            for rank, (token, _) in enumerate(vocabulary)
+        )
+        partial.write_bytes(b"".join(lines))
+    return load_tokenizer(path)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letter that byte-level BPE writes for each byte: printable Latin-1 for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(shifted)}
