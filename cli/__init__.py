@@ -1,0 +1,1 @@
+"""The command line of haltkit; see :mod:`haltkit.cli.main`."""

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from haltkit.loop import Keep, LoopObserver, run_loop
 from haltkit.models.config import region_span
 from haltkit.models.draws import EvaluationNoise, truncated_normal_
+from haltkit.protocol import HaltingPolicy
 
-__all__ = ["Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
+__all__ = ["AdaptiveOutput", "Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
 
 # noise(region, step, like): (T, D) or (B, T, D); step 0 is the initial state.
 Noise = Callable[[str, int, Tensor], Tensor]
@@ -40,8 +43,13 @@ class LayerMemory(Protocol):
         ...
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, ``(B, H, T, D/H)`` each."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, broken: Tensor | None = None) -> Tensor:
+    """Causal attention, ``(B, H, T, D/H)`` each; nobody sees positions that are ``broken``, ``(B, T)``."""
+    if broken is not None:
+        causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal & ~broken[:, None, None, :])
+        # A token whose own keys or values are not finite is itself not finite, whatever it read from others.
+        return y.masked_fill(broken[:, None, :, None], math.nan)
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # On a CPU the fused kernel's backward takes a third of a training step; two products and a softmax,
@@ -61,7 +69,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
-        y = _attend(q, k, v)
+        broken = None
+        if memory is not None:
+            k, v, broken = memory.update(k, v)
+        y = _attend(q, k, v, broken)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
         return out
 
@@ -174,6 +185,21 @@ class Region(nn.Module):
         return self.leave(x)
 
 
+@dataclass(frozen=True)
+class AdaptiveOutput:
+    """Logits and, for each region by name, how its loop went.
+
+    Attributes:
+        logits: ``(B, T, V)``.
+        steps: body applications of each token, ``(B, T)`` int64.
+        outcome: a :class:`haltkit.Outcome` each, ``(B, T)`` int8.
+    """
+
+    logits: Tensor
+    steps: dict[str, Tensor]
+    outcome: dict[str, Tensor]
+
+
 class LoopedGPT(nn.Module):
     """A decoder-only transformer with looped regions; arguments as :class:`~haltkit.models.config.ModelConfig`.
 
@@ -203,7 +229,7 @@ class LoopedGPT(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size, self.block_size, self.d_model = vocab_size, block_size, d_model
-        self.mean_loops = mean_loops
+        self.mean_loops, self.norm_placement = mean_loops, norm_placement
         self.noise = EvaluationNoise(noise_seed, block_size, d_model)
 
         self.wte = nn.Embedding(vocab_size, d_model)
@@ -238,6 +264,18 @@ class LoopedGPT(nn.Module):
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, Region)}
 
     @property
+    def loop_modules(self) -> dict[str, str]:
+        """Where a recorder finds each region's loop step: ``{"4": "layers.4.body", ...}``."""
+        return {name: f"layers.{name}.body" for name in self.regions}
+
+    @property
+    def loop_injections(self) -> dict[str, str]:
+        """Where a recorder finds each region's injection projection, for regions that have one."""
+        return {
+            name: f"layers.{name}.body.adapter" for name, r in self.regions.items() if r.body.adapter is not None
+        }
+
+    @property
     def effective_depth(self) -> int:
         """Layers a token passes at ``mean_loops`` loops in every region."""
         return sum(
@@ -254,13 +292,19 @@ class LoopedGPT(nn.Module):
         | output projections (attention, MLP)  | the same, over ``sqrt(2 * effective depth)``     |
         | injection projection, ``identity``   | ``[0.5 W ; 0.5 W + I]`` on ``[state ; input]``   |
         | norm gains                           | 1                                                |
+
+        Where the norm is on the branch it would undo the projections' scale, and 1 over a small number would blow
+        up their gradients; there the scale goes into the gain of the branch's norm instead.
         """
         std = math.sqrt(2 / (5 * self.d_model))
+        scale = 1 / math.sqrt(2 * self.effective_depth)
+        on_branch = self.norm_placement == "branch"
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            elif name.endswith("proj.weight"):
-                truncated_normal_(parameter, std / math.sqrt(2 * self.effective_depth))
+                branch_gain = on_branch and name.endswith(("n2.weight", "n4.weight"))
+                nn.init.constant_(parameter, scale if branch_gain else 1.0)
+            elif name.endswith("proj.weight") and not on_branch:
+                truncated_normal_(parameter, std * scale)
             else:
                 truncated_normal_(parameter, std)
         if injection_init == "identity":
@@ -319,3 +363,54 @@ class LoopedGPT(nn.Module):
     def forward(self, tokens: Tensor, loops: int | Mapping[str, int] | None = None) -> Tensor:
         """Logits ``(B, T, V)`` of tokens ``(B, T)`` at fixed loop counts (None: ``mean_loops``)."""
         return self.readout(self.hidden(tokens, loops))
+
+    @torch.no_grad()
+    def forward_adaptive(
+        self,
+        tokens: Tensor,
+        policy: str | HaltingPolicy[Any] | Mapping[str, HaltingPolicy[Any]],
+        *,
+        max_loops: int = 32,
+        rows: Tensor | None = None,
+        keep: Keep = "current",
+        observer: LoopObserver | None = None,
+    ) -> AdaptiveOutput:
+        """Logits of tokens ``(B, T)``, each region looping until the policy halts it. No gradients.
+
+        A halted token keeps its state, and others go on reading the keys and values of its last step; after a
+        region every token hands on its own last state.
+
+        Args:
+            tokens: ``(B, T)`` token ids; sequences shorter than ``T`` are padded at the end.
+            policy: one for all regions, a spec such as ``"accel:tau=1e-3"``, or one policy a region.
+            max_loops: budget of each region.
+            rows: which positions are real, ``(B, T)`` bool; the others are padding.
+            keep: see :func:`haltkit.run_loop`.
+            observer: told of every state under the region's name.
+
+        Raises:
+            ValueError: a bad spec, or a mapping that does not name exactly the model's regions.
+        """
+        from haltkit.models.memory import RegionLoop
+        from haltkit.registry import policy_for_regions
+
+        policies = policy_for_regions(policy, list(self.regions))
+        x = self.embed(tokens)
+        steps, outcome = {}, {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, Region):
+                result = run_loop(
+                    RegionLoop(layer, x, self.noise),
+                    layer.initial_state(x, self.noise),
+                    policies[name],
+                    max_steps=max_loops,
+                    readout=self.readout,
+                    rows=rows,
+                    keep=keep,
+                    observer=observer,
+                    name=name,
+                )
+                x, steps[name], outcome[name] = layer.leave(result.x), result.steps, result.outcome
+            else:
+                x = layer(x)
+        return AdaptiveOutput(self.readout(x), steps, outcome)

@@ -1,0 +1,19 @@
+"""The built-in policies, one signal a file."""
+
+from haltkit.policies.acceleration import Acceleration
+from haltkit.policies.fixed import Fixed
+from haltkit.policies.kl import KL
+from haltkit.policies.normalized_acceleration import NormalizedAcceleration
+from haltkit.policies.normalized_step_norm import NormalizedStepNorm
+from haltkit.policies.step_norm import StepNorm
+from haltkit.policies.step_size_change import StepSizeChange
+
+__all__ = [
+    "KL",
+    "Acceleration",
+    "Fixed",
+    "NormalizedAcceleration",
+    "NormalizedStepNorm",
+    "StepNorm",
+    "StepSizeChange",
+]

@@ -1,0 +1,102 @@
+"""``haltkit train``: train the bundled model from a config."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from haltkit.models.config import RunConfig
+    from haltkit.models.train import Event
+
+# 128 + SIGINT: the run was asked to stop and has saved itself.
+STOPPED = 130
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="A YAML file, or the name of one that ships with haltkit: paper, small, tiny, ...", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder: checkpoints, logs, snapshots.")] = Path("runs/train"),
+    data: Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare'; overrides data.path.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in --out; CONFIG may then be left out.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Overrides train.max_steps.")] = None,
+    anneal_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Anneal a copy of this run's last checkpoint into --out.")
+    ] = None,
+    anneal_steps: Annotated[int, typer.Option(min=1, help="Length of the anneal.")] = 500,
+) -> None:
+    """Train the bundled model. Ctrl-C saves; --resume goes on bit for bit as if never interrupted."""
+    from rich.console import Console
+
+    from haltkit.models import train as training
+    from haltkit.models.config import load_config
+
+    console = Console()
+    if anneal_from is not None:
+        if config is not None or resume or steps is not None:
+            raise ValueError("--anneal-from takes its config from the run: leave out CONFIG, --resume and --steps")
+        run_config, resume = training.anneal(anneal_from, out, anneal_steps), True
+    elif config is not None:
+        run_config = load_config(config)
+    elif resume:
+        run_config = training.read_run_config(out)
+    else:
+        raise ValueError("no config: name a YAML file or a shipped config (paper, small, tiny), or add --resume")
+    if data is not None:
+        run_config = replace(run_config, data=replace(run_config.data, path=str(data)))
+    if steps is not None:
+        run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
+    with _progress(run_config, console) as (show, _):
+        finished = training.train(run_config, out, resume=resume, on_event=show)
+    if not finished:
+        console.print(f"Stopped and saved. Go on with: haltkit train --resume --out {out}", soft_wrap=True)
+        raise typer.Exit(STOPPED)
+    console.print(f"Done: {out / 'final'} is a checkpoint for haltkit compare --checkpoint", soft_wrap=True)
+
+
+class _progress:
+    """A progress bar fed by training events; evaluations are printed above it."""
+
+    def __init__(self, config: RunConfig, console: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console, self.max_steps = console, config.train.max_steps
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=300,
+        )
+
+    def __enter__(self) -> tuple[Callable[[Event], None], _progress]:
+        self.bar.__enter__()
+        self.task = self.bar.add_task("compiling", total=self.max_steps)
+        return self.show, self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.__exit__(*error)
+
+    def show(self, event: Event) -> None:
+        kind, step = event["kind"], event["step"]
+        if kind == "start":
+            self.console.print(
+                f"{event['parameters'] / 1e6:.1f}M parameters, from step {step} to {event['max_steps']}", highlight=False
+            )
+            self.bar.reset(self.task, completed=step, total=self.max_steps, description="first step")
+        elif kind == "step":
+            text = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
+            self.bar.update(self.task, completed=step, description=text)
+        elif kind == "eval":
+            losses = ", ".join(f"{loss:.3f} at {count}" for count, loss in event["losses"].items())
+            self.console.print(f"step {step}, {event['tokens']:,} tokens: held-out loss {losses} loops", highlight=False)
+        elif kind == "snapshot":
+            self.console.print(f"step {step}: wrote {event['path']}", highlight=False)

@@ -1,0 +1,77 @@
+"""Judge a policy on a recording, without running the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltkit.loop import Keep, LoopResult, run_loop
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
+from haltkit.trajectory import RegionTrajectory, TrajectoryError
+
+__all__ = ["replay", "scores"]
+
+
+@dataclass(frozen=True)
+class _Tape:
+    states: Tensor
+
+    def step(self, x: Tensor, k: int, live: Tensor) -> Tensor:
+        return self.states[k]
+
+
+def _states(trajectory: RegionTrajectory) -> Tensor:
+    states = trajectory._consecutive_states()
+    if trajectory.outcome is not None and bool((trajectory.steps < trajectory.max_steps).any()):
+        raise TrajectoryError(
+            "some rows of this recording halted early, so their later states are unknown: record at a fixed depth"
+        )
+    return states
+
+
+def replay(
+    policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None, keep: Keep = "current"
+) -> LoopResult:
+    """Run the loop with recorded states in place of the body.
+
+    Exact where the recorded states are those that the live loop would have seen: for rows that do not look at each
+    other, and for a policy that halts all rows which do at the same step. In a transformer halted token by token it
+    is an approximation, and a flattering one: in the recording, tokens went on reading the later states of tokens
+    that the policy would have stopped. Only the recorded region is replayed; what it hands on would change what
+    later regions see.
+
+    Args:
+        policy: judged as in :func:`haltkit.run_loop`.
+        trajectory: every state of a loop run at a fixed depth, which becomes the budget.
+        readout: for policies that look at logits.
+        keep: as in :func:`haltkit.run_loop`.
+
+    Raises:
+        TrajectoryError: the recording holds no states, skips steps, or was itself cut short by a policy.
+    """
+    states = _states(trajectory)
+    return run_loop(_Tape(states), states[0], policy, max_steps=len(states) - 1, readout=readout, keep=keep)
+
+
+def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:
+    """What a policy measures at each step of a recording, ``(K, ...)``, were nothing ever halted.
+
+    Raises:
+        TrajectoryError: see :func:`replay`.
+    """
+    recorded: list[Tensor] = []
+
+    class Listening:
+        def init(self, x0: Tensor) -> Any:
+            return policy.init(x0)
+
+        def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+            state, verdict = policy.update(state, step)
+            recorded.append(verdict.score)
+            return state, Verdict(verdict.score, torch.zeros_like(verdict.halt))
+
+    replay(Listening(), trajectory, readout=readout)
+    return torch.stack(recorded)

@@ -1,0 +1,46 @@
+"""``accel``: halt when successive steps are alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from haltkit import signals
+from haltkit.protocol import LoopStep, Verdict, check_tau
+
+__all__ = ["Acceleration"]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Halt a row when ``||d_k - d_{k-1}|| < tau``: the acceleration of arXiv 2509.23314, Eq. 5.
+
+    The paper's policy asks for two hits in a row (Algorithm 1): ``haltkit.policy("accel", tau=...)`` wraps this
+    class in :class:`~haltkit.wrappers.Patience` with a count of 2.
+
+    A drift at constant speed has no acceleration and is not converged; an orbit of period one step is. Pair it
+    with ``norm`` (``all(accel:...|norm:...)``) where that matters.
+
+    Args:
+        tau: threshold in units of the state.
+    """
+
+    tau: float
+
+    formula: ClassVar[str] = "||d_k - d_{k-1}||"
+    scale: ClassVar[str] = "that of the state's norm; [0, inf)"
+    patience: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+
+    def init(self, x0: Tensor) -> Tensor:
+        # An infinite step before the first makes the first acceleration +inf: not defined yet.
+        return torch.full_like(signals.measured(x0), torch.inf)
+
+    def update(self, state: Tensor, step: LoopStep) -> tuple[Tensor, Verdict]:
+        score = signals.acceleration(step.d, state)
+        return step.d, Verdict(score, score < self.tau)

@@ -1,0 +1,132 @@
+"""The halting-policy protocol: what a policy is given at each step, and what it answers.
+
+A policy object holds hyperparameters only. Everything that moves is in an explicit state that goes in and comes
+out of :meth:`HaltingPolicy.update`, so one object can judge any number of loops at once, and an executor can
+gather, scatter or permute the state's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from haltkit import signals
+
+__all__ = ["HaltingPolicy", "LoopStep", "Readout", "ThresholdPolicy", "Verdict", "check_tau", "map_state"]
+
+Readout = Callable[[Tensor], Tensor]
+S = TypeVar("S")
+
+
+class Verdict(NamedTuple):
+    """A policy's answer at one step, one entry a row.
+
+    ``score`` is what was measured (``+inf`` where the signal is not defined yet); ``halt`` says stop.
+    """
+
+    score: Tensor
+    halt: Tensor
+
+
+class LoopStep:
+    """One step of a loop, as policies see it.
+
+    Attributes:
+        k: how many times the body has been applied, from 1.
+        x: the state ``x_k``, ``(..., D)``.
+        x_prev: the state ``x_{k-1}``, ``(..., D)``.
+        live: rows that still run, ``(...)`` bool; entries of other rows mean nothing.
+
+    What several policies may want is computed once and only if asked for: :attr:`d`, :attr:`step_norm` and
+    :attr:`logits`.
+    """
+
+    def __init__(self, k: int, x: Tensor, x_prev: Tensor, live: Tensor, readout: Readout | None = None) -> None:
+        self.k = k
+        self.x = x
+        self.x_prev = x_prev
+        self.live = live
+        self._readout = readout
+        self._d: Tensor | None = None
+        self._step_norm: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def d(self) -> Tensor:
+        """The step ``d_k = x_k - x_{k-1}``, ``(..., D)``, in the precision of measurement."""
+        if self._d is None:
+            self._d = signals.difference(self.x, self.x_prev)
+        return self._d
+
+    @property
+    def step_norm(self) -> Tensor:
+        """``||d_k||``, ``(...)``."""
+        if self._step_norm is None:
+            self._step_norm = signals.norm(self.d)
+        return self._step_norm
+
+    @property
+    def logits(self) -> Tensor:
+        """``readout(x_k)``, ``(..., V)``: the readout runs at most once a step.
+
+        Raises:
+            ValueError: the loop was given no readout.
+        """
+        if self._logits is None:
+            if self._readout is None:
+                raise ValueError(
+                    "this policy looks at logits, but the loop has no readout: pass readout=, a function from the "
+                    "state (..., D) to logits (..., V)"
+                )
+            self._logits = self._readout(self.x)
+        return self._logits
+
+
+@runtime_checkable
+class HaltingPolicy(Protocol[S]):
+    """Decides, row by row, when a loop has thought enough.
+
+    The state ``S`` is a tensor whose leading dimensions are the rows, None, or a (named) tuple of such states.
+    """
+
+    def init(self, x0: Tensor) -> S:
+        """The state before the first step of a loop that starts at ``x0``, ``(..., D)``."""
+        ...
+
+    def update(self, state: S, step: LoopStep) -> tuple[S, Verdict]:
+        """Measure one step and decide. Called at every step, whatever was decided before."""
+        ...
+
+
+@runtime_checkable
+class ThresholdPolicy(HaltingPolicy[S], Protocol[S]):
+    """A policy that halts a row when its score is below ``tau``."""
+
+    @property
+    def tau(self) -> float: ...
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
+    """Apply a function to every tensor of a policy's state, keeping its structure."""
+    if isinstance(state, Tensor):
+        return cast(S, function(state))
+    if isinstance(state, tuple):
+        parts = [map_state(function, part) for part in state]
+        named = cast(Any, type(state))
+        return cast(S, named(*parts) if hasattr(state, "_fields") else tuple(parts))
+    if state is None:
+        return state
+    raise TypeError(f"a policy's state is made of tensors, tuples and None, not {type(state).__name__}")
+
+
+def check_tau(tau: float) -> None:
+    """Refuse a threshold that can never be used.
+
+    Raises:
+        ValueError: not a positive, finite number.
+    """
+    if not 0 < tau < torch.inf:
+        raise ValueError(f"tau={tau} is not a threshold: it must be a positive, finite number, such as 1e-3")

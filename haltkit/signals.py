@@ -1,0 +1,110 @@
+"""The numbers that tell how a loop moves: pure functions of states, steps and logits.
+
+Words: ``x_k`` is the loop state after ``k`` applications of the body, shape ``(..., D)``; its leading
+dimensions are the *rows*. ``d_k = x_k - x_{k-1}`` is the k-th step. All norms are L2 over ``D``. What is
+measured is promoted to float32 first (float64 stays float64): in bfloat16 the rounding of a state of norm 28 is
+already about 0.03, above any threshold of interest.
+
+Equations are those of "Two-Scale Latent Dynamics for Recurrent-Depth Transformers" (arXiv 2509.23314, [P]).
+This module is the only place where a formula stands; policies, recorders and diagnostics call it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "EPS",
+    "KLDirection",
+    "acceleration",
+    "delta_loop_ratio",
+    "difference",
+    "kl_divergence",
+    "log_probabilities",
+    "measured",
+    "norm",
+    "normalized",
+    "step_angle",
+    "step_size_change",
+]
+
+EPS = 1e-8
+KLDirection = Literal["current_previous", "previous_current"]
+
+
+def measured(x: Tensor) -> Tensor:
+    """``x`` in the precision of measurement: float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def difference(x: Tensor, x_prev: Tensor) -> Tensor:
+    """The step ``d_k = x_k - x_{k-1}``, both ``(..., D)``, subtracted in the precision of measurement."""
+    return measured(x) - measured(x_prev)
+
+
+def norm(v: Tensor) -> Tensor:
+    """L2 norm over the last dimension, ``(..., D)`` to ``(...)``. Of a step: the step norm, [P] Eq. 3."""
+    return torch.linalg.vector_norm(measured(v), dim=-1)
+
+
+def normalized(value: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
+    """``value / (scale + eps)``, row by row; ``+inf`` where the scale is not defined yet (``+inf``).
+
+    With ``value = ||d_k||`` and ``scale = ||x_{k-1}||`` the normalized step norm ([P] section 4); with
+    ``scale = ||x_k||`` the form of Geiping et al. (arXiv 2502.05171). With ``value = ||d_k - d_{k-1}||`` and
+    ``scale = ||d_k|| + ||d_{k-1}||`` the normalized acceleration ([P] Eq. 6), which lies in [0, 1].
+    """
+    return torch.where(scale == torch.inf, torch.inf, value / (scale + eps))
+
+
+def acceleration(d: Tensor, d_prev: Tensor) -> Tensor:
+    """``||d_k - d_{k-1}||``, ``(..., D)`` twice to ``(...)``: [P] Eq. 5."""
+    return norm(d - d_prev)
+
+
+def step_size_change(step_norm: Tensor, step_norm_prev: Tensor) -> Tensor:
+    """``abs(||d_k|| - ||d_{k-1}||)``: the "second-order difference in step-size" of [P]'s abstract, literally.
+
+    Blind to a change of direction: zero for a steady rotation, where :func:`acceleration` is not.
+    """
+    return (step_norm - step_norm_prev).abs()
+
+
+def step_angle(d: Tensor, d_prev: Tensor) -> Tensor:
+    """``cos(d_k, d_{k-1})``, in [-1, 1]: [P] section 2. NaN where a step is zero and has no direction."""
+    cosine = (measured(d) * measured(d_prev)).sum(-1) / (norm(d) * norm(d_prev))
+    return cosine.clamp(-1, 1)
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``log softmax(logits / temperature)`` over the last dimension, in the precision of measurement."""
+    return torch.log_softmax(measured(logits) / temperature, dim=-1)
+
+
+def kl_divergence(
+    log_p: Tensor, log_p_prev: Tensor, direction: KLDirection = "current_previous"
+) -> Tensor:
+    """KL divergence in nats between successive predictions, ``(..., V)`` twice to ``(...)``.
+
+    ``current_previous`` is ``KL(p_k || p_{k-1})``, [P] Eq. 4; ``previous_current`` is ``KL(p_{k-1} || p_k)``,
+    which public implementations compute. Rounding below zero is cut off.
+    """
+    p, q = (log_p, log_p_prev) if direction == "current_previous" else (log_p_prev, log_p)
+    # p (log p - log q) is 0 where p is 0, also where q is 0 there and the difference is inf or NaN.
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+def delta_loop_ratio(handoff: Tensor, step_norms: Tensor) -> Tensor:
+    """DLR at a boundary between two regions, [P] Eq. 2: how far the hand-off jumps in units of a loop step.
+
+    Args:
+        handoff: the jump, ``(..., D)``: next region's state minus ``x_g^(K)``, by the caller's convention.
+        step_norms: ``||d_k||`` of the region before, ``(K, ...)``, for the steps that count.
+
+    Returns:
+        ``||handoff|| / mean_k ||d_k||``, ``(...)``.
+    """
+    return norm(handoff) / step_norms.mean(0)

@@ -1,0 +1,170 @@
+"""Policies around policies: they change what is decided, never what is measured.
+
+Each is a policy itself, so they nest. The order that the registry builds is pooling, then patience, then
+``CheckEvery`` and ``MinSteps``: patience therefore counts every measured step, also those at which nobody asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from haltkit.protocol import HaltingPolicy, LoopStep, ThresholdPolicy, Verdict
+
+__all__ = ["AllOf", "AnyOf", "CheckEvery", "MinSteps", "Patience", "Pooled"]
+
+
+class _PatienceState(NamedTuple):
+    inner: Any
+    hits: Tensor
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Halt when the inner policy says so ``count`` steps in a row."""
+
+    policy: HaltingPolicy[Any]
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"patience={self.count}: it must be at least 1")
+
+    def init(self, x0: Tensor) -> _PatienceState:
+        hits = torch.zeros(x0.shape[:-1], dtype=torch.int32, device=x0.device)
+        return _PatienceState(self.policy.init(x0), hits)
+
+    def update(self, state: _PatienceState, step: LoopStep) -> tuple[_PatienceState, Verdict]:
+        inner, (score, halt) = self.policy.update(state.inner, step)
+        hits = (state.hits + 1) * halt
+        return _PatienceState(inner, hits), Verdict(score, hits >= self.count)
+
+
+@dataclass(frozen=True)
+class MinSteps:
+    """Never halt before step ``steps``."""
+
+    policy: HaltingPolicy[Any]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"min_steps={self.steps}: it must not be negative")
+
+    def init(self, x0: Tensor) -> Any:
+        return self.policy.init(x0)
+
+    def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+        state, (score, halt) = self.policy.update(state, step)
+        return state, Verdict(score, halt if step.k >= self.steps else torch.zeros_like(halt))
+
+
+@dataclass(frozen=True)
+class CheckEvery:
+    """Halt only at steps that are a multiple of ``every``; measure at all of them."""
+
+    policy: HaltingPolicy[Any]
+    every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"check_every={self.every}: it must be at least 1")
+
+    def init(self, x0: Tensor) -> Any:
+        return self.policy.init(x0)
+
+    def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+        state, (score, halt) = self.policy.update(state, step)
+        return state, Verdict(score, halt if step.k % self.every == 0 else torch.zeros_like(halt))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One decision for a whole sequence or batch: the rows' scores are pooled, then held against ``tau``.
+
+    Only live rows count. The answer depends on every row of the pool, so in a causal model it is not causal.
+
+    Args:
+        policy: one with a ``tau``.
+        over: ``sequence`` pools over the last dimension of rows (``T`` of ``(B, T, D)``); ``batch`` over all rows.
+        reduce: mean or maximum of the scores.
+    """
+
+    policy: ThresholdPolicy[Any]
+    over: Literal["sequence", "batch"]
+    reduce: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, ThresholdPolicy):
+            raise ValueError(f"{type(self.policy).__name__} has no tau to hold a pooled score against")
+        if self.over not in ("sequence", "batch") or self.reduce not in ("mean", "max"):
+            raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence or batch, mean or max")
+
+    def init(self, x0: Tensor) -> Any:
+        if self.over == "sequence" and x0.ndim < 3:
+            raise ValueError(
+                f"pooling over a sequence needs states (..., T, D); these are {tuple(x0.shape)}. "
+                "Use granularity=token or batch"
+            )
+        return self.policy.init(x0)
+
+    def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+        state, (score, _) = self.policy.update(state, step)
+        dims = (-1,) if self.over == "sequence" else tuple(range(score.ndim))
+        if self.reduce == "mean":
+            count = step.live.sum(dims, keepdim=True)
+            pooled = torch.where(step.live, score, 0.0).sum(dims, keepdim=True) / count
+        else:
+            pooled = torch.where(step.live, score, -torch.inf).amax(dims, keepdim=True)
+        pooled = pooled.expand_as(score)
+        return state, Verdict(pooled, pooled < self.policy.tau)
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Halt when any part says so. The score counts the parts that want to go on."""
+
+    policies: tuple[HaltingPolicy[Any], ...]
+
+    def __post_init__(self) -> None:
+        _check_parts(self.policies)
+
+    def init(self, x0: Tensor) -> tuple[Any, ...]:
+        return tuple(policy.init(x0) for policy in self.policies)
+
+    def update(self, state: tuple[Any, ...], step: LoopStep) -> tuple[tuple[Any, ...], Verdict]:
+        states, halts = _update_parts(self.policies, state, step)
+        return states, Verdict((~halts).sum(0).float(), halts.any(0))
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Halt when all parts say so at the same step. The score counts the parts that want to go on."""
+
+    policies: tuple[HaltingPolicy[Any], ...]
+
+    def __post_init__(self) -> None:
+        _check_parts(self.policies)
+
+    def init(self, x0: Tensor) -> tuple[Any, ...]:
+        return tuple(policy.init(x0) for policy in self.policies)
+
+    def update(self, state: tuple[Any, ...], step: LoopStep) -> tuple[tuple[Any, ...], Verdict]:
+        states, halts = _update_parts(self.policies, state, step)
+        return states, Verdict((~halts).sum(0).float(), halts.all(0))
+
+
+def _check_parts(policies: tuple[HaltingPolicy[Any], ...]) -> None:
+    if len(policies) < 2:
+        raise ValueError(f"a combination needs at least two policies, got {len(policies)}")
+
+
+def _update_parts(
+    policies: tuple[HaltingPolicy[Any], ...], states: tuple[Any, ...], step: LoopStep
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Every part's new state, and their halts stacked, ``(parts, ...)``."""
+    answers = [policy.update(state, step) for policy, state in zip(policies, states, strict=True)]
+    return tuple(state for state, _ in answers), torch.stack([verdict.halt for _, verdict in answers])
