@@ -91,27 +91,32 @@ class Spec:
         return f"{head}:{','.join(f'{k}={v}' for k, v in self.keys)}" if self.keys else head
 
     def get(self, key: str) -> str | None:
-        """The value of a key as written, or None."""
-        return dict(self.keys).get(key)
+        """The value of a key as written (in a combination: in any of its parts), or None."""
+        own = dict(self.keys).get(key)
+        return own if own is not None else next(filter(None, (part.get(key) for part in self.parts)), None)
+
+    def takes(self, key: str) -> bool:
+        """Whether the policy has this key, of its own or a wrapper's; a combination, whether any part does."""
+        if self.parts:
+            return any(part.takes(key) for part in self.parts)
+        cls = policy_class(self.name)
+        return key in _own_keys(cls) or (key in WRAPPER_KEYS and cls is not policies.Fixed)
 
     def with_key(self, key: str, value: object) -> Spec:
-        """The spec with one key set, in every part of a combination.
+        """The spec with one key set; in a combination, in every part that takes it.
 
         Raises:
             ValueError: the key is set to something else already.
         """
         if self.parts:
-            return replace(self, parts=tuple(part.with_key(key, value) for part in self.parts))
-        written = self.get(key)
-        if written is not None and written != str(value):
+            return replace(self, parts=tuple(p.with_key(key, value) if p.takes(key) else p for p in self.parts))
+        written = dict(self.keys).get(key)
+        if written is None:
+            keys = (*self.keys, (key, str(value)))
+            return replace(self, keys=tuple(sorted(keys, key=lambda item: item[0] in WRAPPER_KEYS)))  # own keys first
+        if written != str(value):
             raise ValueError(f"{str(self)!r} says {key}={written}, which contradicts {key}={value}: drop one of them")
-        return self if written is not None else replace(self, keys=(*self.keys, (key, str(value))))
-
-    def takes(self, key: str) -> bool:
-        """Whether the policy itself (not a wrapper) has this key; a combination, whether any part does."""
-        if self.parts:
-            return any(part.takes(key) for part in self.parts)
-        return key in _own_keys(policy_class(self.name))
+        return self
 
     def build(self) -> HaltingPolicy[Any]:
         """The policy.
@@ -329,11 +334,7 @@ def policy(spec: str | Spec, **keys: object) -> HaltingPolicy[Any]:
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     for key, value in keys.items():
-        written = parsed.get(key)
-        if written is not None and written != str(value):
-            raise ValueError(f"{str(parsed)!r} says {key}={written}, which contradicts {key}={value}")
-        if written is None:
-            parsed = replace(parsed, keys=(*parsed.keys, (key, str(value))))
+        parsed = parsed.with_key(key, value)
     return parsed.build()
 
 

@@ -1,0 +1,163 @@
+"""The bundled model in a comparison: its settings, its windows, and how one pass is run and observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import haltkit
+from haltkit.comparison import PAPER_TAUS, Comparison, Observation, Setting, compare, observed_taus
+from haltkit.models.checkpoint import BUNDLED, Checkpoint
+from haltkit.models.data import DataError, windows
+from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
+from haltkit.offline import scores
+from haltkit.registry import Spec
+
+__all__ = ["FIXED_DEPTHS", "SAMPLE", "choose_settings", "compare_checkpoint", "text_windows"]
+
+FIXED_DEPTHS = (1, 2, 4, 8, 12, 16, 32)
+SAMPLE = BUNDLED / "sample.txt"
+
+
+def text_windows(checkpoint: Checkpoint, path: Path, tokens: int) -> Tensor:
+    """About ``tokens`` tokens of a text file in windows of the model's context, spread evenly over the file.
+
+    Returns:
+        ``(N, T + 1)``.
+
+    Raises:
+        DataError: no such file, not UTF-8 text, or shorter than one window.
+    """
+    if not path.is_file():
+        raise DataError(f"no text file {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
+    length = checkpoint.config.block_size
+    try:
+        found = windows(checkpoint.tokenizer.encode_ordinary(text), length)
+    except DataError as error:
+        raise DataError(f"{str(path)!r} is too short: {error}") from None
+    wanted = min(len(found), max(1, tokens // length))
+    return found[np.linspace(0, len(found) - 1, wanted).round().astype(int)]
+
+
+def choose_settings(
+    checkpoint: Checkpoint, specs: Sequence[Spec], taus: str | Sequence[float], max_loops: int, sample: Tensor
+) -> list[Setting]:
+    """Full depth, the other fixed depths, and each policy at each of its thresholds.
+
+    Args:
+        specs: those with a ``tau`` stand for one setting, the others for a sweep.
+        taus: ``paper``, ``auto`` (picked from the scores seen on ``sample``), ``both``, or the thresholds.
+        sample: windows ``(N, T + 1)`` to observe scores on.
+    """
+    depths = sorted({d for d in FIXED_DEPTHS if d < max_loops} | {int(s.get("steps") or 0) for s in specs} - {0})
+    settings = [
+        Setting("fixed", f"fixed:steps={loops}", loops=loops) for loops in (max_loops, *(d for d in depths if d != max_loops))
+    ]
+    for spec in specs:
+        if spec.name == "fixed":
+            spec.build()
+            continue
+        label = str(spec)
+        if not spec.takes("tau") or spec.get("tau") is not None:
+            spec.build()
+            written = spec.get("tau")
+            tau = float(written) if written is not None and not spec.parts else None
+            settings.append(Setting(spec.name if not spec.parts else label, label, tau))
+            continue
+        sweep = _sweep(checkpoint, spec, taus, max_loops, sample)
+        built = [(tau, spec.with_key("tau", f"{tau:g}")) for tau in sweep]
+        for _, one in built:
+            one.build()
+        settings += [Setting(spec.name if not spec.parts else label, str(one), tau) for tau, one in built]
+    return settings
+
+
+def _sweep(
+    checkpoint: Checkpoint, spec: Spec, taus: str | Sequence[float], max_loops: int, sample: Tensor
+) -> list[float]:
+    if not isinstance(taus, str):
+        return sorted(set(taus))
+    found = set(PAPER_TAUS) if taus in ("paper", "both") else set()
+    if taus in ("auto", "both"):
+        model = checkpoint.model
+        policy = spec.with_key("tau", "1").build()
+        with torch.no_grad(), haltkit.record(model) as recording:
+            model(sample[:, :-1], max_loops)
+            seen = [
+                scores(policy, region, readout=model.readout).flatten(1)
+                for region in recording.trajectory.regions.values()
+            ]
+        found |= set(observed_taus(torch.cat(seen, 1), _patience(spec)))
+    return sorted(found)
+
+
+def _patience(spec: Spec) -> int:
+    from haltkit.registry import policy_class
+
+    written = spec.get("patience")
+    return int(written) if written is not None else max(getattr(policy_class(p.name), "patience", 1) for p in spec.parts or (spec,))
+
+
+@dataclass(frozen=True)
+class _Runner:
+    model: LoopedGPT
+    max_loops: int
+
+    @torch.no_grad()
+    def run(self, setting: Setting, window: Tensor) -> Tensor | AdaptiveOutput:
+        inputs = window[:, :-1]
+        if setting.loops is not None:  # a fixed depth measures nothing and pays for nothing
+            return self.model(inputs, setting.loops)  # type: ignore[no-any-return]
+        return self.model.forward_adaptive(inputs, setting.spec, max_loops=self.max_loops)
+
+    def observe(self, setting: Setting, output: Tensor | AdaptiveOutput, window: Tensor) -> Observation:
+        adaptive = isinstance(output, AdaptiveOutput)
+        logits = (output.logits if adaptive else output).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none")
+        if adaptive:
+            return Observation(logits, losses, output.steps, output.outcome)
+        steps = {name: torch.full_like(losses, setting.loops or 0) for name in self.model.regions}
+        return Observation(logits, losses, steps, {})
+
+
+def compare_checkpoint(
+    checkpoint: Checkpoint,
+    settings: Sequence[Setting],
+    sequences: Tensor,
+    *,
+    batch: int = 1,
+    max_loops: int = 32,
+    repeats: int = 3,
+    timed: int = 1,
+    on_tick: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compare on windows ``(N, T + 1)``, ``batch`` of them at a time.
+
+    Raises:
+        ValueError: a batch that does not fit.
+    """
+    if batch < 1 or len(sequences) < batch:
+        raise ValueError(f"batch={batch} does not fit {len(sequences)} windows of text: lower it or give more text")
+    batches = [part for part in sequences.split(batch) if len(part) == batch]
+    runner = _Runner(checkpoint.model, max_loops)
+    with torch.inference_mode():
+        runner.run(settings[0], batches[0])  # warm up before anything is timed
+    return compare(
+        runner.run,
+        runner.observe,
+        settings,
+        batches,
+        timed=timed,
+        repeats=repeats,
+        on_tick=on_tick,
+    )
