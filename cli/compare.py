@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,21 +21,30 @@ def compare(
         str, typer.Option(help="Comma-separated policies; one without tau is swept (see 'haltkit policies').")
     ] = "accel,kl,norm",
     taus: Annotated[
-        str, typer.Option(metavar="paper|auto|both|LIST", help="Thresholds: the paper's, picked from observed scores, or a list.")
+        str,
+        typer.Option(
+            metavar="paper|auto|both|LIST", help="Thresholds: the paper's, picked from observed scores, or a list."
+        ),
     ] = "both",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint folder. [default: the bundled one]", show_default=False)
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file. [default: the bundled held-out sample]", show_default=False)] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file. [default: the bundled held-out sample]", show_default=False)
+    ] = None,
     max_loops: Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure quality on.")] = 1536,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 1,
     granularity: Annotated[
         str | None,
-        typer.Option(metavar="token|sequence|batch", help="Which rows decide together. [default: sequence]", show_default=False),
+        typer.Option(
+            metavar="token|sequence|batch", help="Which rows decide together. [default: sequence]", show_default=False
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
+    ] = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw frontier and sweeps (png, svg or pdf).")
     ] = None,
@@ -46,7 +54,6 @@ def compare(
     Runs on the bundled checkpoint and text unless told otherwise. The conclusion comes from the frontier of quality
     against wall-clock time: policies at equal thresholds cannot be compared, because their signals' scales differ.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from haltkit.registry import parse_spec_list
@@ -57,10 +64,10 @@ def compare(
     _writable(plot_path, ("png", "svg", "pdf"))
 
     import torch
-
-    from haltkit.comparison import findings
     from haltkit.models import comparing
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
+
+    from haltkit.comparison import findings
 
     level = granularity or "sequence"
     specs = [
@@ -101,6 +108,7 @@ def compare(
         console.print(f"measurements: {json_path}", soft_wrap=True, highlight=False)
     if plot_path is not None:
         from haltkit.models.files import atomic_path
+
         from haltkit.plots import plot_comparison
 
         with atomic_path(plot_path) as partial:
@@ -130,9 +138,7 @@ def _thresholds(taus: str) -> str | list[float]:
         try:
             values.append(float(item))
         except ValueError:
-            raise ValueError(
-                f"--taus {taus}: {item!r} is neither a number nor one of paper, auto, both"
-            ) from None
+            raise ValueError(f"--taus {taus}: {item!r} is neither a number nor one of paper, auto, both") from None
         check_tau(values[-1])
     return values
 
@@ -173,12 +179,10 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
         box=None, pad_edge=False, padding=(0, 1),
     )  # fmt: skip
     table.add_column("setting", overflow="fold")
-    for heading in ("CE", "PPL", "delta (nats)", *(("KL to full",) if wide else ()), "agree", "steps", "ms/token", "speed"):
-        if heading in ("CE", "PPL") and not wide and heading == "PPL":
-            continue
-        table.add_column(heading, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("within 0.01", justify="right", no_wrap=True)
+    headings = ("CE", "PPL", "delta (nats)", "KL to full", "agree", "steps", "ms/token", "speed", "within 0.01")
+    for heading in headings:
+        if wide or heading not in ("PPL", "KL to full", "within 0.01"):
+            table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in result.rows:
         if previous is not None and row.policy != previous:
@@ -208,6 +212,10 @@ def _label(row: Row) -> str:
     return f"{row.policy} tau={row.tau:g}" if row.tau is not None else row.spec
 
 
+def _cost(row: Row) -> str:
+    return f"{_label(row)}: {row.ms_per_token:.3f} ms/token, {row.speedup:.2f}x full depth"
+
+
 def _print_findings(console: Console, result: Comparison, found: Sequence[Finding]) -> None:
     from rich.text import Text
 
@@ -230,14 +238,14 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
             level = (finding.kind, finding.level)
             goal = f"within {finding.level:g} nats" if finding.kind == "ce" else f"agreement {finding.level:g}"
             best = finding.fixed
-            reference = f"{_label(best)}, {best.ms_per_token:.3f} ms/token" if best else "no fixed depth is that good for sure"
+            reference = (
+                f"{_label(best)}, {best.ms_per_token:.3f} ms/token" if best else "no fixed depth is that good for sure"
+            )
             say(f"  {goal}: {reference}")
         if finding.best is None:
             say(f"    {finding.policy}: no setting is that good for sure on so few tokens")
         else:
-            verdict = f"{finding.verdict} than the fixed depth" if finding.verdict in ("faster", "slower") else finding.verdict
-            tail = f", {verdict}" if verdict else ""
-            say(f"    {_label(finding.best)}: {finding.best.ms_per_token:.3f} ms/token ({finding.best.speedup:.2f}x){tail}")
+            say(f"    {_cost(finding.best)}{f', {finding.verdict}' if finding.verdict else ''}")
     spreads = {name: sweep_spread(result.rows, name) for name in dict.fromkeys(f.policy for f in found)}
     say("Cross-entropy, greatest minus least over a policy's thresholds (how much tuning it needs):")
     say("  " + ", ".join(f"{name} {spread:.4f}" for name, spread in spreads.items() if spread is not None))

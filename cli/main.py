@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import typer
-
 from haltkit.cli import compare, policies, prepare, train
 
 app = typer.Typer(

@@ -19,7 +19,8 @@ def prepare(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the shards and their manifest.")] = Path("data"),
     config: Annotated[
-        str | None, typer.Option(help="The dataset's configuration. [default: sample-10BT for FineWeb]", show_default=False)
+        str | None,
+        typer.Option(help="The dataset's configuration. [default: sample-10BT for FineWeb]", show_default=False),
     ] = None,
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     tokenizer: Annotated[
@@ -36,10 +37,9 @@ def prepare(
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 16_000_000,
 ) -> None:
     """Tokenize text into memory-mapped shards. Run it again to resume after an interruption."""
+    from haltkit.models import prepare as preparing
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from haltkit.models import prepare as preparing
 
     if train_tokenizer is not None and tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer} contradicts --train-tokenizer {train_tokenizer}: give one of them")
@@ -69,5 +69,7 @@ def prepare(
         )
     vocabulary = manifest["tokenizer"]["vocab_size"]
     for split, entry in manifest["splits"].items():
-        console.print(f"{split}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {len(entry['shards'])} shards")
+        console.print(
+            f"{split}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {len(entry['shards'])} shards"
+        )
     console.print(f"{out}: tokenizer {manifest['tokenizer']['name']}, vocabulary {vocabulary:,}", highlight=False)

@@ -21,7 +21,9 @@ STOPPED = 130
 def train(
     config: Annotated[
         str | None,
-        typer.Argument(help="A YAML file, or the name of one that ships with haltkit: paper, small, tiny, ...", show_default=False),
+        typer.Argument(
+            help="A YAML file, or the name of one that ships with haltkit: paper, small, tiny, ...", show_default=False
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder: checkpoints, logs, snapshots.")] = Path("runs/train"),
     data: Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare'; overrides data.path.")] = None,
@@ -33,10 +35,9 @@ def train(
     anneal_steps: Annotated[int, typer.Option(min=1, help="Length of the anneal.")] = 500,
 ) -> None:
     """Train the bundled model. Ctrl-C saves; --resume goes on bit for bit as if never interrupted."""
-    from rich.console import Console
-
     from haltkit.models import train as training
     from haltkit.models.config import load_config
+    from rich.console import Console
 
     console = Console()
     if anneal_from is not None:
@@ -89,7 +90,8 @@ class _progress:
         kind, step = event["kind"], event["step"]
         if kind == "start":
             self.console.print(
-                f"{event['parameters'] / 1e6:.1f}M parameters, from step {step} to {event['max_steps']}", highlight=False
+                f"{event['parameters'] / 1e6:.1f}M parameters, from step {step} to {event['max_steps']}",
+                highlight=False,
             )
             self.bar.reset(self.task, completed=step, total=self.max_steps, description="first step")
         elif kind == "step":
@@ -97,6 +99,8 @@ class _progress:
             self.bar.update(self.task, completed=step, description=text)
         elif kind == "eval":
             losses = ", ".join(f"{loss:.3f} at {count}" for count, loss in event["losses"].items())
-            self.console.print(f"step {step}, {event['tokens']:,} tokens: held-out loss {losses} loops", highlight=False)
+            self.console.print(
+                f"step {step}, {event['tokens']:,} tokens: held-out loss {losses} loops", highlight=False
+            )
         elif kind == "snapshot":
             self.console.print(f"step {step}: wrote {event['path']}", highlight=False)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from haltkit.loop import LoopResult as LoopResult
     from haltkit.loop import Outcome as Outcome
     from haltkit.loop import run_loop as run_loop
+    from haltkit.offline import replay as replay
     from haltkit.protocol import HaltingPolicy as HaltingPolicy
     from haltkit.protocol import LoopStep as LoopStep
     from haltkit.protocol import Verdict as Verdict
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from haltkit.recorder import Recorder as Recorder
     from haltkit.recorder import record as record
     from haltkit.registry import policy as policy
-    from haltkit.offline import replay as replay
     from haltkit.trajectory import Trajectory as Trajectory
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - the names above
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

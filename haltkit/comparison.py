@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from haltkit import signals
@@ -44,7 +43,7 @@ AGREEMENT_LEVELS = (0.95, 0.99)
 TARGET_STEPS = (4, 6, 10)
 
 W = TypeVar("W")
-O = TypeVar("O")
+Out = TypeVar("Out")
 Judgement = Literal["yes", "no", "cannot tell"]
 
 
@@ -153,13 +152,13 @@ def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-class _Comparer(Generic[W, O]):
+class _Comparer(Generic[W, Out]):
     """One comparison in progress."""
 
     def __init__(
         self,
-        run: Callable[[Setting, W], O],
-        observe: Callable[[Setting, O, W], Observation],
+        run: Callable[[Setting, W], Out],
+        observe: Callable[[Setting, Out, W], Observation],
         settings: Sequence[Setting],
         tick: Callable[[], None],
     ) -> None:
@@ -185,7 +184,7 @@ class _Comparer(Generic[W, O]):
         assert full is not None
         return times, full.losses.numel(), len(full.losses)
 
-    def clock(self, setting: Setting, window: W) -> tuple[float, O]:
+    def clock(self, setting: Setting, window: W) -> tuple[float, Out]:
         started = time.perf_counter()
         output = self.run(setting, window)
         seconds = time.perf_counter() - started
@@ -201,8 +200,8 @@ class _Comparer(Generic[W, O]):
 
 
 def compare(
-    run: Callable[[Setting, W], O],
-    observe: Callable[[Setting, O, W], Observation],
+    run: Callable[[Setting, W], Out],
+    observe: Callable[[Setting, Out, W], Observation],
     settings: Sequence[Setting],
     windows: Sequence[W],
     *,

@@ -150,4 +150,5 @@ def run_loop(
 
 def _finite(x: Tensor) -> Tensor:
     """Rows whose entries are all finite, ``(..., D)`` to ``(...)``; one pass, NaN propagates."""
-    return torch.linalg.vector_norm(signals.measured(x), ord=torch.inf, dim=-1) < torch.inf
+    largest: Tensor = torch.linalg.vector_norm(signals.measured(x), ord=torch.inf, dim=-1)
+    return largest < torch.inf

@@ -38,7 +38,9 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
         (entropy, "ce", "cross-entropy (nats per token)"),
     ):
         for name in names:
-            swept = sorted((row for row in rows if row.policy == name and row.tau is not None), key=lambda r: r.tau or 0)
+            swept = sorted(
+                (row for row in rows if row.policy == name and row.tau is not None), key=lambda r: r.tau or 0
+            )
             if swept:
                 axes.plot([r.tau for r in swept], [getattr(r, key) for r in swept], label=name, **styles[name])
         axes.axhline(getattr(rows[0], key), color="0.5", linewidth=1, label="full depth")

@@ -47,7 +47,8 @@ def difference(x: Tensor, x_prev: Tensor) -> Tensor:
 
 def norm(v: Tensor) -> Tensor:
     """L2 norm over the last dimension, ``(..., D)`` to ``(...)``. Of a step: the step norm, [P] Eq. 3."""
-    return torch.linalg.vector_norm(measured(v), dim=-1)
+    size: Tensor = torch.linalg.vector_norm(measured(v), dim=-1)
+    return size
 
 
 def normalized(value: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
@@ -84,9 +85,7 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(measured(logits) / temperature, dim=-1)
 
 
-def kl_divergence(
-    log_p: Tensor, log_p_prev: Tensor, direction: KLDirection = "current_previous"
-) -> Tensor:
+def kl_divergence(log_p: Tensor, log_p_prev: Tensor, direction: KLDirection = "current_previous") -> Tensor:
     """KL divergence in nats between successive predictions, ``(..., V)`` twice to ``(...)``.
 
     ``current_previous`` is ``KL(p_k || p_{k-1})``, [P] Eq. 4; ``previous_current`` is ``KL(p_{k-1} || p_k)``,

@@ -157,7 +157,14 @@ class Trajectory:
             own = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
             statistics = {k.partition("/")[2]: own.pop(k) for k in list(own) if k.startswith("statistics/")}
             regions[name] = RegionTrajectory(
-                **{"states": None, **{k: v for k, v in own.items()}, "statistics": statistics}  # type: ignore[arg-type]
+                recorded=own["recorded"],
+                states=own.get("states"),
+                statistics=statistics,
+                first=own["first"],
+                last=own["last"],
+                steps=own["steps"],
+                outcome=own.get("outcome"),
+                injected=own.get("injected"),
             )
         return cls(regions, metadata)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from haltkit.models.checkpoint import BUNDLED, Checkpoint
+from haltkit.models.data import DataError, windows
+from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from torch import Tensor
 
 import haltkit
 from haltkit.comparison import PAPER_TAUS, Comparison, Observation, Setting, compare, observed_taus
-from haltkit.models.checkpoint import BUNDLED, Checkpoint
-from haltkit.models.data import DataError, windows
-from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.offline import scores
 from haltkit.registry import Spec
 
@@ -61,7 +61,8 @@ def choose_settings(
     """
     depths = sorted({d for d in FIXED_DEPTHS if d < max_loops} | {int(s.get("steps") or 0) for s in specs} - {0})
     settings = [
-        Setting("fixed", f"fixed:steps={loops}", loops=loops) for loops in (max_loops, *(d for d in depths if d != max_loops))
+        Setting("fixed", f"fixed:steps={loops}", loops=loops)
+        for loops in (max_loops, *(d for d in depths if d != max_loops))
     ]
     for spec in specs:
         if spec.name == "fixed":
@@ -105,7 +106,11 @@ def _patience(spec: Spec) -> int:
     from haltkit.registry import policy_class
 
     written = spec.get("patience")
-    return int(written) if written is not None else max(getattr(policy_class(p.name), "patience", 1) for p in spec.parts or (spec,))
+    return (
+        int(written)
+        if written is not None
+        else max(getattr(policy_class(p.name), "patience", 1) for p in spec.parts or (spec,))
+    )
 
 
 @dataclass(frozen=True)
@@ -117,14 +122,14 @@ class _Runner:
     def run(self, setting: Setting, window: Tensor) -> Tensor | AdaptiveOutput:
         inputs = window[:, :-1]
         if setting.loops is not None:  # a fixed depth measures nothing and pays for nothing
-            return self.model(inputs, setting.loops)  # type: ignore[no-any-return]
+            logits: Tensor = self.model(inputs, setting.loops)
+            return logits
         return self.model.forward_adaptive(inputs, setting.spec, max_loops=self.max_loops)
 
     def observe(self, setting: Setting, output: Tensor | AdaptiveOutput, window: Tensor) -> Observation:
-        adaptive = isinstance(output, AdaptiveOutput)
-        logits = (output.logits if adaptive else output).float()
-        losses = F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none")
-        if adaptive:
+        logits = output.logits if isinstance(output, AdaptiveOutput) else output
+        losses = F.cross_entropy(logits.float().transpose(1, 2), window[:, 1:], reduction="none")
+        if isinstance(output, AdaptiveOutput):
             return Observation(logits, losses, output.steps, output.outcome)
         steps = {name: torch.full_like(losses, setting.loops or 0) for name in self.model.regions}
         return Observation(logits, losses, steps, {})
@@ -148,7 +153,7 @@ def compare_checkpoint(
     """
     if batch < 1 or len(sequences) < batch:
         raise ValueError(f"batch={batch} does not fit {len(sequences)} windows of text: lower it or give more text")
-    batches = [part for part in sequences.split(batch) if len(part) == batch]
+    batches = [part for part in torch.split(sequences, batch) if len(part) == batch]
     runner = _Runner(checkpoint.model, max_loops)
     with torch.inference_mode():
         runner.run(settings[0], batches[0])  # warm up before anything is timed

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from haltkit.models.gpt import LoopedGPT
+from torch import Tensor
 
 __all__ = ["fixed_depth_losses"]
 

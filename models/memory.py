@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from haltkit.models.gpt import Noise, Region
+from torch import Tensor
 
 __all__ = ["MaskedMemory", "RegionLoop"]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import tiktoken
-
 from haltkit.models.data import MANIFEST, DataError
 from haltkit.models.files import atomic_path, write_json
 from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer
@@ -223,7 +222,9 @@ def prepare(
         done = manifest["progress"].get(stage, {"documents": 0, "empty": 0})
         documents, empty = done["documents"], done["empty"]
         stream = source.texts(stage, skip=documents)
-        while (max_tokens is None or total < max_tokens) and (batch := list(itertools.islice(stream, _BATCH_DOCUMENTS))):
+        while (max_tokens is None or total < max_tokens) and (
+            batch := list(itertools.islice(stream, _BATCH_DOCUMENTS))
+        ):
             for text, ids in zip(batch, encoding.encode_ordinary_batch(batch, num_threads=2), strict=True):
                 documents += 1
                 if not ids:

@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from haltkit.models.checkpoint import build_model, load_weights, read_tensors, save_checkpoint
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, from_dict, to_dict
 from haltkit.models.data import DataError, TokenData, read_manifest
@@ -31,6 +29,7 @@ from haltkit.models.evaluate import fixed_depth_losses
 from haltkit.models.files import atomic_folder, atomic_path
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.tokenizer import TOKENIZER_FILE
+from torch import Tensor
 
 __all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "learning_rate", "train"]
 
@@ -359,7 +358,7 @@ def _evaluate(run: _Run, held_out: TokenData) -> dict[str, float]:
     device = next(run.model.parameters()).device
     windows = torch.from_numpy(np.stack([held_out.window(int(i)) for i in chosen])).to(device)
     with _autocast(run, device):
-        losses = fixed_depth_losses(run.model, windows.split(train.batch_size), train.eval_loops)
+        losses = fixed_depth_losses(run.model, torch.split(windows, train.batch_size), train.eval_loops)
     return {str(count): loss for count, loss in losses.items()}
 
 

@@ -1,0 +1,60 @@
+# make compare   the main job on the bundled checkpoint        make test   everything CI runs
+# make check     lint and types                                make bench  the benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: compare test check lint types unit bench wheel format clean
+
+compare: $(VENV)/.installed
+	$(BIN)/haltkit compare --policies accel,kl,norm --json haltkit-compare.json --plot haltkit-compare.png
+
+test: check unit wheel
+
+check: lint types
+
+# torch first and pinned: left to itself pip takes the newest build, CUDA and all.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers do not know setuptools' package-dir: show them the tree as it is when installed.
+types: $(VENV)/.installed-dev
+	rm -rf build/tree && mkdir -p build/tree/haltkit
+	ln -s $(CURDIR)/haltkit/* $(CURDIR)/models $(CURDIR)/cli build/tree/haltkit/
+	$(BIN)/mypy build/tree/haltkit
+
+unit: $(VENV)/.installed-dev
+	HYPOTHESIS_PROFILE=$(if $(CI),ci,default) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The wheel must work on its own, in an empty folder, checkpoint and text included.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	cd build/wheel/empty && ../venv/bin/haltkit compare --policies norm --taus 0.1 --tokens 256 --repeats 1 --max-loops 4
+	cd build/wheel/empty && ../venv/bin/python -c "import haltkit, sys; assert 'build/wheel/venv' in haltkit.__file__, haltkit.__file__"
+
+bench: $(VENV)/.installed
+	$(BIN)/python examples/bench_policy_cost.py
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
