@@ -245,7 +245,7 @@ def policy_class(name: str) -> type[Any]:
     )
 
 
-_LEAF = re.compile(r"(?P<name>[\w.-]+(?::[A-Za-z_]\w*(?=:|$))?)(?::(?P<keys>.*))?")
+_NAME = re.compile(r"[\w.-]+(:[A-Za-z_]\w*)?")
 _KEY = re.compile(r"(?P<key>[A-Za-z_]\w*)=(?P<value>[^=:]+)")
 # In a list, what can only go on the spec before it: key=value, perhaps closing one region's spec.
 _CONTINUATION = re.compile(r"[A-Za-z_]\w*=[^=:|()]+(;.*)?")
@@ -268,12 +268,14 @@ def parse_spec(text: str) -> Spec:
             if rest and not rest.startswith(":"):
                 raise ValueError(f"{text!r}: {rest!r} after the closing parenthesis is not ':key=value'")
             return Spec(name, _parse_keys(rest[1:], text) if rest else (), parts)
-    match = _LEAF.fullmatch(text)
-    if match is None:
+    name, colon, keys = text.partition(":")
+    if colon and name not in known_names() and "=" not in keys.partition(":")[0]:  # pkg.mod:Class[:keys]
+        attribute, colon, keys = keys.partition(":")
+        name = f"{name}:{attribute}"
+    if not _NAME.fullmatch(name):
         raise ValueError(f"{text!r} is not a policy spec: write name:key=value,key=value, as in accel:tau=1e-3")
-    keys = match["keys"]
-    policy_class(match["name"])
-    return Spec(match["name"], _parse_keys(keys, text) if keys is not None else ())
+    policy_class(name)
+    return Spec(name, _parse_keys(keys, text) if colon else ())
 
 
 def _parse_keys(text: str, whole: str) -> tuple[tuple[str, str], ...]:

@@ -21,8 +21,8 @@ class Acceleration:
     The paper's policy asks for two hits in a row (Algorithm 1): ``haltkit.policy("accel", tau=...)`` wraps this
     class in :class:`~haltkit.wrappers.Patience` with a count of 2.
 
-    A drift at constant speed has no acceleration and is not converged; an orbit of period one step is. Pair it
-    with ``norm`` (``all(accel:...|norm:...)``) where that matters.
+    A drift at constant speed has no acceleration and is not converged: where that matters, pair it with ``norm``
+    (``all(accel:...|norm:...)``). A state that settles into an orbit keeps accelerating and never halts.
 
     Args:
         tau: threshold in units of the state.

@@ -1,0 +1,121 @@
+"""Signals against plain numpy, closed forms, and how they scale."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from maps import MAPS, Map, rotation
+
+from haltkit import signals
+
+seeds = st.integers(0, 2**31)
+
+
+def states(seed: int, count: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(count, 4, 3, 6, generator=generator, dtype=torch.float64).to(dtype))
+
+
+@given(seeds)
+def test_signals_equal_plain_numpy(seed: int) -> None:
+    a, b, c = states(seed, 3)
+    x0, x1, x2 = (t.numpy() for t in (a, b, c))
+    d1, d2 = x1 - x0, x2 - x1
+    n1, n2 = (np.sqrt((d**2).sum(-1)) for d in (d1, d2))
+    accel = np.sqrt(((d2 - d1) ** 2).sum(-1))
+    t1, t2 = signals.difference(b, a), signals.difference(c, b)
+    np.testing.assert_allclose(signals.norm(t2), n2)
+    np.testing.assert_allclose(signals.acceleration(t2, t1), accel)
+    np.testing.assert_allclose(signals.step_size_change(signals.norm(t2), signals.norm(t1)), abs(n2 - n1))
+    np.testing.assert_allclose(signals.step_angle(t2, t1), (d1 * d2).sum(-1) / (n1 * n2))
+    np.testing.assert_allclose(signals.normalized(signals.norm(t2), signals.norm(b), 0.1), n2 / (np.sqrt((x1**2).sum(-1)) + 0.1))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (x2 / 0.7, x1 / 0.7))
+    log_p, log_q = (signals.log_probabilities(t, 0.7) for t in (c, b))
+    np.testing.assert_allclose(signals.kl_divergence(log_p, log_q), (p * np.log(p / q)).sum(-1), atol=1e-12)
+    np.testing.assert_allclose(
+        signals.kl_divergence(log_p, log_q, "previous_current"), (q * np.log(q / p)).sum(-1), atol=1e-12
+    )
+    norms = torch.stack([signals.norm(t1), signals.norm(t2)])
+    np.testing.assert_allclose(signals.delta_loop_ratio(a - c, norms), np.sqrt(((x0 - x2) ** 2).sum(-1)) / ((n1 + n2) / 2))
+
+
+@pytest.mark.parametrize("case", MAPS, ids=lambda case: case.name)
+def test_synthetic_maps_have_their_closed_form(case: Map) -> None:
+    xs = [case.start]
+    for _ in range(6):
+        xs.append(case.step(xs[-1]))
+    ds = [signals.difference(b, a) for a, b in zip(xs, xs[1:], strict=False)]
+    for k, d in enumerate(ds, 1):
+        assert float(signals.norm(d)[0]) == pytest.approx(case.step_norm(k))
+        if k > 1:
+            assert float(signals.acceleration(d, ds[k - 2])[0]) == pytest.approx(case.acceleration(k), abs=1e-12)
+
+
+@given(st.floats(-0.99, 0.99), st.floats(0.01, 100))
+def test_a_steady_rotation_holds_normalized_acceleration_up(cosine: float, radius: float) -> None:
+    """a = s sqrt(2 - 2c) and a_hat = sqrt(2 - 2c) / 2, however small the steps are."""
+    case = rotation(cosine, radius)
+    x0 = case.start
+    x1 = case.step(x0)
+    d1 = signals.difference(x1, x0)
+    d2 = signals.difference(case.step(x1), x1)
+    a_hat = signals.normalized(signals.acceleration(d2, d1), signals.norm(d2) + signals.norm(d1), 0.0)
+    assert float(a_hat[0]) == pytest.approx(math.sqrt(2 - 2 * cosine) / 2, abs=1e-6)
+    assert float(signals.step_angle(d2, d1)[0]) == pytest.approx(cosine, abs=1e-6)
+
+
+@given(seeds, st.floats(1e-3, 1e3))
+def test_how_signals_scale(seed: int, factor: float) -> None:
+    """Norms, accelerations and speeds scale with the state; ratios and angles do not change."""
+    xs = states(seed, 3)
+
+    def measure(scale: float) -> dict[str, torch.Tensor]:
+        a, b, c = (scale * x for x in xs)
+        d1, d2 = signals.difference(b, a), signals.difference(c, b)
+        n1, n2, accel = signals.norm(d1), signals.norm(d2), signals.acceleration(d2, d1)
+        return {
+            "norm": n2, "accel": accel, "speed": signals.step_size_change(n2, n1),
+            "rel": signals.normalized(n2, signals.norm(b), 0.0),
+            "accel-rel": signals.normalized(accel, n1 + n2, 0.0), "angle": signals.step_angle(d2, d1),
+        }  # fmt: skip
+
+    one, scaled = measure(1.0), measure(factor)
+    for name in ("norm", "accel", "speed"):
+        torch.testing.assert_close(scaled[name], factor * one[name])
+    for name in ("rel", "accel-rel", "angle"):
+        torch.testing.assert_close(scaled[name], one[name])
+
+
+@given(seeds)
+def test_normalized_acceleration_is_at_most_one(seed: int) -> None:
+    a, b, c = states(seed, 3)
+    d1, d2 = signals.difference(b, a), signals.difference(c, b)
+    score = signals.normalized(signals.acceleration(d2, d1), signals.norm(d1) + signals.norm(d2))
+    assert (score <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_measured_in_float32_whatever_the_state_is_in(dtype: torch.dtype) -> None:
+    """In bf16 the sum of squares of 512 ones would stop growing at 256."""
+    x = torch.ones(2, 512, dtype=dtype)
+    d = signals.difference(2 * x, x)
+    assert d.dtype == torch.float32
+    torch.testing.assert_close(signals.norm(d), torch.full((2,), math.sqrt(512)))
+
+
+def test_kl_of_certain_predictions_is_finite_or_infinite_but_never_nan() -> None:
+    sure = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
+    assert signals.kl_divergence(sure, sure).tolist() == [0.0, 0.0]
+    assert signals.kl_divergence(sure, sure.flip(0)).tolist() == [torch.inf, torch.inf]
+    halves = torch.full((2, 2), math.log(0.5))
+    torch.testing.assert_close(signals.kl_divergence(sure, halves), torch.full((2,), math.log(2)))
+
+
+def test_an_undefined_scale_gives_infinity() -> None:
+    value, scale = torch.tensor([1.0, torch.inf]), torch.tensor([torch.inf, torch.inf])
+    assert signals.normalized(value, scale).tolist() == [torch.inf, torch.inf]
