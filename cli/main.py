@@ -13,7 +13,6 @@ from haltkit.cli import compare, policies, prepare, train
 app = typer.Typer(
     name="haltkit",
     help="Decide when a looped model has thought enough.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -28,11 +27,14 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Decide when a looped model has thought enough."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 app.command("compare")(compare.compare)
@@ -44,11 +46,14 @@ app.command("train")(train.train)
 def run() -> None:
     """Console entry point: what a user got wrong is one line on standard error and exit code 2."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        # Every error that haltkit raises for bad input is a ValueError whose message is made to be read.
-        # A traceback for anyone who wants it: python -X dev -m haltkit.cli ...
-        if sys.flags.dev_mode:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # haltkit's own errors for bad input are ValueErrors whose messages are made to be read; a usage error of
+        # the command line knows its message. Anything else is a defect, and its traceback is wanted; as it is
+        # under python -X dev -m haltkit.cli ...
+        message = getattr(error, "format_message", error.__str__)()
+        if sys.flags.dev_mode or not (isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")):
             raise
-        print(f"haltkit: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(f"haltkit: {' '.join(message.split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -15,32 +15,47 @@ def policies() -> None:
     from haltkit import registry
 
     console = Console()
-    table = Table(title="Policies", caption="tau has no default: each model has its own scale; see haltkit compare")
-    for heading, ratio in (("name", 2), ("halts when it is below tau", 6), ("scale", 5), ("keys (defaults)", 5)):
-        table.add_column(heading, ratio=ratio, overflow="fold")
-    for name in registry.known_names():
-        cls = registry.policy_class(name)
-        hints = typing.get_type_hints(cls)
-        keys = []
-        for field in dataclasses.fields(cls):
-            allowed = typing.get_args(hints[field.name])
-            default = "required" if field.default is dataclasses.MISSING else str(field.default)
-            keys.append(f"{field.name} ({default}{'' if not allowed else ' of ' + '|'.join(map(str, allowed))})")
-        if getattr(cls, "patience", 1) != 1:
-            keys.append(f"patience ({cls.patience})")
-        formula = getattr(cls, "formula", "") or (cls.__doc__ or "").strip().split("\n")[0]
-        table.add_row(*(Text(cell) for cell in (name, formula, getattr(cls, "scale", ""), ", ".join(keys))))
-    console.print(table)
 
-    shared = Table(title="Keys that every policy takes (fixed takes none)")
-    shared.add_column("key")
-    shared.add_column("what it does (default)", overflow="fold")
-    for key, meaning in registry.WRAPPER_KEYS.items():
-        shared.add_row(key, Text(meaning))
-    console.print(shared)
-    console.print(
-        Text(
-            "Write name:key=value,key=value; combine as any(a|b) and all(a|b); give each region its own as "
-            "region=spec;region=spec; use a class of your own as pkg.mod:Class."
-        )
+    def listing(title: str, entries: typing.Iterable[tuple[str, typing.Iterable[str]]]) -> None:
+        console.print(Text(title, style="bold"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(no_wrap=True, style="bold cyan")
+        grid.add_column(overflow="fold")
+        for name, lines in entries:
+            for label, line in zip((f"  {name}", "", ""), lines, strict=False):
+                grid.add_row(label, Text(line))
+        console.print(grid)
+        console.print()
+
+    listing("Policies: a row halts when its signal is below tau", ((n, _describe(n)) for n in registry.known_names()))
+    listing(
+        "Keys that every policy takes, fixed excepted",
+        ((key, (meaning,)) for key, meaning in registry.WRAPPER_KEYS.items()),
     )
+    listing(
+        "Combinations, and policies of your own",
+        (
+            ("any(a|b)", ("halts when one of them does",)),
+            ("all(a|b)", ("halts when all do at the same step",)),
+            ("r=a;s=b", ("region r by policy a, region s by policy b",)),
+            ("pkg.mod:Class", ("a frozen dataclass of yours; installed packages may add names of their own",)),
+        ),
+    )
+    console.print(Text("tau has no default, because each model has a scale of its own: haltkit compare finds one."))
+
+
+def _describe(name: str) -> tuple[str, str, str]:
+    """Formula, scale and keys of one policy."""
+    from haltkit import registry
+
+    cls = registry.policy_class(name)
+    hints = typing.get_type_hints(cls)
+    keys = []
+    for field in dataclasses.fields(cls):
+        allowed = "|".join(map(str, typing.get_args(hints[field.name])))
+        default = "required" if field.default is dataclasses.MISSING else str(field.default)
+        keys.append(f"{field.name} ({default}{f', of {allowed}' if allowed else ''})")
+    if getattr(cls, "patience", 1) != 1:
+        keys.append(f"patience ({cls.patience})")
+    formula = getattr(cls, "formula", "") or (cls.__doc__ or "").strip().split("\n")[0]
+    return formula, f"scale: {getattr(cls, 'scale', 'its own')}", f"keys: {', '.join(keys)}"

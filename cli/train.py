@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,15 +55,19 @@ def train(
         run_config = replace(run_config, data=replace(run_config.data, path=str(data)))
     if steps is not None:
         run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
-    with _progress(run_config, console) as (show, _):
-        finished = training.train(run_config, out, resume=resume, on_event=show)
+    try:
+        with _Progress(run_config, console) as show:
+            finished = training.train(run_config, out, resume=resume, on_event=show)
+    except training.TrainingDiverged as error:
+        print(f"haltkit: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if not finished:
         console.print(f"Stopped and saved. Go on with: haltkit train --resume --out {out}", soft_wrap=True)
         raise typer.Exit(STOPPED)
     console.print(f"Done: {out / 'final'} is a checkpoint for haltkit compare --checkpoint", soft_wrap=True)
 
 
-class _progress:
+class _Progress:
     """A progress bar fed by training events; evaluations are printed above it."""
 
     def __init__(self, config: RunConfig, console: Any) -> None:
@@ -78,10 +83,10 @@ class _progress:
             speed_estimate_period=300,
         )
 
-    def __enter__(self) -> tuple[Callable[[Event], None], _progress]:
+    def __enter__(self) -> Callable[[Event], None]:
         self.bar.__enter__()
         self.task = self.bar.add_task("compiling", total=self.max_steps)
-        return self.show, self
+        return self.show
 
     def __exit__(self, *error: Any) -> None:
         self.bar.__exit__(*error)

@@ -39,21 +39,27 @@ class Source:
     column: str = "text"
 
     def open(self, split: str) -> Any:
-        """The split as a streamed dataset."""
+        """The split as a streamed dataset.
+
+        Raises:
+            DataError: it cannot be opened, for whatever reason.
+        """
         import datasets
 
-        if not self.files:
-            try:
-                return datasets.load_dataset(self.name, self.config, split=split, streaming=True)
-            except Exception as error:  # datasets raises many kinds; each means it cannot be opened
-                raise DataError(
-                    f"cannot open dataset {self.name!r} ({type(error).__name__}: {_first_line(error)}); "
-                    "give a dataset on the Hub that this machine can reach, or local files"
-                ) from None
-        paths = dict(self.files)[split]
-        builder = _BUILDERS[Path(paths[0]).suffix]
-        extra = {"sample_by": "document"} if builder == "text" else {}
-        return datasets.load_dataset(builder, data_files={split: list(paths)}, split=split, streaming=True, **extra)
+        keys: dict[str, Any] = {"split": split, "streaming": True}
+        try:
+            if not self.files:
+                return datasets.load_dataset(self.name, self.config, **keys)
+            paths = dict(self.files)[split]
+            builder = _BUILDERS[Path(paths[0]).suffix]
+            if builder == "text":
+                keys["sample_by"] = "document"
+            return datasets.load_dataset(builder, data_files={split: list(paths)}, **keys)
+        except Exception as error:  # datasets and its readers raise many kinds; each means it cannot be opened
+            advice = "" if self.files else "; give a dataset on the Hub that this machine can reach, or local files"
+            raise DataError(
+                f"cannot open {self.name!r} ({type(error).__name__}: {_first_line(error)}){advice}"
+            ) from None
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -26,8 +26,9 @@ from haltkit.models.config import ConfigError, OptimConfig, RunConfig, from_dict
 from haltkit.models.data import DataError, TokenData, read_manifest
 from haltkit.models.draws import TrainingNoise, loop_count
 from haltkit.models.evaluate import fixed_depth_losses
-from haltkit.models.files import atomic_folder, atomic_path
+from haltkit.models.files import atomic_folder, atomic_path, write_json
 from haltkit.models.gpt import LoopedGPT, Region
+from haltkit.models.statistics import loop_statistics
 from haltkit.models.tokenizer import TOKENIZER_FILE
 from torch import Tensor
 
@@ -35,7 +36,10 @@ __all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "learning_rate", "
 
 # What training reports: {"kind": "start" | "step" | "eval" | "checkpoint" | "snapshot" | "end", ...}.
 Event = Mapping[str, Any]
-CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+CONFIG_FILE, LOG_FILE, STATISTICS_FILE = "config.yaml", "log.jsonl", "statistics.json"
+
+
+STATISTICS_WINDOWS = 8
 
 
 class RunError(ValueError):
@@ -297,6 +301,8 @@ def _steps(
             path = run.folder / "snapshots" / f"tokens-{run.tokens:010d}"
             with atomic_folder(path) as partial:
                 _export(run, partial, _evaluate(run, held_out))
+                if run.model.regions:
+                    write_json(partial / STATISTICS_FILE, _statistics(run, held_out))
             emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": path.name})
         if run.step % train.checkpoint_every == 0 or run.step == train.max_steps:
             _save(run)
@@ -350,13 +356,25 @@ def _step(run: _Run, data: TokenData) -> tuple[float, float]:
     return total, grad_norm
 
 
+def _statistics(run: _Run, held_out: TokenData) -> dict[str, Any]:
+    """Reduced loop statistics of the current weights, on a few held-out windows, in float32."""
+    model = build_model(run.config.model)  # a plain one: hooks added to a compiled module do not fire
+    load_weights(model, run.model.state_dict())
+    statistics = loop_statistics(model.eval(), _spread(held_out, STATISTICS_WINDOWS)[:, :-1])
+    return {"tokens_seen": run.tokens, "steps": run.step, **statistics}
+
+
+def _spread(held_out: TokenData, count: int) -> Tensor:
+    """``count`` windows spread evenly over a split, ``(count, T + 1)``."""
+    chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), count)).astype(int)
+    return torch.from_numpy(np.stack([held_out.window(int(i)) for i in chosen]))
+
+
 def _evaluate(run: _Run, held_out: TokenData) -> dict[str, float]:
     """Held-out loss at each of ``eval_loops``, on windows spread evenly over the split."""
     train = run.config.train
-    wanted = min(len(held_out), train.eval_batches * train.batch_size)
-    chosen = np.linspace(0, len(held_out) - 1, wanted).astype(int)
     device = next(run.model.parameters()).device
-    windows = torch.from_numpy(np.stack([held_out.window(int(i)) for i in chosen])).to(device)
+    windows = _spread(held_out, train.eval_batches * train.batch_size).to(device)
     with _autocast(run, device):
         losses = fixed_depth_losses(run.model, torch.split(windows, train.batch_size), train.eval_loops)
     return {str(count): loss for count, loss in losses.items()}

@@ -53,7 +53,9 @@ def test_the_loop_stops_calling_the_body_when_every_row_has_halted() -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("spec", ["norm:tau=1e-3", "accel:tau=1e-3", "kl:tau=1e-6", "accel-rel:tau=1e-3", "fixed:steps=9"])
+@pytest.mark.parametrize(
+    "spec", ["norm:tau=1e-3", "accel:tau=1e-3", "kl:tau=1e-6", "accel-rel:tau=1e-3", "fixed:steps=9"]
+)
 def test_a_row_that_stops_being_finite_is_reported_and_leaves_the_others_alone(poison: float, spec: str) -> None:
     x0 = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = 0

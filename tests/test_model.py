@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from haltkit.models.checkpoint import build_model
+from haltkit.models.config import ConfigError, ModelConfig
+from haltkit.models.draws import STATE_STD, EvaluationNoise, TrainingNoise, loop_count, truncated_normal_
+from haltkit.models.gpt import LoopedGPT, Region
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import haltkit
 from haltkit.loop import Outcome
-from haltkit.models.checkpoint import build_model
-from haltkit.models.config import ConfigError, ModelConfig
-from haltkit.models.draws import STATE_STD, EvaluationNoise, TrainingNoise, loop_count, truncated_normal_
-from haltkit.models.gpt import LoopedGPT, Region
 
 SPECS = [
     "accel:tau=0.05", "norm:tau=0.05", "norm-rel:tau=0.01", "kl:tau=1e-5", "speed:tau=0.02",
@@ -134,7 +134,10 @@ def test_draws_depend_on_their_key_alone() -> None:
     first = loop_count(12, 0.5, **key)
     np.random.default_rng().poisson(3, 100)
     assert loop_count(12, 0.5, **key) == first
-    others = [loop_count(12, 0.5, **{**key, **change}) for change in ({"step": 6}, {"region": "7"}, {"micro_step": 1}, {"seed": 4})]
+    others = [
+        loop_count(12, 0.5, **{**key, **change})
+        for change in ({"step": 6}, {"region": "7"}, {"micro_step": 1}, {"seed": 4})
+    ]
     assert len({first, *others}) > 1
     like = torch.empty(2, 4, 8)
     both = TrainingNoise(0, [7, 9])("4", 0, like)
@@ -252,7 +255,9 @@ def test_masked_execution_equals_a_slow_token_by_token_reference(tiny_model_f64:
     torch.testing.assert_close(fast.logits, logits, rtol=0, atol=1e-10)
 
 
-def test_the_semantics_test_would_notice_recomputed_keys(tiny_model_f64: LoopedGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_semantics_test_would_notice_recomputed_keys(
+    tiny_model_f64: LoopedGPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recomputing a halted token's keys from its last state is another function, and the reference tells."""
     from haltkit.models import memory
 
@@ -264,7 +269,9 @@ def test_the_semantics_test_would_notice_recomputed_keys(tiny_model_f64: LoopedG
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [*SPECS, "norm:tau=0.05,granularity=sequence", "accel:tau=0.1,granularity=sequence,pool=max"])
+@pytest.mark.parametrize(
+    "spec", [*SPECS, "norm:tau=0.05,granularity=sequence", "accel:tau=0.1,granularity=sequence,pool=max"]
+)
 def test_a_sequence_does_not_depend_on_its_batch_or_its_padding(tiny_model_f64: LoopedGPT, spec: str) -> None:
     lengths = [11, 4, 7]
     batch, rows = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.bool)

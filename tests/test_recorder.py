@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from haltkit.models.gpt import LoopedGPT
 from maps import wiggle
 from torch import Tensor, nn
 
 import haltkit
-from haltkit.models.gpt import LoopedGPT
 from haltkit.offline import scores
 from haltkit.recorder import Record, Recorder, RecordingTooLarge
 from haltkit.trajectory import Trajectory, TrajectoryError, delta_loop_ratios
@@ -156,7 +156,10 @@ def test_record_leaves_no_hooks_behind_after_an_exception() -> None:
 
 def test_what_record_refuses() -> None:
     model = Looped()
-    with pytest.raises(ValueError, match="no module 'cor' in Looped; it has: core, head"), haltkit.record(model, ["cor"]):
+    with (
+        pytest.raises(ValueError, match="no module 'cor' in Looped; it has: core, head"),
+        haltkit.record(model, ["cor"]),
+    ):
         pass
     with pytest.raises(ValueError, match="does not say what it loops"), haltkit.record(model):
         pass

@@ -166,4 +166,4 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from pathlib import Path
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    yield
+    return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -33,7 +34,9 @@ def test_signals_equal_plain_numpy(seed: int) -> None:
     np.testing.assert_allclose(signals.acceleration(t2, t1), accel)
     np.testing.assert_allclose(signals.step_size_change(signals.norm(t2), signals.norm(t1)), abs(n2 - n1))
     np.testing.assert_allclose(signals.step_angle(t2, t1), (d1 * d2).sum(-1) / (n1 * n2))
-    np.testing.assert_allclose(signals.normalized(signals.norm(t2), signals.norm(b), 0.1), n2 / (np.sqrt((x1**2).sum(-1)) + 0.1))
+    np.testing.assert_allclose(
+        signals.normalized(signals.norm(t2), signals.norm(b), 0.1), n2 / (np.sqrt((x1**2).sum(-1)) + 0.1)
+    )
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (x2 / 0.7, x1 / 0.7))
     log_p, log_q = (signals.log_probabilities(t, 0.7) for t in (c, b))
     np.testing.assert_allclose(signals.kl_divergence(log_p, log_q), (p * np.log(p / q)).sum(-1), atol=1e-12)
@@ -41,7 +44,9 @@ def test_signals_equal_plain_numpy(seed: int) -> None:
         signals.kl_divergence(log_p, log_q, "previous_current"), (q * np.log(q / p)).sum(-1), atol=1e-12
     )
     norms = torch.stack([signals.norm(t1), signals.norm(t2)])
-    np.testing.assert_allclose(signals.delta_loop_ratio(a - c, norms), np.sqrt(((x0 - x2) ** 2).sum(-1)) / ((n1 + n2) / 2))
+    np.testing.assert_allclose(
+        signals.delta_loop_ratio(a - c, norms), np.sqrt(((x0 - x2) ** 2).sum(-1)) / ((n1 + n2) / 2)
+    )
 
 
 @pytest.mark.parametrize("case", MAPS, ids=lambda case: case.name)
@@ -49,7 +54,7 @@ def test_synthetic_maps_have_their_closed_form(case: Map) -> None:
     xs = [case.start]
     for _ in range(6):
         xs.append(case.step(xs[-1]))
-    ds = [signals.difference(b, a) for a, b in zip(xs, xs[1:], strict=False)]
+    ds = [signals.difference(b, a) for a, b in itertools.pairwise(xs)]
     for k, d in enumerate(ds, 1):
         assert float(signals.norm(d)[0]) == pytest.approx(case.step_norm(k))
         if k > 1:

@@ -1,0 +1,172 @@
+"""The comparison engine on settings whose cost and quality are known."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import haltkit
+from haltkit.comparison import (
+    Comparison,
+    Observation,
+    Row,
+    Setting,
+    compare,
+    findings,
+    observed_taus,
+    sweep_spread,
+    within,
+)
+from haltkit.offline import scores
+from haltkit.plots import plot_comparison
+from haltkit.recorder import Recorder
+
+SETTINGS = [
+    Setting("fixed", "fixed:steps=8", loops=8),
+    Setting("fixed", "fixed:steps=1", loops=1),
+    Setting("norm", "norm:tau=0.1", 0.1),
+]
+COST = {"fixed:steps=8": 0.008, "fixed:steps=1": 0.001, "norm:tau=0.1": 0.003}
+LOSS = {"fixed:steps=8": 2.0, "fixed:steps=1": 2.5, "norm:tau=0.1": 2.003}
+
+
+def run(setting: Setting, window: int) -> str:
+    time.sleep(COST[setting.spec])
+    return setting.spec
+
+
+def observe(setting: Setting, output: str, window: int) -> Observation:
+    """Two sequences of four tokens over three classes; one token in eight of depth 1 has another top token."""
+    logits = torch.tensor([2.0, 1.0, 0.0]).repeat(2, 4, 1)
+    if output == "fixed:steps=1":
+        logits[0, 0] = torch.tensor([1.0, 2.0, 0.0])
+    wobble = torch.tensor([[0.001], [-0.001]]) * (window + 1) * (output == "norm:tau=0.1")
+    losses = torch.full((2, 4), LOSS[output]) + wobble
+    steps = {"4": torch.tensor([[3.0] * 4, [5.0] * 4])} if output == "norm:tau=0.1" else {}
+    outcome = {"4": torch.tensor([[1] * 4, [2] * 4], dtype=torch.int8)} if steps else {}
+    return Observation(logits, losses, steps, outcome)
+
+
+@pytest.fixture(scope="module")
+def result() -> Comparison:
+    return compare(run, observe, SETTINGS, [0, 1, 2], timed=2, repeats=3)
+
+
+def test_quality_is_what_was_observed(result: Comparison) -> None:
+    full, one, norm = result.rows
+    assert (result.tokens, result.sequences, result.timed_tokens) == (24, 6, 16)
+    assert (full.ce, full.delta_ce, full.delta_ce_se, full.agreement, full.kl_to_full) == (2, 0, 0, 1, 0)
+    assert full.ppl == pytest.approx(math.exp(2))
+    assert (one.ce, one.delta_ce) == (2.5, 0.5)
+    assert one.agreement == pytest.approx(7 / 8)
+    p = torch.tensor([2.0, 1.0, 0.0]).softmax(0)
+    q = torch.tensor([1.0, 2.0, 0.0]).softmax(0)
+    assert one.kl_to_full == pytest.approx(float((p * (p / q).log()).sum()) / 8, rel=1e-5)
+    # Deltas of the sequences: 0.003 +- 0.001, 0.002, 0.003.
+    deltas = torch.tensor([0.004, 0.002, 0.005, 0.001, 0.006, 0.0], dtype=torch.float64)
+    assert norm.delta_ce == pytest.approx(0.003, abs=1e-6)
+    assert norm.delta_ce_se == pytest.approx(float(deltas.std()) / math.sqrt(6), rel=1e-3)
+    assert norm.steps == {"4": 4.0}
+    assert norm.outcomes == {"CONVERGED": 0.5, "BUDGET": 0.5, "NONFINITE": 0.0}
+
+
+def test_time_is_wall_clock(result: Comparison) -> None:
+    for row in result.rows:
+        assert len(row.ms_repeats) == 3
+        assert row.ms_per_token >= 1e3 * COST[row.spec] / 8
+        assert row.ms_spread == (min(row.ms_repeats), max(row.ms_repeats))
+    assert result.rows[0].speedup == 1
+    assert result.rows[1].speedup > 2
+
+
+def test_the_conclusion_is_the_frontiers(result: Comparison) -> None:
+    found = {(f.kind, f.level): f for f in findings(result.rows)}
+    norm = found["ce", 0.01]
+    assert norm.policy == "norm"
+    assert norm.best is not None
+    assert norm.fixed is not None
+    assert norm.best.spec == "norm:tau=0.1"
+    assert norm.fixed.spec == "fixed:steps=8"
+    assert norm.verdict == "faster"
+    assert found["ce", 0.001].best is None  # 0.003 above full depth
+    assert found["ce", 0.001].verdict is None
+
+
+def test_a_judgement_needs_two_standard_errors(result: Comparison) -> None:
+    row = result.rows[2]
+
+    def judge(delta: float, se: float) -> str:
+        return within(replace(row, delta_ce=delta, delta_ce_se=se), 0.01)
+
+    assert judge(0.005, 0.0024) == "yes"
+    assert judge(0.005, 0.0026) == "cannot tell"
+    assert judge(0.02, 0.0049) == "no"
+    assert judge(0.02, 0.0051) == "cannot tell"
+    assert judge(-0.5, 0.2) == "yes"
+    assert judge(0.0, math.inf) == "cannot tell"
+    good = replace(row, agreement=0.97, agreement_se=0.009)
+    assert within(good, 0.95, "agreement") == "yes"
+    assert within(good, 0.96, "agreement") == "cannot tell"
+    assert within(good, 0.99, "agreement") == "no"
+
+
+def test_faster_means_in_every_repeat(result: Comparison) -> None:
+    def verdict(mine: tuple[float, ...], fixed: tuple[float, ...]) -> str | None:
+        rows = [
+            replace(result.rows[0], ms_repeats=fixed, ms_per_token=sorted(fixed)[1]),
+            replace(result.rows[0], policy="p", spec="p", ms_repeats=mine, ms_per_token=sorted(mine)[1]),
+        ]
+        return findings(rows)[0].verdict
+
+    assert verdict((1, 1, 1), (2, 2, 2)) == "faster"
+    assert verdict((3, 3, 3), (2, 2, 2)) == "slower"
+    assert verdict((1, 1, 3), (2, 2, 2)) == "no clear difference"
+
+
+def test_spread_over_a_sweep(result: Comparison) -> None:
+    assert sweep_spread(result.rows, "norm") is None
+    rows: list[Row] = [replace(result.rows[2], ce=ce, tau=t) for ce, t in ((2.0, 0.1), (2.4, 1.0), (1.9, 0.01))]
+    assert sweep_spread(rows, "norm") == pytest.approx(0.5)
+
+
+@given(st.sampled_from(["norm", "accel", "norm-rel", "speed"]), st.integers(0, 100))
+def test_observed_thresholds_halt_a_typical_row_at_about_their_target(name: str, seed: int) -> None:
+    x0 = torch.randn(41, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    recorder = Recorder()
+    body = lambda x: 0.7 * x  # noqa: E731
+    haltkit.run_loop(body, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder, name="map")
+    seen = scores(haltkit.policy(name, tau=1), recorder.trajectory["map"])
+    patience = 2 if name == "accel" else 1
+    for target in (4, 6, 10):
+        (tau,) = observed_taus(seen, patience, [target])
+        steps = haltkit.run_loop(body, x0, haltkit.policy(name, tau=tau), max_steps=20).steps
+        if name == "norm-rel":  # a constant 0.3 at every step: any threshold above it halts at once
+            assert int(steps.median()) == 1
+        else:
+            assert int(steps.median()) == target
+
+
+def test_observed_thresholds_leave_out_what_was_not_observed() -> None:
+    assert observed_taus(torch.full((5, 3), math.inf)) == []
+    assert observed_taus(torch.zeros(5, 3)) == []
+    assert observed_taus(torch.ones(3, 3), 1, [4]) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_plot_is_drawn(result: Comparison, tmp_path: Path, suffix: str) -> None:
+    plot_comparison(result.rows, tmp_path / f"p.{suffix}", "title")
+    assert (tmp_path / f"p.{suffix}").stat().st_size > 5000
+
+
+def test_what_compare_refuses() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        compare(run, observe, [], [0])
+    with pytest.raises(ValueError, match="at least one"):
+        compare(run, observe, SETTINGS, [])

@@ -1,0 +1,20 @@
+"""Every example runs as its docstring says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {"bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"]}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_example(path: Path) -> None:
+    command = [sys.executable, "-W", "error", str(path), *ARGUMENTS.get(path.name, [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
