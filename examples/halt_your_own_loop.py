@@ -27,7 +27,7 @@ class Refiner(nn.Module):
 def main() -> None:
     torch.manual_seed(0)
     body, e = Refiner(), torch.randn(2, 6, 32)  # two sequences of six tokens
-    for spec in ("fixed:steps=32", "norm:tau=1e-2", "accel:tau=1e-2", "accel:tau=1e-2,granularity=sequence"):
+    for spec in ("fixed:steps=32", "norm:tau=1e-1", "accel:tau=1e-2", "accel:tau=1e-2,granularity=sequence"):
         result = haltkit.run_loop(lambda x: body(x, e), torch.zeros_like(e), haltkit.policy(spec), max_steps=32)
         outcomes = sorted({haltkit.Outcome(int(o)).name for o in result.outcome.flatten()})
         print(f"{spec:36} steps {result.steps.tolist()}  {', '.join(outcomes)}")

@@ -40,7 +40,7 @@ PAPER_TAUS = (1e-5, 1e-4, 1e-3, 1e-2)
 CE_LEVELS = (0.001, 0.01, 0.05)
 AGREEMENT_LEVELS = (0.95, 0.99)
 # Steps at which thresholds picked from observed scores should stop a typical row.
-TARGET_STEPS = (4, 6, 10)
+TARGET_STEPS = (3, 4, 6, 10)
 
 W = TypeVar("W")
 Out = TypeVar("Out")
