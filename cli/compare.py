@@ -64,10 +64,10 @@ def compare(
     _writable(plot_path, ("png", "svg", "pdf"))
 
     import torch
-    from haltkit.models import comparing
-    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
     from haltkit.comparison import findings
+    from haltkit.models import comparing
+    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
     level = granularity or "sequence"
     specs = [
@@ -108,7 +108,6 @@ def compare(
         console.print(f"measurements: {json_path}", soft_wrap=True, highlight=False)
     if plot_path is not None:
         from haltkit.models.files import atomic_path
-
         from haltkit.plots import plot_comparison
 
         with atomic_path(plot_path) as partial:

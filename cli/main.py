@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import typer
+
 from haltkit.cli import compare, policies, prepare, train
 
 app = typer.Typer(

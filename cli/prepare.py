@@ -37,9 +37,10 @@ def prepare(
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 16_000_000,
 ) -> None:
     """Tokenize text into memory-mapped shards. Run it again to resume after an interruption."""
-    from haltkit.models import prepare as preparing
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from haltkit.models import prepare as preparing
 
     if train_tokenizer is not None and tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer} contradicts --train-tokenizer {train_tokenizer}: give one of them")

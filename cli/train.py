@@ -36,9 +36,10 @@ def train(
     anneal_steps: Annotated[int, typer.Option(min=1, help="Length of the anneal.")] = 500,
 ) -> None:
     """Train the bundled model. Ctrl-C saves; --resume goes on bit for bit as if never interrupted."""
+    from rich.console import Console
+
     from haltkit.models import train as training
     from haltkit.models.config import load_config
-    from rich.console import Console
 
     console = Console()
     if anneal_from is not None:

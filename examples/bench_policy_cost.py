@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from haltkit.models.gpt import Block
 
 import haltkit
+from haltkit.models.gpt import Block
 from haltkit.protocol import LoopStep
 
 SPECS = ["norm:tau=1e-9", "norm-rel:tau=1e-9", "accel:tau=1e-9", "accel-rel:tau=1e-9", "speed:tau=1e-9", "kl:tau=1e-12"]

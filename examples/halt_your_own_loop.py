@@ -1,6 +1,6 @@
 """A Universal-Transformer style loop of your own, halted token by token.
 
-    python examples/halt_your_own_loop.py
+python examples/halt_your_own_loop.py
 """
 
 from __future__ import annotations

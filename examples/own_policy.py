@@ -1,7 +1,7 @@
 """A policy of your own, used everywhere a built-in one is.
 
-    python examples/own_policy.py
-    haltkit compare --policies examples.own_policy:Cosine,norm    (from the repository's root)
+python examples/own_policy.py
+haltkit compare --policies examples.own_policy:Cosine,norm    (from the repository's root)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Record the bundled model's loops, look at their geometry, and judge policies without running it again.
 
-    python examples/record_a_trajectory.py
+python examples/record_a_trajectory.py
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from typing import Any
 
 import tiktoken
 import torch
+from torch import Tensor
+
 from haltkit.models.config import ConfigError, ModelConfig, from_dict, to_dict
 from haltkit.models.files import write_json
 from haltkit.models.gpt import LoopedGPT
 from haltkit.models.tokenizer import TOKENIZER_FILE, load_tokenizer
-from torch import Tensor
 
 __all__ = [
     "BUNDLED",

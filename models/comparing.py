@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from haltkit.models.checkpoint import BUNDLED, Checkpoint
-from haltkit.models.data import DataError, windows
-from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from torch import Tensor
 
 import haltkit
 from haltkit.comparison import PAPER_TAUS, Comparison, Observation, Setting, compare, observed_taus
+from haltkit.models.checkpoint import BUNDLED, Checkpoint
+from haltkit.models.data import DataError, windows
+from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.offline import scores
 from haltkit.registry import Spec
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from haltkit.models.gpt import LoopedGPT
 from torch import Tensor
+
+from haltkit.models.gpt import LoopedGPT
 
 __all__ = ["fixed_depth_losses"]
 

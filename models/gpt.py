@@ -17,11 +17,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from haltkit.models.config import region_span
-from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from torch import Tensor, nn
 
 from haltkit.loop import Keep, LoopObserver, run_loop
+from haltkit.models.config import region_span
+from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from haltkit.protocol import HaltingPolicy
 
 __all__ = ["AdaptiveOutput", "Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
@@ -390,7 +390,6 @@ class LoopedGPT(nn.Module):
             ValueError: a bad spec, or a mapping that does not name exactly the model's regions.
         """
         from haltkit.models.memory import RegionLoop
-
         from haltkit.registry import policy_for_regions
 
         policies = policy_for_regions(policy, list(self.regions))

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from haltkit.models.gpt import Noise, Region
 from torch import Tensor
+
+from haltkit.models.gpt import Noise, Region
 
 __all__ = ["MaskedMemory", "RegionLoop"]
 

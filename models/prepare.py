@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+
 from haltkit.models.data import MANIFEST, DataError
 from haltkit.models.files import atomic_path, write_json
 from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer

@@ -6,11 +6,11 @@ import itertools
 from typing import Any
 
 import torch
-from haltkit.models.gpt import LoopedGPT
 from torch import Tensor
 
 import haltkit
 from haltkit import signals
+from haltkit.models.gpt import LoopedGPT
 from haltkit.trajectory import RegionTrajectory, delta_loop_ratios
 
 __all__ = ["loop_statistics"]

@@ -105,8 +105,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> tiktok
     Raises:
         TokenizerError: ``vocab_size`` under 257, or a text too short to yield that many tokens.
     """
-    from haltkit.models.files import atomic_path
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from haltkit.models.files import atomic_path
 
     if vocab_size < 257:
         raise TokenizerError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and the end-of-text token")

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from haltkit.models.checkpoint import build_model, load_weights, read_tensors, save_checkpoint
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, from_dict, to_dict
 from haltkit.models.data import DataError, TokenData, read_manifest
@@ -30,7 +32,6 @@ from haltkit.models.files import atomic_folder, atomic_path, write_json
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.statistics import loop_statistics
 from haltkit.models.tokenizer import TOKENIZER_FILE
-from torch import Tensor
 
 __all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "learning_rate", "train"]
 

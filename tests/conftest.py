@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
 from haltkit.models.checkpoint import build_model
 from haltkit.models.config import ModelConfig, load_config
 from haltkit.models.gpt import LoopedGPT
 from haltkit.models.prepare import prepare, resolve_source
-from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.register_profile(

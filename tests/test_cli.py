@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from haltkit.cli import main as entry
 from haltkit.models.checkpoint import BUNDLED
 

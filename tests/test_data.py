@@ -14,13 +14,14 @@ import pytest
 import tiktoken
 import torch
 from conftest import write_documents
+from hypothesis import given
+from hypothesis import strategies as st
+
 from haltkit.models import prepare as preparing
 from haltkit.models.data import MANIFEST, DataError, TokenData, windows
 from haltkit.models.files import atomic_folder, atomic_path
 from haltkit.models.prepare import prepare, resolve_source
 from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, TokenizerError, load_tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(st.text())

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from haltkit.models.checkpoint import build_model
-from haltkit.models.config import ConfigError, ModelConfig
-from haltkit.models.draws import STATE_STD, EvaluationNoise, TrainingNoise, loop_count, truncated_normal_
-from haltkit.models.gpt import LoopedGPT, Region
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import haltkit
 from haltkit.loop import Outcome
+from haltkit.models.checkpoint import build_model
+from haltkit.models.config import ConfigError, ModelConfig
+from haltkit.models.draws import STATE_STD, EvaluationNoise, TrainingNoise, loop_count, truncated_normal_
+from haltkit.models.gpt import LoopedGPT, Region
 
 SPECS = [
     "accel:tau=0.05", "norm:tau=0.05", "norm-rel:tau=0.01", "kl:tau=1e-5", "speed:tau=0.02",

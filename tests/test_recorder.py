@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from haltkit.models.gpt import LoopedGPT
 from maps import wiggle
 from torch import Tensor, nn
 
 import haltkit
+from haltkit.models.gpt import LoopedGPT
 from haltkit.offline import scores
 from haltkit.recorder import Record, Recorder, RecordingTooLarge
 from haltkit.trajectory import Trajectory, TrajectoryError, delta_loop_ratios

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from haltkit.models import train as training
 from haltkit.models.checkpoint import BUNDLED, CheckpointError, load_checkpoint, load_weights, read_tensors
 from haltkit.models.config import CONFIG_DIR, ConfigError, OptimConfig, RunConfig, load_config
