@@ -17,7 +17,7 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout
 
-__all__ = ["Keep", "LoopBody", "LoopObserver", "LoopResult", "Outcome", "run_loop"]
+__all__ = ["Keep", "LoopBody", "LoopObserver", "LoopResult", "LoopRun", "Outcome", "run_loop"]
 
 Keep = Literal["current", "previous"]
 
@@ -70,6 +70,78 @@ class LoopResult:
     outcome: Tensor
 
 
+class LoopRun:
+    """A loop in progress, told of one new state at a time by whoever applies the body.
+
+    :func:`run_loop` is the plain way to drive one; a model that runs its own loop drives it from outside. It owns
+    what is decided about each row: the policy's state, the budget's count, freezing, and rows that stop being finite.
+
+    Attributes:
+        x: the state of every row, ``(..., D)``: the newest of a live row, the last of one that has halted.
+        k: steps taken.
+        live: rows still running, ``(...)`` bool.
+        running: how many they are.
+    """
+
+    def __init__(
+        self,
+        policy: HaltingPolicy[Any],
+        x0: Tensor,
+        *,
+        readout: Readout | None = None,
+        rows: Tensor | None = None,
+        keep: Keep = "current",
+        observer: LoopObserver | None = None,
+        name: str = "loop",
+    ) -> None:
+        shape = x0.shape[:-1]
+        if keep not in ("current", "previous"):
+            raise ValueError(f"keep={keep!r}: allowed are 'current' and 'previous'")
+        if rows is not None and rows.shape != shape:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; the state's rows are {tuple(shape)}")
+        self.policy, self.readout, self.keep, self.observer, self.name = policy, readout, keep, observer, name
+        self.x, self.k = x0, 0
+        self.live = torch.ones(shape, dtype=torch.bool, device=x0.device) if rows is None else rows.bool().clone()
+        self.running = int(self.live.sum())
+        self._steps = torch.zeros(shape, dtype=torch.int64, device=x0.device)
+        self._outcome = torch.full(shape, Outcome.ABSENT, dtype=torch.int8, device=x0.device)
+        self._state = policy.init(x0)
+        if observer is not None:
+            observer.begin(name, x0)
+
+    def advance(self, new: Tensor) -> Tensor:
+        """Take the body's output for step ``k + 1``, judge it, and return the state of every row.
+
+        Raises:
+            ValueError: the state's shape has changed.
+        """
+        if new.shape != self.x.shape:
+            raise ValueError(f"the body turned a state of shape {tuple(self.x.shape)} into {tuple(new.shape)}")
+        self.k += 1
+        self._steps = torch.where(self.live, self.k, self._steps)
+        finite = self.live & _finite(new)
+        self._outcome = torch.where(self.live & ~finite, Outcome.NONFINITE, self._outcome)
+        step = LoopStep(self.k, new, self.x, finite, self.readout)
+        self._state, verdict = self.policy.update(self._state, step)
+        halted = finite & verdict.halt
+        self._outcome = torch.where(halted, Outcome.CONVERGED, self._outcome)
+        took = finite & ~halted if self.keep == "previous" and self.k > 1 else finite
+        self.live = finite & ~halted
+        self.running = int(self.live.sum())
+        # With every row still running the new state is the state: no copy.
+        self.x = new if self.running == self.live.numel() else torch.where(took.unsqueeze(-1), new, self.x)
+        if self.observer is not None:
+            self.observer.step(self.name, self.k, self.x)
+        return self.x
+
+    def finish(self) -> LoopResult:
+        """Close the loop: rows that are still live have run out of budget."""
+        outcome = torch.where(self.live, Outcome.BUDGET, self._outcome).to(torch.int8)
+        if self.observer is not None:
+            self.observer.end(self.name, self._steps, outcome)
+        return LoopResult(self.x, self._steps, outcome)
+
+
 @dataclass(frozen=True)
 class _RowWise:
     function: Callable[[Tensor], Tensor]
@@ -110,42 +182,11 @@ def run_loop(
     """
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
-    if keep not in ("current", "previous"):
-        raise ValueError(f"keep={keep!r}: allowed are 'current' and 'previous'")
-    shape = x0.shape[:-1]
-    if rows is not None and rows.shape != shape:
-        raise ValueError(f"rows has shape {tuple(rows.shape)}; the state's rows are {tuple(shape)}")
     looped = body if isinstance(body, LoopBody) else _RowWise(body)
-
-    live = torch.ones(shape, dtype=torch.bool, device=x0.device) if rows is None else rows.bool().clone()
-    steps = torch.zeros(shape, dtype=torch.int64, device=x0.device)
-    outcome = torch.full(shape, Outcome.ABSENT, dtype=torch.int8, device=x0.device)
-    x, state, running = x0, policy.init(x0), int(live.sum())
-    if observer is not None:
-        observer.begin(name, x0)
-    for k in range(1, max_steps + 1):
-        if not running:
-            break
-        new = looped.step(x, k, live)
-        if new.shape != x.shape:
-            raise ValueError(f"the body turned a state of shape {tuple(x.shape)} into {tuple(new.shape)}")
-        steps = torch.where(live, k, steps)
-        finite = live & _finite(new)
-        outcome = torch.where(live & ~finite, Outcome.NONFINITE, outcome)
-        state, verdict = policy.update(state, LoopStep(k, new, x, finite, readout))
-        halted = finite & verdict.halt
-        outcome = torch.where(halted, Outcome.CONVERGED, outcome)
-        took = finite & ~halted if keep == "previous" and k > 1 else finite
-        live = finite & ~halted
-        running = int(live.sum())
-        # With every row still running the new state is the state: no copy.
-        x = new if running == live.numel() else torch.where(took.unsqueeze(-1), new, x)
-        if observer is not None:
-            observer.step(name, k, x)
-    outcome = torch.where(live, Outcome.BUDGET, outcome).to(torch.int8)
-    if observer is not None:
-        observer.end(name, steps, outcome)
-    return LoopResult(x, steps, outcome)
+    run = LoopRun(policy, x0, readout=readout, rows=rows, keep=keep, observer=observer, name=name)
+    while run.running and run.k < max_steps:
+        run.advance(looped.step(run.x, run.k + 1, run.live))
+    return run.finish()
 
 
 def _finite(x: Tensor) -> Tensor:
