@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,third-party]'
+	$(PIP) --no-deps open-mythos
 	touch $@
 
 lint: $(VENV)/.installed-dev

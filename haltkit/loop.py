@@ -81,6 +81,7 @@ class LoopRun:
         k: steps taken.
         live: rows still running, ``(...)`` bool.
         running: how many they are.
+        took: rows that took the newest state, ``(...)`` bool; the others kept theirs.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class LoopRun:
         self.x, self.k = x0, 0
         self.live = torch.ones(shape, dtype=torch.bool, device=x0.device) if rows is None else rows.bool().clone()
         self.running = int(self.live.sum())
+        self.took = self.live
         self._steps = torch.zeros(shape, dtype=torch.int64, device=x0.device)
         self._outcome = torch.full(shape, Outcome.ABSENT, dtype=torch.int8, device=x0.device)
         self._state = policy.init(x0)
@@ -125,11 +127,11 @@ class LoopRun:
         self._state, verdict = self.policy.update(self._state, step)
         halted = finite & verdict.halt
         self._outcome = torch.where(halted, Outcome.CONVERGED, self._outcome)
-        took = finite & ~halted if self.keep == "previous" and self.k > 1 else finite
+        self.took = finite & ~halted if self.keep == "previous" and self.k > 1 else finite
         self.live = finite & ~halted
         self.running = int(self.live.sum())
         # With every row still running the new state is the state: no copy.
-        self.x = new if self.running == self.live.numel() else torch.where(took.unsqueeze(-1), new, self.x)
+        self.x = new if self.running == self.live.numel() else torch.where(self.took.unsqueeze(-1), new, self.x)
         if self.observer is not None:
             self.observer.step(self.name, self.k, self.x)
         return self.x

@@ -20,6 +20,7 @@ LAYERS = [
     {"registry"},
     {"trajectory"},
     {"recorder", "offline"},
+    {"attachment"},
     {"comparison"},
     {"plots"},
 ]

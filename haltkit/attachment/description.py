@@ -1,0 +1,157 @@
+"""What a loop in somebody else's model looks like, as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, UnknownModule
+
+__all__ = ["Action", "Initial", "Loop", "find_module"]
+
+Action = Literal["replay", "zero", "identity"]
+# From the positional and keyword arguments of the body's first call to x_0.
+Initial = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop, described by the modules that it calls.
+
+    Args:
+        body: dotted paths of the modules that one iteration calls, in call order, including those called after the
+            state (an exit head). A module called several times an iteration is named once. Everything that carries
+            the loop's state from one iteration to the next must pass through them.
+        state: the module whose output is the state ``x_k``; the last of ``body`` if None.
+        select: from that module's output to the state; None takes a tensor as it is, the first entry of a tuple or
+            of a dataclass.
+        put: from (output, new state) to the output that carries it; only needed with ``select``.
+        initial: where ``x_0`` is: the position or name of an argument of the first module's first call, a function
+            of its arguments and keyword arguments, or None if it cannot be had (``d_1`` is then not defined).
+        period: outputs of the state module that make one iteration, the last of which is ``x_k``.
+        scope: ``"module"`` or ``"module:method"``: entering it starts a new loop.
+        reset_on: modules of an enclosing loop whose call ends this loop, so that the next one is new.
+        on_halt: what a body module gives after the halt. ``replay`` (the default): its output of the last complete
+            iteration. ``zero``: zeros, for what is accumulated over iterations. ``identity``: its own input.
+        carry: (body module, position of an argument) where the state enters the next iteration, for the drift check
+            of ``verify``; by default every tensor argument of ``body[0]``. Needed where those change for another
+            reason, such as a loop-index embedding.
+    """
+
+    body: Sequence[str]
+    state: str | None = None
+    select: Callable[[Any], Tensor] | None = None
+    put: Callable[[Any, Tensor], Any] | None = None
+    initial: int | str | Initial | None = 0
+    period: int = 1
+    scope: str = ""
+    reset_on: Sequence[str] = ()
+    on_halt: Mapping[str, Action] = field(default_factory=dict)
+    carry: tuple[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.body, str) or not self.body:
+            raise ValueError(f"body={self.body!r}: a list of module paths is expected, in call order")
+        object.__setattr__(self, "body", tuple(self.body))
+        object.__setattr__(
+            self, "reset_on", (self.reset_on,) if isinstance(self.reset_on, str) else tuple(self.reset_on)
+        )
+        if len(set(self.body)) != len(self.body):
+            raise ValueError(f"body={list(self.body)}: name each module once, also one that is called several times")
+        if self.state_module not in self.body:
+            raise ValueError(f"state={self.state!r} is not one of the body's modules: {', '.join(self.body)}")
+        if self.period < 1:
+            raise ValueError(f"period={self.period}: it must be at least 1")
+        if (self.select is None) != (self.put is None):
+            raise ValueError("select and put belong together: one takes the state out of the output, one puts it back")
+        if self.carry is not None and self.carry[0] not in self.body:
+            raise ValueError(f"carry names {self.carry[0]!r}, which is not one of the body's modules")
+        for name, action in self.on_halt.items():
+            if name not in self.body:
+                raise ValueError(f"on_halt names {name!r}, which is not one of the body's modules")
+            if action not in ("replay", "zero", "identity"):
+                raise ValueError(f"on_halt={action!r} for {name!r}: allowed are replay, zero, identity")
+
+    @property
+    def state_module(self) -> str:
+        """The path of the module whose output is the state."""
+        return self.body[-1] if self.state is None else self.state
+
+    @property
+    def scope_module(self) -> str:
+        return self.scope.partition(":")[0]
+
+    @property
+    def scope_method(self) -> str:
+        return self.scope.partition(":")[2] or "forward"
+
+    def state_of(self, output: Any) -> Tensor:
+        """The state inside the state module's output."""
+        if self.select is not None:
+            return self.select(output)
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return output[0]
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            first = getattr(output, dataclasses.fields(output)[0].name)
+            if isinstance(first, Tensor):
+                return first
+        raise AttachError(
+            f"the output of {self.state_module!r} is a {type(output).__name__}, in which the state is not obvious: "
+            "say select=, from the output to the state, and put=, from (output, state) to the output"
+        )
+
+    def with_state(self, output: Any, x: Tensor) -> Any:
+        """The output with another state in it, of the same type."""
+        if self.put is not None:
+            return self.put(output, x)
+        if isinstance(output, Tensor):
+            return x
+        if isinstance(output, tuple):
+            parts = (x, *output[1:])
+            return type(output)(*parts) if hasattr(output, "_fields") else parts
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: x})
+
+    def initial_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """``x_0``, from the arguments of the first body call."""
+        if self.initial is None:
+            return None
+        if callable(self.initial):
+            return self.initial(args, kwargs)
+        found: Any = None
+        if isinstance(self.initial, str):
+            found = kwargs.get(self.initial)
+        elif self.initial < len(args):
+            found = args[self.initial]
+        if not isinstance(found, Tensor):
+            raise AttachError(
+                f"argument {self.initial!r} of {self.body[0]!r} is not a tensor, so it is not x_0: say initial=, the "
+                "argument's position or name, a function of the arguments, or None if x_0 cannot be had"
+            )
+        return found
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; ``""`` is the model.
+
+    Raises:
+        UnknownModule: none there; what is there instead is listed.
+        ScriptModuleUnsupported: it is scripted.
+    """
+    module = model
+    for part in path.split(".") if path else []:
+        children = dict(module.named_children())
+        if part not in children:
+            known = ", ".join(children) or "none"
+            raise UnknownModule(f"no module {path!r} in {type(model).__name__}: {part!r} is not one of {known}")
+        module = children[part]
+    import torch
+
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ScriptModuleUnsupported(f"{path!r} is a scripted module: attach to the model before scripting it")
+    return module

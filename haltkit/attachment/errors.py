@@ -1,0 +1,76 @@
+"""What attaching refuses, each with its own type: a wrong answer would otherwise go unnoticed."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyAttached",
+    "AttachError",
+    "BodyOutsideScope",
+    "DetachOrder",
+    "GlueDrift",
+    "GradientLost",
+    "KVDepthMismatch",
+    "MutatedOutput",
+    "ReentrantCheckpoint",
+    "ScriptModuleUnsupported",
+    "StateShapeChanged",
+    "TapeMismatch",
+    "UnknownModule",
+    "VaryingInput",
+]
+
+
+class AttachError(RuntimeError):
+    """The loop cannot be halted as described; the message says what to change."""
+
+
+class UnknownModule(AttachError):
+    """A path in the description names no module (or no method) of the model."""
+
+
+class AlreadyAttached(AttachError):
+    """Another session already halts the loop with this state module."""
+
+
+class DetachOrder(AttachError):
+    """A session was detached while one that was attached later still wraps the same module."""
+
+
+class BodyOutsideScope(AttachError):
+    """The body ran, but never inside a call of the scope: nothing was observed."""
+
+
+class TapeMismatch(AttachError):
+    """After the halt the model called other body modules than in its last complete iteration."""
+
+
+class GlueDrift(AttachError):
+    """After the halt the body's input went on changing: state is carried outside the described modules."""
+
+
+class MutatedOutput(AttachError):
+    """The model changed a recorded output in place, so it cannot be given again."""
+
+
+class StateShapeChanged(AttachError):
+    """The state's shape changed inside one loop."""
+
+
+class VaryingInput(AttachError):
+    """Each iteration consumes new input: a recurrence over a sequence, not over depth."""
+
+
+class KVDepthMismatch(AttachError):
+    """A KV cache was filled to another depth by an earlier call: later tokens would miss keys and values."""
+
+
+class GradientLost(AttachError):
+    """An output recorded without gradients would be given again where gradients are wanted."""
+
+
+class ReentrantCheckpoint(AttachError):
+    """Reentrant activation checkpointing recomputes the body outside the loop: its gradients would be wrong."""
+
+
+class ScriptModuleUnsupported(AttachError):
+    """A scripted module's forward cannot be overridden."""

@@ -1,0 +1,198 @@
+"""One pass through a foreign loop: what was recorded of it, and what it gives after the halt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltkit.attachment.description import Loop
+from haltkit.attachment.errors import GradientLost, MutatedOutput, StateShapeChanged, TapeMismatch
+from haltkit.loop import LoopRun
+
+__all__ = ["Frame"]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors directly inside an output."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, list)):
+        return [t for part in output for t in _tensors(part)]
+    if isinstance(output, dict):
+        return [t for part in output.values() for t in _tensors(part)]
+    return [t for t in vars(output).values() if isinstance(t, Tensor)] if hasattr(output, "__dict__") else []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """Apply a function to the tensors of an output, keeping its structure."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, tuple):
+        parts = [map_tensors(function, part) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    if isinstance(output, list):
+        return [map_tensors(function, part) for part in output]
+    if isinstance(output, dict):
+        return type(output)(**{k: map_tensors(function, v) for k, v in output.items()})
+    return output
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One body call of an iteration."""
+
+    name: str
+    output: Any
+    versions: tuple[int, ...] | None  # None: inference tensors have none, so the tape holds a copy of its own
+    grad_enabled: bool
+
+    @classmethod
+    def of(cls, name: str, output: Any) -> _Recorded:
+        tensors = _tensors(output)
+        if any(t.is_inference() for t in tensors):
+            return cls(name, map_tensors(torch.clone, output), None, torch.is_grad_enabled())
+        return cls(name, output, tuple(t._version for t in tensors), torch.is_grad_enabled())
+
+    def again(self, allow_grad: bool) -> Any:
+        """The output once more.
+
+        Raises:
+            MutatedOutput: the model has changed it in place.
+            GradientLost: it was made without gradients, and now they are wanted.
+        """
+        if self.versions is None:
+            return map_tensors(torch.clone, self.output)
+        if self.versions != tuple(t._version for t in _tensors(self.output)):
+            raise MutatedOutput(
+                f"the model changes the output of {self.name!r} in place (such as h += ...), so it cannot be given "
+                "again after the halt: make that operation out of place, or describe the loop by other modules"
+            )
+        if torch.is_grad_enabled() and not self.grad_enabled and not allow_grad:
+            raise GradientLost(
+                f"{self.name!r} ran under no_grad before the halt and would be replayed where gradients are on: the "
+                "loop would train nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
+            )
+        return self.output
+
+
+class Frame:
+    """A loop in progress inside one call of the scope.
+
+    An iteration begins with the first call of ``body[0]`` after the state has come ``period`` times. A halt takes
+    effect there, so that modules called after the state in the same iteration still run.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        start: Callable[[Tensor], LoopRun],
+        judging: Callable[[], AbstractContextManager[None]],
+        *,
+        allow_grad: bool,
+        check_glue: bool,
+    ) -> None:
+        self.loop, self._start, self._judging = loop, start, judging
+        self.allow_grad, self.check_glue = allow_grad, check_glue
+        self.run: LoopRun | None = None
+        self.halted = False
+        self.computed = self.skipped = 0  # iterations
+        self.inputs: list[list[Tensor]] = []  # where the state enters, while replaying, if glue is being checked
+        self._tape: list[_Recorded] = []
+        self._last: list[_Recorded] = []
+        self._position = 0
+        self._outputs = 0
+        self._ended = True
+        self._x0: Tensor | None = None
+        self._kept: Tensor | None = None  # the state handed on, with its graph
+        self._stopped: Tensor | None = None  # rows that had halted when this iteration began
+
+    def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A body module is called: run it, or give its output of the last complete iteration."""
+        if self._ended and name == self.loop.body[0]:
+            self._begin(args, kwargs)
+        if self.halted:
+            return self._replay(name, args, kwargs)
+        output = forward(*args, **kwargs)
+        if self.loop.on_halt.get(name) == "zero" and self._stopped is not None:
+            output = map_tensors(self._without_stopped, output)
+        if name == self.loop.state_module:
+            self._outputs += 1
+            if self._outputs == self.loop.period:
+                output = self._judge(output)
+                self._ended = True
+        self._tape.append(_Recorded.of(name, output))
+        return output
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._ended, self._outputs = False, 0
+        if self.halted:
+            return
+        self._last, self._tape = self._tape, []
+        if self.run is None:
+            self._x0 = self.loop.initial_state(args, kwargs)
+        elif self.run.running == 0:
+            self.halted, self._position = True, 0
+        elif self.run.running < self.run.live.numel():
+            self._stopped = ~self.run.live
+
+    def _judge(self, output: Any) -> Any:
+        x = self.loop.state_of(output)
+        if self.run is None:
+            # Without an x_0 the first step is not defined: an infinite one makes every signal of it +inf.
+            start = torch.full_like(x, torch.inf) if self._x0 is None else self._x0.detach()
+            if start.shape != x.shape:
+                raise StateShapeChanged(
+                    f"x_0, taken from the first call of {self.loop.body[0]!r}, is {tuple(start.shape)}, and the state "
+                    f"{tuple(x.shape)}: say initial=, or None if x_0 cannot be had"
+                )
+            self.run = self._start(start)
+            self._kept = None if self._x0 is None else self._x0
+        elif x.shape != self.run.x.shape:
+            raise StateShapeChanged(
+                f"the state was {tuple(self.run.x.shape)} and became {tuple(x.shape)} inside one loop: if rows are "
+                "dropped there, let the scope be what is called once a round"
+            )
+        with torch.no_grad(), self._judging():
+            self.run.advance(x.detach())
+        self.computed += 1
+        if self._kept is None or bool(self.run.took.all()):
+            self._kept = x
+            return output
+        # Rows that have halted keep the state itself, graph and all, not what was measured of it.
+        self._kept = torch.where(self.run.took.unsqueeze(-1), x, self._kept)
+        return self.loop.with_state(output, self._kept)
+
+    def _watch(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        carry = self.loop.carry
+        if name == (carry[0] if carry else self.loop.body[0]) and len(self.inputs) == self.skipped:
+            watched = (args[carry[1]],) if carry else (*args, *kwargs.values())
+            self.inputs.append([t.detach().clone() for value in watched for t in _tensors(value)])
+
+    def _without_stopped(self, output: Tensor) -> Tensor:
+        assert self._stopped is not None
+        mask = self._stopped
+        return output.masked_fill(mask.view(*mask.shape, *[1] * (output.ndim - mask.ndim)), 0)
+
+    def _replay(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.check_glue:
+            self._watch(name, args, kwargs)
+        entry = self._last[self._position]
+        if entry.name != name:
+            raise TapeMismatch(
+                f"after the halt the model called {name!r} where its last iteration called {entry.name!r}: the body is "
+                "not the same modules in the same order each time. Name in body= all that one iteration calls"
+            )
+        self._position = (self._position + 1) % len(self._last)
+        if self._position == 0:
+            self._ended = True
+            self.skipped += 1
+        action = self.loop.on_halt.get(name, "replay")
+        if action == "identity":
+            return args[0] if args else next(iter(kwargs.values()))
+        output = entry.again(self.allow_grad)
+        return map_tensors(torch.zeros_like, output) if action == "zero" else output

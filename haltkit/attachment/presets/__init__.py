@@ -1,0 +1,44 @@
+"""Descriptions of loops in public models, found by the model's class name; one model family a file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from haltkit.attachment.errors import AttachError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from haltkit.attachment.description import Loop
+    from haltkit.protocol import Readout
+
+__all__ = ["PRESETS", "preset_for"]
+
+# Class name to the module here whose describe(model, name) gives the loop and a readout, if the model has one.
+PRESETS = {
+    "AlbertModel": "albert",
+    "AlbertForMaskedLM": "albert",
+    "HrmTextModel": "hrm_text",
+    "HrmTextForCausalLM": "hrm_text",
+    "TinyRecursiveModel": "tiny_recursive_model",
+    "OpenMythos": "open_mythos",
+    "RavenForCausalLM": "huginn",
+}
+
+
+def preset_for(model: nn.Module, readout: Readout | None) -> tuple[Loop, Readout | None]:
+    """The description of a model of a known class, and its readout unless one is given.
+
+    Raises:
+        AttachError: the class is not known; how to describe its loop is said.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in PRESETS:
+            module = importlib.import_module(f"haltkit.attachment.presets.{PRESETS[cls.__name__]}")
+            loop, found = module.describe(model)
+            return loop, readout or found
+    raise AttachError(
+        f"there is no preset for {type(model).__name__}: describe its loop by body=[paths of the modules that one "
+        "iteration calls], which haltkit.discover(model, run) proposes"
+    )

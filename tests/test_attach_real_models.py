@@ -1,0 +1,213 @@
+"""The presets against the real third-party models, with tiny random weights: exact at every k."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import haltkit
+from haltkit.attachment.description import Loop
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's packages warn as they like
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, how it is run, how it is run with k loops, and how many it runs by itself."""
+
+    model: Any
+    run: Callable[[], Tensor]
+    run_at: Callable[[int], Tensor]
+    loops: int
+    loop: Loop | None = None  # None: found by the preset
+
+
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
+IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def with_config(config: Any, run: Callable[[], Tensor], **values: int) -> Tensor:
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        return run()
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def albert() -> Target:
+    needs("transformers")
+    from transformers import AlbertConfig, AlbertModel
+
+    config = AlbertConfig(
+        vocab_size=50,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
+    model = AlbertModel(config).eval()
+    run = lambda: model(IDS).last_hidden_state  # noqa: E731
+    return Target(model, run, lambda k: with_config(model.config, run, num_hidden_layers=k), 8)
+
+
+def hrm_model() -> Any:
+    needs("transformers")
+    pytest.importorskip("transformers.models.hrm_text", reason="this transformers has no HRM-text")
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    config = HrmTextConfig(
+        vocab_size=50, hidden_size=32, num_layers_per_stack=1, num_attention_heads=4, intermediate_size=64,
+        H_cycles=4, L_cycles=3,
+    )  # fmt: skip
+    return HrmTextForCausalLM(config).eval()
+
+
+def hrm_outer() -> Target:
+    model = hrm_model()
+    run = lambda: model(IDS, use_cache=False).logits  # noqa: E731
+    return Target(model, run, lambda k: with_config(model.config, run, H_cycles=k), 4)
+
+
+def hrm_inner() -> Target:
+    from haltkit.attachment.presets.hrm_text import describe_inner
+
+    model = hrm_model()
+    run = lambda: model(IDS, use_cache=False).logits  # noqa: E731
+    return Target(model, run, lambda k: with_config(model.config, run, L_cycles=k), 3, describe_inner(model)[0])
+
+
+def tiny_recursive() -> Target:
+    needs("tiny_recursive_model")
+    from tiny_recursive_model import MLPMixer1D, TinyRecursiveModel
+
+    model: Any = TinyRecursiveModel(
+        dim=16, num_tokens=50, network=MLPMixer1D(dim=16, depth=1, seq_len=7), num_refinement_blocks=5,
+        num_latent_refinements=3,
+    ).eval()  # fmt: skip
+    start = model.get_initial()
+    run = lambda: model(IDS, *start)[2]  # noqa: E731
+    return Target(model, run, lambda k: with_config(model, run, num_refinement_blocks=k), 5)
+
+
+def mythos() -> Target:
+    needs("open_mythos")
+    from open_mythos.main import MythosConfig, OpenMythos
+
+    config = MythosConfig(
+        vocab_size=50, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=32, max_loop_iters=6, prelude_layers=1, coda_layers=1,
+        attn_type="gqa", n_experts=2, n_shared_experts=1, n_experts_per_tok=1, expert_dim=32, lora_rank=4,
+        act_threshold=100.0,  # its own ACT never ends the loop
+    )  # fmt: skip
+    model = OpenMythos(config).eval()
+    return Target(model, lambda: model(IDS, n_loops=6), lambda k: model(IDS, n_loops=k), 6)
+
+
+def bundled_region() -> Target:
+    from haltkit.models.checkpoint import build_model
+    from haltkit.models.config import load_config
+
+    model = build_model(load_config("tiny").model).eval()
+    loops = {"2": 7, "3-4": 3}
+    return Target(
+        model, lambda: model(IDS, loops), lambda k: model(IDS, {**loops, "2": k}), 7, Loop(("layers.2.body",))
+    )
+
+
+TARGETS = [albert, hrm_outer, hrm_inner, tiny_recursive, mythos, bundled_region]
+
+
+@pytest.fixture(params=TARGETS, ids=lambda build: build.__name__)
+def target(request: pytest.FixtureRequest) -> Target:
+    torch.manual_seed(0)
+    built: Target = request.param()
+    return built
+
+
+@torch.no_grad()
+def test_a_halt_at_every_k_equals_the_model_run_with_k_loops(target: Target) -> None:
+    for k in range(1, target.loops):
+        with haltkit.attach(target.model, f"fixed:steps={k}", target.loop) as session:
+            out = target.run()
+        assert torch.equal(out, target.run_at(k)), k
+        assert session.skipped > 0
+        assert session.steps.eq(k).all()
+        with haltkit.attach(target.model, "norm:tau=1", target.loop) as session:
+            report = session.verify(target.run, k, target.run_at)
+        assert report.neutral == 0
+        assert report.halted == 0
+
+
+@torch.no_grad()
+def test_a_threshold_halts_where_the_recorded_states_say(target: Target) -> None:
+    """Batch granularity: the depth at which the pooled score of the model's own states falls below tau."""
+    from haltkit.offline import scores
+    from haltkit.recorder import Recorder
+
+    recorder = Recorder()
+    with haltkit.attach(target.model, "fixed:steps=1000", target.loop, observer=recorder):
+        target.run()
+    (region,) = recorder.trajectory.regions.values()
+    policy = haltkit.policy("norm:tau=1e-9,granularity=batch")
+    seen = scores(policy, region).flatten(1)[:, 0].nan_to_num(torch.inf)
+    order = seen.sort().values
+    tau = float(order[len(order) // 2]) * 1.001
+    first = next(k for k, value in enumerate(seen.tolist(), 1) if value < tau)
+    with haltkit.attach(target.model, f"norm:tau={tau!r},granularity=batch", target.loop) as session:
+        out = target.run()
+    if (first < target.loops and target.loop is None) or (target.loop is not None and not target.loop.reset_on):
+        assert session.steps.eq(first).all()
+        assert torch.equal(out, target.run_at(first))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_nested_loops_in_either_order(outer_first: bool) -> None:
+    from haltkit.attachment.presets.hrm_text import describe_inner
+
+    torch.manual_seed(0)
+    model = hrm_model()
+    run = lambda: model(IDS, use_cache=False).logits  # noqa: E731
+    expected = with_config(model.config, run, H_cycles=2, L_cycles=2)
+    kinds: list[Loop | None] = [None, describe_inner(model)[0]]
+    first, second = kinds if outer_first else kinds[::-1]
+    with haltkit.attach(model, "fixed:steps=2", first), haltkit.attach(model, "fixed:steps=2", second):
+        assert torch.equal(run(), expected)
+
+
+@torch.no_grad()
+def test_generate_with_a_cache_while_attached() -> None:
+    """Same depth for every token: exact; varying depth: refused."""
+    from haltkit.attachment.errors import KVDepthMismatch
+
+    torch.manual_seed(0)
+    model = hrm_model()
+    keys: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    expected = with_config(model.config, lambda: model.generate(IDS, **keys), H_cycles=2)
+    with haltkit.attach(model, "fixed:steps=2"):
+        assert torch.equal(model.generate(IDS, **keys), expected)
+    depth = iter([2, 3, 1, 2, 3])
+
+    class Moody:
+        def init(self, x0: Tensor) -> int:
+            return next(depth)
+
+        def update(self, state: int, step: haltkit.LoopStep) -> tuple[int, haltkit.Verdict]:
+            score = torch.full_like(step.x[..., 0], float(step.k < state))
+            return state, haltkit.Verdict(score, score < 0.5)
+
+    with pytest.raises(KVDepthMismatch, match="KV cache"), haltkit.attach(model, Moody()):
+        model.generate(IDS, **keys)
