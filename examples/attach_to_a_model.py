@@ -1,6 +1,6 @@
 """Halt the loop inside a model without editing it: discover, attach, verify.
 
-    python examples/attach_to_a_model.py
+python examples/attach_to_a_model.py
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
 
     print(haltkit.discover(model, lambda: model(tokens)), end="\n\n")
 
-    with haltkit.attach(model, "norm:tau=0.5,granularity=batch", body=["layer"]) as session:
+    with haltkit.attach(model, "norm-rel:tau=0.1,granularity=batch", body=["layer"]) as session:
         print(session.verify(lambda: model(tokens), 6, lambda k: model(tokens, k)), end="\n\n")
         model(tokens)
         print(session.summary())

@@ -554,15 +554,23 @@ def test_a_kv_cache_is_not_left_at_varying_depth(x: Tensor) -> None:
 @torch.no_grad()
 def test_the_session_says_what_came_of_it(model: Refiner, x: Tensor) -> None:
     with haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session:
-        assert "no loop has run" in session.summary()
-        with pytest.raises(ValueError, match="no loop has run"):
-            _ = session.steps
+        session.verify(lambda: model(x), 3)
+        assert "no loop has run" in session.summary()  # a check is not a use
         model(x)
         model(x)
     text = session.summary()
     assert "CONVERGED" in text
     assert "computed" in text
     assert sum(int(line.split()[2]) for line in text.splitlines() if "rows" in line) == 2 * x[..., 0].numel()
+
+
+@torch.no_grad()
+def test_a_session_in_which_nothing_ran_has_no_steps(model: Refiner) -> None:
+    with (
+        haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session,
+        pytest.raises(ValueError, match="no loop has run"),
+    ):
+        _ = session.steps
 
 
 @torch.no_grad()

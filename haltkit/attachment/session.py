@@ -334,13 +334,15 @@ class Session:
 
     @contextmanager
     def using(self, policy: HaltingPolicy[Any], check_glue: bool = False) -> Any:
-        """Judge by another policy for a while."""
+        """Judge by another policy for a while; what it does does not count in the session's summary."""
         before = self.policy, self._check_glue
+        counted = self._histogram.copy(), self._outcomes.copy(), self.computed, self.skipped
         self.policy, self._check_glue = policy, check_glue
         try:
             yield
         finally:
             self.policy, self._check_glue = before
+            self._histogram, self._outcomes, self.computed, self.skipped = counted
 
 
 class _Scoped:
