@@ -82,6 +82,7 @@ class LoopRun:
         live: rows still running, ``(...)`` bool.
         running: how many they are.
         took: rows that took the newest state, ``(...)`` bool; the others kept theirs.
+        all_took: every row did.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class LoopRun:
         self.x, self.k = x0, 0
         self.live = torch.ones(shape, dtype=torch.bool, device=x0.device) if rows is None else rows.bool().clone()
         self.running = int(self.live.sum())
-        self.took = self.live
+        self.took, self.all_took = self.live, True
         self._steps = torch.zeros(shape, dtype=torch.int64, device=x0.device)
         self._outcome = torch.full(shape, Outcome.ABSENT, dtype=torch.int8, device=x0.device)
         self._state = policy.init(x0)
@@ -120,28 +121,35 @@ class LoopRun:
         if new.shape != self.x.shape:
             raise ValueError(f"the body turned a state of shape {tuple(self.x.shape)} into {tuple(new.shape)}")
         self.k += 1
-        self._steps = torch.where(self.live, self.k, self._steps)
-        finite = self.live & _finite(new)
-        self._outcome = torch.where(self.live & ~finite, Outcome.NONFINITE, self._outcome)
-        step = LoopStep(self.k, new, self.x, finite, self.readout)
+        finite = _finite(new)
+        live = self.live & finite
+        step = LoopStep(self.k, new, self.x, live, self.readout)
         self._state, verdict = self.policy.update(self._state, step)
-        halted = finite & verdict.halt
-        self._outcome = torch.where(halted, Outcome.CONVERGED, self._outcome)
-        self.took = finite & ~halted if self.keep == "previous" and self.k > 1 else finite
-        self.live = finite & ~halted
-        self.running = int(self.live.sum())
-        # With every row still running the new state is the state: no copy.
-        self.x = new if self.running == self.live.numel() else torch.where(self.took.unsqueeze(-1), new, self.x)
+        going = live & ~verdict.halt
+        running = int(going.sum())
+        if running == self.running:  # nobody stopped: there is nothing to note
+            took, self.all_took = going, running == going.numel()
+        else:
+            stopped = self.live & ~going
+            self._steps = torch.where(stopped, self.k, self._steps)
+            self._outcome = torch.where(stopped, Outcome.CONVERGED, self._outcome)
+            self._outcome = torch.where(self.live & ~finite, Outcome.NONFINITE, self._outcome)
+            took = going if self.keep == "previous" and self.k > 1 else live
+            self.live, self.running, self.all_took = going, running, bool(took.all())
+        self.took = took
+        # Where every row takes the new state, it is the state: no copy.
+        self.x = new if self.all_took else torch.where(took.unsqueeze(-1), new, self.x)
         if self.observer is not None:
             self.observer.step(self.name, self.k, self.x)
         return self.x
 
     def finish(self) -> LoopResult:
         """Close the loop: rows that are still live have run out of budget."""
+        steps = torch.where(self.live, self.k, self._steps)
         outcome = torch.where(self.live, Outcome.BUDGET, self._outcome).to(torch.int8)
         if self.observer is not None:
-            self.observer.end(self.name, self._steps, outcome)
-        return LoopResult(self.x, self._steps, outcome)
+            self.observer.end(self.name, steps, outcome)
+        return LoopResult(self.x, steps, outcome)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Frame:
         with torch.no_grad(), self._judging():
             self.run.advance(x.detach())
         self.computed += 1
-        if self._kept is None or bool(self.run.took.all()):
+        if self._kept is None or self.run.all_took:
             self._kept = x
             return output
         # Rows that have halted keep the state itself, graph and all, not what was measured of it.
