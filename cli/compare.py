@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,8 @@ def compare(
     thresholds = _thresholds(taus)
     _writable(json_path)
     _writable(plot_path, ("png", "svg", "pdf"))
+    if json_path is not None and plot_path is not None and json_path.resolve() == plot_path.resolve():
+        raise ValueError(f"--json and --plot name the same file, {str(json_path)!r}")
 
     import torch
 
@@ -69,17 +72,11 @@ def compare(
     from haltkit.models import comparing
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
-    level = granularity or "sequence"
-    specs = [
-        spec if not spec.takes("granularity") or (granularity is None and spec.get("granularity") is not None)
-        else spec.with_key("granularity", level)
-        for spec in specs
-    ]  # fmt: skip
     loaded = load_checkpoint(checkpoint or BUNDLED)
     if not loaded.model.regions:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
     windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)
-    settings = comparing.choose_settings(loaded, specs, thresholds, max_loops, windows[:2])
+    settings = comparing.choose_settings(loaded, specs, thresholds, max_loops, windows[:2], granularity)
 
     console = _console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -113,7 +110,7 @@ def compare(
         with atomic_path(plot_path) as partial:
             plot_comparison(
                 result.rows, partial, f"{about['model']} checkpoint, {result.tokens:,} tokens of {about['text']}",
-                plot_path.suffix[1:],
+                plot_path.suffix[1:].lower(),
             )  # fmt: skip
         console.print(f"plot: {plot_path}", soft_wrap=True, highlight=False)
 
@@ -124,7 +121,7 @@ def _console() -> Console:
 
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=130)
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _thresholds(taus: str) -> str | list[float]:
@@ -150,7 +147,11 @@ def _writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
         raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise ValueError(f"cannot write {str(path)!r}: it is a folder")
-    if suffixes and path.suffix[1:] not in suffixes:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot write {str(path)!r}: it is not a regular file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"cannot write {str(path)!r}: permission denied")
+    if suffixes and path.suffix[1:].lower() not in suffixes:
         raise ValueError(f"cannot draw {str(path)!r}: the name must end in .{', .'.join(suffixes)}")
 
 
@@ -170,17 +171,23 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     from haltkit.comparison import within
 
     wide = console.width >= 110
+    dropped: tuple[str, ...] = () if wide else ("PPL", "KL to full", "halted", "within 0.01")
+    if console.width < 80:
+        dropped += ("CE", "agree")
     table = Table(
         title=f"{about['model']} checkpoint, {result.tokens:,} tokens of {about['text']}, batch {about['batch']}, "
         f"{about['device']}, {about['dtype']}",
-        caption="time: median of the repeats, wall clock; delta: cross-entropy above full depth with its standard "
-        "error; agree: top token as at full depth; steps: mean by region",
+        caption="ms/token: median of the repeats and half their range, wall clock; delta: cross-entropy above full "
+        "depth with its standard error; agree: top token as at full depth; steps: mean by region; halted: by the "
+        "policy, not by the budget",
         box=None, pad_edge=False, padding=(0, 1),
     )  # fmt: skip
-    table.add_column("setting", overflow="fold")
-    headings = ("CE", "PPL", "delta (nats)", "KL to full", "agree", "steps", "ms/token", "speed", "within 0.01")
+    table.add_column("setting", overflow="fold", min_width=16)
+    headings = (
+        "CE", "PPL", "delta (nats)", "KL to full", "agree", "steps", "halted", "ms/token", "speed", "within 0.01",
+    )  # fmt: skip
     for heading in headings:
-        if wide or heading not in ("PPL", "KL to full", "within 0.01"):
+        if heading not in dropped:
             table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in result.rows:
@@ -189,18 +196,20 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
             table.add_row()
         previous = row.policy
         se = f"{row.delta_ce_se:.4f}" if math.isfinite(row.delta_ce_se) else "?"
-        table.add_row(
-            Text(_label(row)),
-            f"{row.ce:.4f}",
-            *((f"{row.ppl:.1f}",) if wide else ()),
-            f"{row.delta_ce:+.4f} ±{se}" if wide else f"{row.delta_ce:+.4f}",
-            *((f"{row.kl_to_full:.1e}",) if wide else ()),
-            f"{row.agreement:.1%}",
-            " ".join(f"{row.steps[name]:.1f}" for name in regions),
-            f"{row.ms_per_token:.3f}",
-            f"{row.speedup:.2f}x",
-            *((within(row, 0.01),) if wide else ()),
-        )
+        spread = (row.ms_spread[1] - row.ms_spread[0]) / 2
+        cells = {
+            "CE": f"{row.ce:.4f}",
+            "PPL": f"{row.ppl:.1f}",
+            "delta (nats)": f"{row.delta_ce:+.4f} ±{se}" if wide else f"{row.delta_ce:+.4f}",
+            "KL to full": f"{row.kl_to_full:.1e}",
+            "agree": f"{row.agreement:.1%}",
+            "steps": " ".join(f"{row.steps[name]:.1f}" for name in regions),
+            "halted": f"{row.outcomes['CONVERGED']:.0%}" if row.outcomes else "",
+            "ms/token": f"{row.ms_per_token:.3f} ±{spread:.3f}" if wide else f"{row.ms_per_token:.3f}",
+            "speed": f"{row.speedup:.2f}x",
+            "within 0.01": within(row, 0.01),
+        }
+        table.add_row(Text(_label(row)), *(cells[heading] for heading in headings if heading not in dropped))
     console.print(table)
 
 
@@ -223,13 +232,15 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
     def say(line: str = "") -> None:
         console.print(Text(line), soft_wrap=False)
 
-    if any("granularity=sequence" in row.spec or "granularity=batch" in row.spec for row in result.rows):
+    if not all(row.causal for row in result.rows):
         say()
         say(
             "Non-causal: policies here decide for a whole sequence or batch, so when a token stops depends on later "
             "ones. Their quality is not what decoding token by token would give."
         )
     say()
+    if not found:
+        return
     say("Conclusion, from the frontier (fastest setting of at least this quality, against the best fixed depth)")
     level = None
     for finding in found:
@@ -246,12 +257,14 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
         else:
             say(f"    {_cost(finding.best)}{f', {finding.verdict}' if finding.verdict else ''}")
     spreads = {name: sweep_spread(result.rows, name) for name in dict.fromkeys(f.policy for f in found)}
-    say("Cross-entropy, greatest minus least over a policy's thresholds (how much tuning it needs):")
-    say("  " + ", ".join(f"{name} {spread:.4f}" for name, spread in spreads.items() if spread is not None))
+    swept = [f"{name} {spread:.4f}" for name, spread in spreads.items() if spread is not None]
+    if swept:
+        say("Cross-entropy, greatest minus least over a policy's thresholds (how much tuning it needs):")
+        say("  " + ", ".join(swept))
     winners = [f.best for f in found if f.kind == "ce" and f.level == 0.01 and f.best is not None]
+    good = [f for f in found if f.kind == "ce" and f.level == 0.01]
+    if good and good[0].fixed is not None and all(f.verdict in (None, "slower") for f in good):
+        say(f"Within 0.01 nats a fixed depth serves best here: {good[0].fixed.spec}")
     if winners:
         winner = min(winners, key=lambda row: row.ms_per_token)
-        fixed = next(f.fixed for f in found if f.kind == "ce" and f.level == 0.01)
-        if fixed is not None and fixed.ms_per_token < winner.ms_per_token:
-            say(f"Within 0.01 nats a fixed depth serves best here: {fixed.spec}")
-        say(f"Fastest policy within 0.01 nats, ready to paste: {winner.spec}")
+        console.print(Text(f"Fastest policy within 0.01 nats, ready to paste: {winner.spec}"), soft_wrap=True)

@@ -45,7 +45,7 @@ def train(
     if anneal_from is not None:
         if config is not None or resume or steps is not None:
             raise ValueError("--anneal-from takes its config from the run: leave out CONFIG, --resume and --steps")
-        run_config, resume = training.anneal(anneal_from, out, anneal_steps), True
+        run_config, resume = training.anneal(anneal_from, out, anneal_steps, data), True
     elif config is not None:
         run_config = load_config(config)
     elif resume:

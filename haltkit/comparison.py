@@ -49,12 +49,16 @@ Judgement = Literal["yes", "no", "cannot tell"]
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of a comparison: a policy at one threshold, or a fixed depth."""
+    """One line of a comparison: a policy at one threshold, or a fixed depth.
+
+    ``policy`` names the sweep that it belongs to; ``causal`` says that no row's depth depends on later rows.
+    """
 
     policy: str
     spec: str
     tau: float | None = None
     loops: int | None = None
+    causal: bool = True
 
 
 class Observation(NamedTuple):
@@ -84,7 +88,8 @@ class Row:
         ms_spread: least and greatest of the repeats.
         ms_repeats: every repeat, in order; repeat ``i`` of all settings ran side by side.
         speedup: full depth's median time over this one's.
-        outcomes: share of (region, token) loops that ended so.
+        outcomes: share of (region, token) loops that ended so; empty for a fixed depth, which nothing ends.
+        causal: no row's depth depends on later rows.
     """
 
     policy: str
@@ -103,6 +108,7 @@ class Row:
     ms_repeats: tuple[float, ...]
     speedup: float
     outcomes: dict[str, float]
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -268,6 +274,7 @@ def _row(setting: Setting, sums: _Sums, full_time: float, timed_tokens: int) -> 
         ms_repeats=repeats,
         speedup=full_time / statistics.median(sums.times),
         outcomes={name: count / loops for name, count in sums.outcomes.items()} if loops else {},
+        causal=setting.causal,
     )
 
 
@@ -280,7 +287,7 @@ def within(row: Row, level: float, kind: Literal["ce", "agreement"] = "ce") -> J
         margin, se = level - row.delta_ce, row.delta_ce_se
     else:
         margin, se = row.agreement - level, row.agreement_se
-    if row.delta_ce_se == 0 and row.agreement == 1:  # identical to full depth
+    if row.delta_ce == 0 and row.kl_to_full == 0 and row.agreement == 1:  # identical to full depth
         return "yes"
     if margin >= 2 * se:
         return "yes"
@@ -291,8 +298,8 @@ def within(row: Row, level: float, kind: Literal["ce", "agreement"] = "ce") -> J
 class Finding:
     """One policy at one quality: its fastest setting, the fastest fixed depth, and which is faster.
 
-    ``verdict`` is "faster" or "slower" only if every repeat agrees; None where one of the two has no setting of
-    this quality.
+    ``verdict`` is "faster" or "slower" only if all of two or more repeats agree; None where one of the two has no
+    setting of this quality.
     """
 
     policy: str
@@ -327,9 +334,9 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def _faster(row: Row, other: Row) -> Literal["faster", "slower", "no clear difference"]:
     ratios = [a / b for a, b in zip(row.ms_repeats, other.ms_repeats, strict=True)]
-    if max(ratios) < 1:
-        return "faster"
-    return "slower" if min(ratios) > 1 else "no clear difference"
+    if len(ratios) < 2 or min(ratios) <= 1 <= max(ratios):
+        return "no clear difference"
+    return "faster" if ratios[0] < 1 else "slower"
 
 
 def sweep_spread(rows: Iterable[Row], policy: str) -> float | None:

@@ -140,7 +140,9 @@ class LoopRun:
         # Where every row takes the new state, it is the state: no copy.
         self.x = new if self.all_took else torch.where(took.unsqueeze(-1), new, self.x)
         if self.observer is not None:
-            self.observer.step(self.name, self.k, self.x)
+            # A row that halts now did reach the new state, whichever one it hands on.
+            seen = self.x if self.keep == "current" else torch.where(live.unsqueeze(-1), new, self.x)
+            self.observer.step(self.name, self.k, seen)
         return self.x
 
     def finish(self) -> LoopResult:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haltkit.loop import Keep, LoopResult, run_loop
+from haltkit.loop import Keep, LoopResult, Outcome, run_loop
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
 from haltkit.trajectory import RegionTrajectory, TrajectoryError
 
@@ -25,7 +25,8 @@ class _Tape:
 
 def _states(trajectory: RegionTrajectory) -> Tensor:
     states = trajectory._consecutive_states()
-    if trajectory.outcome is not None and bool((trajectory.steps < trajectory.max_steps).any()):
+    early = trajectory.steps < trajectory.max_steps
+    if trajectory.outcome is not None and bool((early & (trajectory.outcome != Outcome.ABSENT)).any()):
         raise TrajectoryError(
             "some rows of this recording halted early, so their later states are unknown: record at a fixed depth"
         )
@@ -53,7 +54,8 @@ def replay(
         TrajectoryError: the recording holds no states, skips steps, or was itself cut short by a policy.
     """
     states = _states(trajectory)
-    return run_loop(_Tape(states), states[0], policy, max_steps=len(states) - 1, readout=readout, keep=keep)
+    rows = None if trajectory.outcome is None else trajectory.outcome != Outcome.ABSENT
+    return run_loop(_Tape(states), states[0], policy, max_steps=len(states) - 1, readout=readout, rows=rows, keep=keep)
 
 
 def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:

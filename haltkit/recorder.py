@@ -137,6 +137,10 @@ class Recorder:
             region.steps = None if steps is None else steps.detach().cpu()
             region.outcome = None if outcome is None else outcome.detach().cpu()
 
+    def newest(self, name: str) -> Tensor:
+        """The newest state of a loop in progress."""
+        return self._regions[name].x
+
     def inject(self, name: str, x: Tensor) -> None:
         """What enters the region's first layer at its first step."""
         region = self._regions.get(name)
@@ -225,6 +229,12 @@ def record(
             raise ValueError(
                 f"module {paths[name]!r} must take the state as its first argument and return the next one, a tensor "
                 "of the same shape"
+            )
+        if counts.get(name) and not torch.equal(x_prev.detach().to("cpu"), recorder.newest(name)):
+            raise ValueError(
+                f"{paths[name]!r} was given another state than it returned: its loop began anew without a call of "
+                f"{type(model).__name__}, or something changes the state in between. Record a model halted by haltkit "
+                "through observer=, and others by the module whose call is one pass"
             )
         counts[name] = counts.get(name, 0) + 1
         if counts[name] == 1:

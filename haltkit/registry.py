@@ -114,7 +114,7 @@ class Spec:
         if written is None:
             keys = (*self.keys, (key, str(value)))
             return replace(self, keys=tuple(sorted(keys, key=lambda item: item[0] in WRAPPER_KEYS)))  # own keys first
-        if written != str(value):
+        if written != str(value) and not _same_number(written, value):
             raise ValueError(f"{str(self)!r} says {key}={written}, which contradicts {key}={value}: drop one of them")
         return self
 
@@ -228,7 +228,7 @@ def policy_class(name: str) -> type[Any]:
         module, _, attribute = name.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
             raise ValueError(f"policy {name!r} cannot be loaded: {error}") from None
         if not isinstance(found, type):
             raise ValueError(f"policy {name!r} is not a class")
@@ -245,10 +245,17 @@ def policy_class(name: str) -> type[Any]:
     )
 
 
+def _same_number(written: str, value: object) -> bool:
+    try:
+        return float(written) == float(str(value))
+    except ValueError:
+        return False
+
+
 _NAME = re.compile(r"[\w.-]+(:[A-Za-z_]\w*)?")
 _KEY = re.compile(r"(?P<key>[A-Za-z_]\w*)=(?P<value>[^=:]+)")
 # In a list, what can only go on the spec before it: key=value, perhaps closing one region's spec.
-_CONTINUATION = re.compile(r"[A-Za-z_]\w*=[^=:|()]+(;.*)?")
+_CONTINUATION = re.compile(r"[A-Za-z_]\w*=[^=:|()]+")
 
 
 def parse_spec(text: str) -> Spec:
@@ -269,7 +276,7 @@ def parse_spec(text: str) -> Spec:
                 raise ValueError(f"{text!r}: {rest!r} after the closing parenthesis is not ':key=value'")
             return Spec(name, _parse_keys(rest[1:], text) if rest else (), parts)
     name, colon, keys = text.partition(":")
-    if colon and name not in known_names() and "=" not in keys.partition(":")[0]:  # pkg.mod:Class[:keys]
+    if colon and name not in BUILTIN and "=" not in keys.partition(":")[0]:  # pkg.mod:Class[:keys]
         attribute, colon, keys = keys.partition(":")
         name = f"{name}:{attribute}"
     if not _NAME.fullmatch(name):
@@ -341,7 +348,7 @@ def policy(spec: str | Spec, **keys: object) -> HaltingPolicy[Any]:
 
 
 def policy_for_regions(
-    given: str | HaltingPolicy[Any] | Mapping[str, HaltingPolicy[Any]], regions: Sequence[str]
+    given: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]], regions: Sequence[str]
 ) -> dict[str, HaltingPolicy[Any]]:
     """One policy a region, from one for all, a mapping, or a spec (with regions or without).
 
@@ -353,7 +360,7 @@ def policy_for_regions(
         if head is None:
             given = policy(given)
         else:
-            by_region: dict[str, HaltingPolicy[Any]] = {}
+            by_region: dict[str, str | HaltingPolicy[Any]] = {}
             for item in _split(given, ";"):
                 region, equals, spec = item.partition("=")
                 if not equals:
@@ -366,7 +373,7 @@ def policy_for_regions(
         return dict.fromkeys(regions, given)
     if given.keys() != set(regions):
         raise ValueError(f"policies for regions {', '.join(given)}; the model's regions are {', '.join(regions)}")
-    return {region: given[region] for region in regions}
+    return {region: policy(p) if isinstance(p, str) else p for region in regions for p in [given[region]]}
 
 
 def spec_of(built: HaltingPolicy[Any]) -> Spec:

@@ -63,7 +63,7 @@ def normalized(value: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
 
 def acceleration(d: Tensor, d_prev: Tensor) -> Tensor:
     """``||d_k - d_{k-1}||``, ``(..., D)`` twice to ``(...)``: [P] Eq. 5."""
-    return norm(d - d_prev)
+    return norm(difference(d, d_prev))
 
 
 def step_size_change(step_norm: Tensor, step_norm_prev: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.loop import Outcome
 
 __all__ = ["STATISTICS", "RegionTrajectory", "Trajectory", "TrajectoryError", "delta_loop_ratios"]
 
@@ -71,7 +72,10 @@ class RegionTrajectory:
     def _ran(self, values: Tensor, steps: Tensor) -> Tensor:
         """NaN at steps that a row did not take: a value there would be made up."""
         k = steps.view(-1, *[1] * self.steps.ndim)
-        return values.masked_fill(k > self.steps, torch.nan)
+        ran = self.steps
+        if self.outcome is not None:  # the step at which a row stopped being finite led nowhere
+            ran = ran - (self.outcome == Outcome.NONFINITE).long()
+        return values.masked_fill(k > ran, torch.nan)
 
     def _series(self, name: str, computed: Tensor | None) -> Tensor:
         if computed is not None:
@@ -181,8 +185,8 @@ def delta_loop_ratios(before: RegionTrajectory, after: RegionTrajectory) -> dict
         convention to DLR, ``(...)`` each.
     """
     norms = before.step_norms()
-    if norms.isnan().any():
-        raise TrajectoryError("DLR needs a recording at a fixed depth: here some rows halted early")
+    if norms.isnan().any() or len(norms) != before.max_steps:
+        raise TrajectoryError("DLR needs every step of a recording at a fixed depth (every=1, and no policy)")
     targets = {"noise": after.first, "injected": after.injected, "net": after.last}
     result = {}
     for name, target in targets.items():

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+GPT2_VOCABULARY = 50257
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -82,8 +83,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
 
 
-def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a model, whatever their dtype.
+def check_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
+    """Whether weights fit a model.
 
     Raises:
         CheckpointError: names or shapes differ; the first few differences are listed.
@@ -99,6 +100,15 @@ def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"weights do not match the config: {'; '.join(problems[:3])}{more}")
+
+
+def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
+    """Copy weights into a model, whatever their dtype.
+
+    Raises:
+        CheckpointError: see :func:`check_weights`.
+    """
+    check_weights(model, weights)
     model.load_state_dict(weights)
 
 
@@ -114,7 +124,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise CheckpointError(f"{CONFIG_FILE} in {str(folder)!r}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{CONFIG_FILE} in {str(folder)!r} is not a checkpoint's: {error}") from None
-    return config, dict(values.get("trained", {}))
+    trained = values.get("trained", {})
+    if not isinstance(trained, dict):
+        raise CheckpointError(f"{CONFIG_FILE} in {str(folder)!r}: 'trained' is not a mapping")
+    return config, trained
 
 
 def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
@@ -130,9 +143,22 @@ def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.
     """
     folder = Path(folder)
     config, trained = read_config(folder)
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    with torch.device("meta"):  # the shapes alone: a mistaken config must not fill the memory
+        check_weights(build_model(config), weights)
     model = build_model(config)
-    load_weights(model, read_tensors(folder / WEIGHTS_FILE))
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else "gpt2")
+    load_weights(model, weights)
+    if not all(bool(weight.abs().amax() < torch.inf) for weight in weights.values()):
+        raise CheckpointError(f"the weights in {str(folder)!r} are not finite")
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    elif config.vocab_size >= GPT2_VOCABULARY:
+        tokenizer = load_tokenizer("gpt2")
+    else:
+        raise CheckpointError(
+            f"no {TOKENIZER_FILE} in {str(folder)!r}, and the model's {config.vocab_size} tokens are not gpt2's: load "
+            "a run's 'final' or one of its snapshots, or put the tokenizer beside the weights"
+        )
     if tokenizer.n_vocab > config.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {str(folder)!r} has {tokenizer.n_vocab} tokens, the model {config.vocab_size}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from haltkit.models.checkpoint import BUNDLED, Checkpoint
 from haltkit.models.data import DataError, windows
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.offline import scores
+from haltkit.policies import Fixed
+from haltkit.protocol import HaltingPolicy
 from haltkit.registry import Spec
 
 __all__ = ["FIXED_DEPTHS", "SAMPLE", "choose_settings", "compare_checkpoint", "text_windows"]
@@ -50,7 +53,12 @@ def text_windows(checkpoint: Checkpoint, path: Path, tokens: int) -> Tensor:
 
 
 def choose_settings(
-    checkpoint: Checkpoint, specs: Sequence[Spec], taus: str | Sequence[float], max_loops: int, sample: Tensor
+    checkpoint: Checkpoint,
+    specs: Sequence[Spec],
+    taus: str | Sequence[float],
+    max_loops: int,
+    sample: Tensor,
+    granularity: str | None = None,
 ) -> list[Setting]:
     """Full depth, the other fixed depths, and each policy at each of its thresholds.
 
@@ -58,28 +66,41 @@ def choose_settings(
         specs: those with a ``tau`` stand for one setting, the others for a sweep.
         taus: ``paper``, ``auto`` (picked from the scores seen on ``sample``), ``both``, or the thresholds.
         sample: windows ``(N, T + 1)`` to observe scores on.
+        granularity: for every policy that does not say its own; one that says another is refused. None: sequence,
+            where a policy says nothing.
+
+    Raises:
+        ValueError: a bad spec, a depth beyond ``max_loops``, or no threshold for a policy.
     """
-    depths = sorted({d for d in FIXED_DEPTHS if d < max_loops} | {int(s.get("steps") or 0) for s in specs} - {0})
-    settings = [
-        Setting("fixed", f"fixed:steps={loops}", loops=loops)
-        for loops in (max_loops, *(d for d in depths if d != max_loops))
-    ]
+    built_fixed = [spec.build() for spec in specs if spec.name == "fixed"]
+    asked = {policy.steps for policy in built_fixed if isinstance(policy, Fixed)}
+    if max(asked, default=0) > max_loops:
+        raise ValueError(f"fixed:steps={max(asked)} is deeper than full depth, --max-loops {max_loops}")
+    depths = sorted(({d for d in FIXED_DEPTHS if d < max_loops} | asked) - {max_loops})
+    settings = [Setting("fixed", f"fixed:steps={loops}", loops=loops) for loops in (max_loops, *depths)]
     for spec in specs:
         if spec.name == "fixed":
-            spec.build()
             continue
-        label = str(spec)
+        label = str(replace(spec, keys=tuple((k, v) for k, v in spec.keys if k != "tau")))
+        if spec.takes("granularity") and (granularity is not None or spec.get("granularity") is None):
+            spec = spec.with_key("granularity", granularity or "sequence")
+        causal = spec.get("granularity") in (None, "token")
         if not spec.takes("tau") or spec.get("tau") is not None:
             spec.build()
             written = spec.get("tau")
             tau = float(written) if written is not None and not spec.parts else None
-            settings.append(Setting(spec.name if not spec.parts else label, label, tau))
+            settings.append(Setting(label, str(spec), tau, causal=causal))
             continue
         sweep = _sweep(checkpoint, spec, taus, max_loops, sample)
-        built = [(tau, spec.with_key("tau", f"{tau:g}")) for tau in sweep]
+        if not sweep:
+            raise ValueError(
+                f"no threshold for {label!r} could be picked from its scores over {max_loops} loops: give --taus, or "
+                "more --max-loops"
+            )
+        built = [(tau, spec.with_key("tau", f"{tau!r}")) for tau in sweep]
         for _, one in built:
             one.build()
-        settings += [Setting(spec.name if not spec.parts else label, str(one), tau) for tau, one in built]
+        settings += [Setting(label, str(one), tau, causal=causal) for tau, one in built]
     return settings
 
 
@@ -88,6 +109,11 @@ def _sweep(
 ) -> list[float]:
     if not isinstance(taus, str):
         return sorted(set(taus))
+    if spec.parts and taus != "paper":
+        raise ValueError(
+            f"thresholds for the combination {str(spec)!r} cannot be picked from its scores, whose parts have scales "
+            "of their own: give each part a tau, or say --taus"
+        )
     found = set(PAPER_TAUS) if taus in ("paper", "both") else set()
     if taus in ("auto", "both"):
         model = checkpoint.model
@@ -117,6 +143,7 @@ def _patience(spec: Spec) -> int:
 class _Runner:
     model: LoopedGPT
     max_loops: int
+    policies: Mapping[str, HaltingPolicy[Any]]  # by spec, built before anything is timed
 
     @torch.no_grad()
     def run(self, setting: Setting, window: Tensor) -> Tensor | AdaptiveOutput:
@@ -124,7 +151,7 @@ class _Runner:
         if setting.loops is not None:  # a fixed depth measures nothing and pays for nothing
             logits: Tensor = self.model(inputs, setting.loops)
             return logits
-        return self.model.forward_adaptive(inputs, setting.spec, max_loops=self.max_loops)
+        return self.model.forward_adaptive(inputs, self.policies[setting.spec], max_loops=self.max_loops)
 
     def observe(self, setting: Setting, output: Tensor | AdaptiveOutput, window: Tensor) -> Observation:
         logits = output.logits if isinstance(output, AdaptiveOutput) else output
@@ -154,7 +181,8 @@ def compare_checkpoint(
     if batch < 1 or len(sequences) < batch:
         raise ValueError(f"batch={batch} does not fit {len(sequences)} windows of text: lower it or give more text")
     batches = [part for part in torch.split(sequences, batch) if len(part) == batch]
-    runner = _Runner(checkpoint.model, max_loops)
+    policies = {setting.spec: haltkit.policy(setting.spec) for setting in settings}
+    runner = _Runner(checkpoint.model, max_loops, policies)
     with torch.inference_mode():
         runner.run(settings[0], batches[0])  # warm up before anything is timed
     return compare(

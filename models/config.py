@@ -6,8 +6,10 @@ classes behind it take flat arguments.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -43,6 +45,10 @@ def region_span(name: str) -> tuple[int, int]:
         span = int(first), int(last or first)
     except ValueError:
         raise ConfigError(f"region {name!r}: write one layer ('4') or a range ('5-6')") from None
+    if name not in (f"{span[0]}", f"{span[0]}-{span[1]}"):
+        raise ConfigError(
+            f"region {name!r}: write it as {span[0]}-{span[1]}" if last else f"region {name!r}: write {span[0]}"
+        )
     if span[0] < 1 or span[1] < span[0]:
         raise ConfigError(f"region {name!r}: layers are numbered from 1 and a range runs upwards")
     return span
@@ -86,6 +92,8 @@ class ModelConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "d_model", "mlp_ratio", "mean_loops"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.noise_seed < 0:
+            raise ConfigError(f"model.noise_seed must not be negative, got {self.noise_seed}")
         if self.d_model % self.n_head:
             raise ConfigError(f"model.d_model={self.d_model} is not a multiple of n_head={self.n_head}")
         end = 0
@@ -169,6 +177,8 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"train.seed must not be negative, got {self.seed}")
         if self.loop_sigma < 0:
             raise ConfigError(f"train.loop_sigma must not be negative, got {self.loop_sigma}")
         if self.snapshot_factor <= 1:
@@ -215,16 +225,16 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):  # pragma: no cover - no union fields today
         raise TypeError(f"{where}: union fields are not supported")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     # YAML 1.1 reads 6e-4 (no dot) as a string: accept what is plainly a number.
     if hint is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     # YAML reads an unquoted region such as 4 as a number.
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{where}={value!r}: a finite number is expected")
     if type(value) is not hint:
         raise ConfigError(f"{where}={value!r}: {hint.__name__} expected, got {type(value).__name__}")
     return value

@@ -33,6 +33,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{MANIFEST} in {str(folder)!r} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or not {"splits", "tokenizer"} <= manifest.keys():
+        raise DataError(f"{MANIFEST} in {str(folder)!r} is not one that 'haltkit prepare' writes")
     if not manifest.get("complete"):
         raise DataError(f"{str(folder)!r} is not finished: run the same 'haltkit prepare' again, it resumes")
     return manifest

@@ -24,6 +24,7 @@ def _sync(path: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes ``path``'s place only if the block succeeds."""
+    path = path.resolve()  # a link keeps pointing at what it did
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -59,6 +59,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, broken: Tensor | None = None) -> Te
     return scores.float().masked_fill(~causal, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose gain follows the input's dtype, which under autocast is not the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, d_model: int, n_head: int) -> None:
         super().__init__()
@@ -94,7 +102,7 @@ class Block(nn.Module):
     def __init__(self, d_model: int, n_head: int, mlp_ratio: int, norm_placement: NormPlacement) -> None:
         super().__init__()
         self.norm_placement = norm_placement
-        self.n1, self.n2, self.n3, self.n4 = (nn.RMSNorm(d_model, eps=RMS_EPS) for _ in range(4))
+        self.n1, self.n2, self.n3, self.n4 = (RMSNorm(d_model, eps=RMS_EPS) for _ in range(4))
         self.attn = Attention(d_model, n_head)
         self.mlp = MLP(d_model, mlp_ratio)
 
@@ -117,7 +125,7 @@ class RegionBody(nn.Module):
         self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if inject else None
         self.blocks = nn.ModuleList(blocks)
         # No gain: the norm of the state is then sqrt(D) exactly, a known scale for every threshold.
-        self.norm = nn.RMSNorm(d_model, eps=RMS_EPS, elementwise_affine=False) if state_norm else None
+        self.norm = RMSNorm(d_model, eps=RMS_EPS, elementwise_affine=False) if state_norm else None
 
     def forward(self, x: Tensor, e: Tensor | None = None, memory: Sequence[LayerMemory] | None = None) -> Tensor:
         """``x_k`` from ``x_{k-1}``, both ``(B, T, D)``; ``e`` is the region's input, None to inject nothing."""
@@ -148,7 +156,7 @@ class Region(nn.Module):
         self.injection = injection
         self.initial = initial_state
         self.noise_every_step = noise_every_step
-        self.exit_norm = nn.RMSNorm(d_model, eps=RMS_EPS) if exit_norm else None
+        self.exit_norm = RMSNorm(d_model, eps=RMS_EPS) if exit_norm else None
 
     def initial_state(self, e: Tensor, noise: Noise) -> Tensor:
         """``x_0`` for the region's input ``e``, ``(B, T, D)``."""
@@ -255,7 +263,7 @@ class LoopedGPT(nn.Module):
             else:
                 self.layers[name] = blocks[0]
             number = last + 1
-        self.norm_f = nn.RMSNorm(d_model, eps=RMS_EPS)
+        self.norm_f = RMSNorm(d_model, eps=RMS_EPS)
         self._init_weights(injection_init)
 
     @property
@@ -366,7 +374,7 @@ class LoopedGPT(nn.Module):
     def forward_adaptive(
         self,
         tokens: Tensor,
-        policy: str | HaltingPolicy[Any] | Mapping[str, HaltingPolicy[Any]],
+        policy: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]],
         *,
         max_loops: int = 32,
         rows: Tensor | None = None,

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import tiktoken
 
 from haltkit.models.data import MANIFEST, DataError
 from haltkit.models.files import atomic_path, write_json
-from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer
+from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer, write_ranks
 
 __all__ = ["Progress", "Source", "prepare", "resolve_source"]
 
@@ -116,7 +117,7 @@ def resolve_source(names: Iterable[str], config: str | None = None, column: str 
                 raise DataError(f"no {', '.join(sorted(_BUILDERS))} files in folder {name!r}")
         elif matched := sorted(glob.glob(name)):
             paths += map(Path, matched)
-        elif Path(name).suffix in _BUILDERS or glob.has_magic(name):
+        elif Path(name).suffix in _BUILDERS or glob.has_magic(name) or len(names) > 1:
             raise DataError(f"no file {name!r}")
     if not paths:
         if len(names) != 1:
@@ -129,7 +130,7 @@ def resolve_source(names: Iterable[str], config: str | None = None, column: str 
         raise DataError("the files are of several kinds; give one kind at a time")
     files: dict[str, list[str]] = {}
     for path in paths:
-        word = path.stem.split("-")[0].split(".")[0].lower()
+        word = re.split(r"[-_.]", path.stem)[0].lower()
         files.setdefault(_SPLITS.get(word, "train"), []).append(str(path.resolve()))
     label = Path(names[0]).name if len(names) == 1 else f"{len(paths)} files"
     ordered = sorted((split, tuple(found)) for split, found in files.items())
@@ -152,8 +153,10 @@ class Progress:
 class _Writer:
     """The shards of all splits and the manifest that describes them."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], dtype: type[np.unsignedinteger[Any]]) -> None:
-        self.folder, self.manifest, self.dtype = folder, manifest, dtype
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], dtype: type[np.unsignedinteger[Any]], encoding: tiktoken.Encoding
+    ) -> None:
+        self.folder, self.manifest, self.dtype, self.encoding = folder, manifest, dtype, encoding
         self.buffers: dict[str, list[np.ndarray[Any, Any]]] = {}
         self.pending = 0
 
@@ -162,6 +165,10 @@ class _Writer:
         self.pending += len(ids)
 
     def flush(self, stage: str, documents: int, empty: int) -> None:
+        file = self.manifest["tokenizer"]["file"]
+        if file is not None and not (self.folder / file).is_file():
+            # Kept beside the data, so that a checkpoint trained on it can be read.
+            write_ranks(self.encoding, self.folder / file)
         for split, parts in self.buffers.items():
             entry = self.manifest["splits"].setdefault(split, {"tokens": 0, "documents": 0, "shards": []})
             tokens = np.concatenate(parts)
@@ -218,10 +225,10 @@ def prepare(
     manifest["tokenizer"] = {
         "name": settings["tokenizer"],
         "vocab_size": encoding.n_vocab,
-        "file": TOKENIZER_FILE if train_vocab else None,
+        "file": None if settings["tokenizer"] in ("gpt2", "None") else TOKENIZER_FILE,
     }
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-    writer = _Writer(out, manifest, dtype)
+    writer = _Writer(out, manifest, dtype, encoding)
     end = encoding.encode_single_token(END_OF_TEXT)
     own_validation = "validation" in source.splits
     total = sum(entry["tokens"] for entry in manifest["splits"].values())
@@ -233,6 +240,8 @@ def prepare(
             batch := list(itertools.islice(stream, _BATCH_DOCUMENTS))
         ):
             for text, ids in zip(batch, encoding.encode_ordinary_batch(batch, num_threads=2), strict=True):
+                if max_tokens is not None and total >= max_tokens:
+                    break
                 documents += 1
                 if not ids:
                     empty += 1
@@ -243,7 +252,8 @@ def prepare(
             if writer.pending >= shard_tokens:
                 writer.flush(stage, documents, empty)
             report(Progress(stage, documents, total))
-        writer.flush(stage, documents, empty)
+        if total:
+            writer.flush(stage, documents, empty)
     if not total:
         raise DataError(f"{source.name} holds no text")
     manifest["complete"] = True
@@ -259,11 +269,15 @@ def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = out / MANIFEST
     if not path.is_file():
         return {"settings": settings, "tokenizer": {}, "splits": {}, "progress": {}, "complete": False}
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        earlier = dict(manifest["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{MANIFEST} in {str(out)!r} is not one of haltkit's: choose another folder") from None
     for key, value in settings.items():
-        if manifest["settings"].get(key) != value:
+        if earlier.get(key) != value:
             raise DataError(
-                f"{str(out)!r} holds data prepared with {key}={manifest['settings'].get(key)!r}, not {value!r}: "
+                f"{str(out)!r} holds data prepared with {key}={earlier.get(key)!r}, not {value!r}: "
                 "choose another folder, or the same settings to resume"
             )
     return manifest
@@ -272,10 +286,10 @@ def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _tokenizer(
     source: Source, out: Path, name: str | None, train_vocab: int | None, report: Callable[[Progress], None]
 ) -> tiktoken.Encoding:
+    path = out / TOKENIZER_FILE
     if not train_vocab:
         return load_tokenizer(name or "gpt2")
-    path = out / TOKENIZER_FILE
-    if path.is_file():
+    if path.is_file() and load_tokenizer(path).n_vocab == train_vocab:
         return load_tokenizer(path)
 
     def sample() -> Iterator[str]:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import tiktoken
 
-__all__ = ["END_OF_TEXT", "TOKENIZER_FILE", "TokenizerError", "load_tokenizer", "read_ranks", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "TOKENIZER_FILE",
+    "TokenizerError",
+    "load_tokenizer",
+    "read_ranks",
+    "train_tokenizer",
+    "write_ranks",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.tiktoken"
@@ -107,8 +115,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> tiktok
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    from haltkit.models.files import atomic_path
-
     if vocab_size < 257:
         raise TokenizerError(f"a vocabulary of {vocab_size} cannot hold 256 bytes and the end-of-text token")
     bpe = Tokenizer(models.BPE())
@@ -127,13 +133,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> tiktok
             f"the text yields {len(vocabulary) + 1} tokens, fewer than the {vocab_size} asked for: ask for fewer"
         )
     byte_of = _byte_alphabet()
+    ranks = {bytes(byte_of[c] for c in token): rank for rank, (token, _) in enumerate(vocabulary)}
+    encoding = _build(path.stem, ranks)
+    write_ranks(encoding, path)
+    return encoding
+
+
+def write_ranks(encoding: tiktoken.Encoding, path: Path) -> None:
+    """Write a tokenizer in tiktoken's format: one ``base64(token) rank`` a line, without the special token."""
+    from haltkit.models.files import atomic_path
+
     with atomic_path(path) as partial:
-        lines = (
-            base64.b64encode(bytes(byte_of[c] for c in token)) + b" %d\n" % rank
-            for rank, (token, _) in enumerate(vocabulary)
-        )
-        partial.write_bytes(b"".join(lines))
-    return load_tokenizer(path)
+        tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
+        partial.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -123,6 +123,10 @@ def _latest(folder: Path) -> Path:
 def _restore(run: _Run, path: Path) -> None:
     load_weights(run.model, read_tensors(path / "model.safetensors"))
     state = read_tensors(path / "optimizer.safetensors")
+    state = {
+        key: value if key.endswith("/step") else value.to(next(run.model.parameters()).device)
+        for key, value in state.items()
+    }
     for name, parameter in run.model.named_parameters():
         keys = [key for key in state if key.rpartition("/")[0] == name]
         run.optimizer.state[parameter] = {key.rpartition("/")[2]: state[key] for key in keys}
@@ -149,7 +153,7 @@ def read_run_config(folder: Path) -> RunConfig:
     return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def anneal(source: Path, out: Path, steps: int) -> RunConfig:
+def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> RunConfig:
     """Copy a run's last checkpoint into a new run whose rate falls to its minimum over ``steps`` more steps.
 
     The new folder is resumed with :func:`train`; the source run is left as it is and can go on.
@@ -163,8 +167,14 @@ def anneal(source: Path, out: Path, steps: int) -> RunConfig:
     if steps < 1:
         raise RunError(f"an anneal takes at least 1 step, got {steps}")
     step = int(json.loads((latest / "progress.json").read_text(encoding="utf-8"))["step"])
-    optim = replace(config.optim, schedule="wsd", decay_steps=steps)
+    # From the rate that the run has reached: annealing must never raise it.
+    reached = learning_rate(step, config.train.max_steps, config.optim)
+    low = min(1.0, config.optim.lr * config.optim.min_lr_ratio / reached)
+    optim = replace(config.optim, lr=reached, min_lr_ratio=low, schedule="wsd", decay_steps=steps, warmup_steps=0)
     config = replace(config, optim=optim, train=replace(config.train, max_steps=step + steps))
+    if data is not None:
+        config = replace(config, data=replace(config.data, path=str(data)))
+    read_manifest(Path(config.data.path).expanduser())  # before anything is copied
     with atomic_folder(out) as partial:
         write_config(partial, config)
         shutil.copytree(latest, partial / "checkpoints" / latest.name)
@@ -226,12 +236,12 @@ def train(
     data = TokenData(data_folder, config.data.train_split, block)
     _check_data(config, data)
     held_out = TokenData(data_folder, config.data.eval_split, block)
-    if not resume and (folder / CONFIG_FILE).exists():
+    if not resume and (folder / "checkpoints").exists():
         raise RunError(f"{str(folder)!r} holds a run already: add --resume, or choose another folder")
     latest = _latest(folder) if resume else None
 
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model)
+    model = build_model(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(config, folder, model, _optimizer(model, config.optim))
     run.next_snapshot = config.train.snapshot_first_tokens
     if latest is not None:
@@ -241,14 +251,14 @@ def train(
     if config.train.compile:
         _compile(model)
 
-    emit = _log_to(folder, on_event)
-    emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
-          "parameters": sum(p.numel() for p in model.parameters())})  # fmt: skip
-    with _stop_requests() as stop:
+    with _log_to(folder, on_event) as emit, _stop_requests() as stop:
+        emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
+              "parameters": sum(p.numel() for p in model.parameters())})  # fmt: skip
         return _steps(run, data, held_out, emit, stop)
 
 
-def _log_to(folder: Path, on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
+@contextmanager
+def _log_to(folder: Path, on_event: Callable[[Event], None] | None) -> Iterator[Callable[[Event], None]]:
     """Write every event to ``log.jsonl`` and TensorBoard, then pass it on."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -264,13 +274,14 @@ def _log_to(folder: Path, on_event: Callable[[Event], None] | None) -> Callable[
             board.add_scalar(f"eval/loss at {loops} loops", loss, event["step"])
         if event["kind"] in ("eval", "end"):
             board.flush()
-        if event["kind"] == "end":
-            board.close()
-            log.close()
         if on_event is not None:
             on_event(event)
 
-    return emit
+    try:
+        yield emit
+    finally:
+        board.close()
+        log.close()
 
 
 def _steps(
@@ -294,6 +305,12 @@ def _steps(
             emit({"kind": "step", "step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm,
                   "lr": run.optimizer.param_groups[0]["lr"], "tokens_per_second": run.tokens_per_step / elapsed,
                   "seconds": run.seconds})  # fmt: skip
+        if not _weights_are_finite(run.model):
+            emit({"kind": "end", "step": run.step, "reason": "not finite"})
+            raise TrainingDiverged(
+                f"the weights are not finite after step {run.step}: stopped without saving them; the last checkpoint "
+                f"is of step {max(saved, 0)}. Lower optim.lr, then resume from there"
+            )
         if run.step % train.eval_every == 0 or run.step == train.max_steps:
             emit({"kind": "eval", "step": run.step, "tokens": run.tokens, "losses": _evaluate(run, held_out)})
         if run.tokens >= run.next_snapshot:
@@ -310,7 +327,7 @@ def _steps(
             saved = run.step
             emit({"kind": "checkpoint", "step": run.step})
     finished = run.step >= train.max_steps
-    if finished and not (run.folder / "final").exists():
+    if finished:
         with atomic_folder(run.folder / "final") as partial:
             _export(run, partial, _evaluate(run, held_out))
         emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": "final"})
@@ -319,6 +336,11 @@ def _steps(
         emit({"kind": "checkpoint", "step": run.step})
     emit({"kind": "end", "step": run.step, "reason": "done" if finished else "asked to stop"})
     return finished
+
+
+def _weights_are_finite(model: LoopedGPT) -> bool:
+    """Whether every weight is finite; about a thousandth of a step's time."""
+    return all(bool(p.detach().abs().amax() < torch.inf) for p in model.parameters())
 
 
 def _autocast(run: _Run, device: torch.device) -> Any:
@@ -360,7 +382,7 @@ def _step(run: _Run, data: TokenData) -> tuple[float, float]:
 def _statistics(run: _Run, held_out: TokenData) -> dict[str, Any]:
     """Reduced loop statistics of the current weights, on a few held-out windows, in float32."""
     model = build_model(run.config.model)  # a plain one: hooks added to a compiled module do not fire
-    load_weights(model, run.model.state_dict())
+    load_weights(model, {name: weight.cpu() for name, weight in run.model.state_dict().items()})
     statistics = loop_statistics(model.eval(), _spread(held_out, STATISTICS_WINDOWS)[:, :-1])
     return {"tokens_seen": run.tokens, "steps": run.step, **statistics}
 
@@ -386,6 +408,5 @@ def _export(run: _Run, folder: Path, losses: dict[str, float]) -> None:
     trained = {"tokens": run.tokens, "steps": run.step, "seconds": round(run.seconds, 1), "held_out_loss": losses}
     save_checkpoint(folder, run.model, run.config.model, dtype=torch.bfloat16, trained=trained)
     data_folder = Path(run.config.data.path).expanduser()
-    file = read_manifest(data_folder)["tokenizer"].get("file")
-    if file:
-        shutil.copyfile(data_folder / file, folder / TOKENIZER_FILE)
+    if (data_folder / TOKENIZER_FILE).is_file():
+        shutil.copyfile(data_folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)

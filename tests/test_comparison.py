@@ -103,7 +103,7 @@ def test_a_judgement_needs_two_standard_errors(result: Comparison) -> None:
     row = result.rows[2]
 
     def judge(delta: float, se: float) -> str:
-        return within(replace(row, delta_ce=delta, delta_ce_se=se), 0.01)
+        return within(replace(row, delta_ce=delta, delta_ce_se=se, kl_to_full=0.1), 0.01)
 
     assert judge(0.005, 0.0024) == "yes"
     assert judge(0.005, 0.0026) == "cannot tell"
@@ -128,6 +128,27 @@ def test_faster_means_in_every_repeat(result: Comparison) -> None:
     assert verdict((1, 1, 1), (2, 2, 2)) == "faster"
     assert verdict((3, 3, 3), (2, 2, 2)) == "slower"
     assert verdict((1, 1, 3), (2, 2, 2)) == "no clear difference"
+
+
+def test_one_measurement_is_no_verdict_and_full_depth_is_within_itself(result: Comparison) -> None:
+    rows = [
+        replace(result.rows[0], ms_repeats=(2.0,), delta_ce_se=math.inf),
+        replace(result.rows[0], policy="p", spec="p", ms_repeats=(1.0,), delta_ce_se=math.inf),
+    ]
+    assert within(rows[0], 0.001) == "yes"
+    assert findings(rows)[0].verdict == "no clear difference"
+
+
+def test_every_repeat_begins_at_another_setting() -> None:
+    order: list[str] = []
+
+    def noting(setting: Setting, window: int) -> str:
+        order.append(setting.spec)
+        return setting.spec
+
+    compare(noting, observe, SETTINGS, [0], timed=1, repeats=3)
+    first = [order[i] for i in (0, 3, 6)]
+    assert len(set(first)) == 3
 
 
 def test_spread_over_a_sweep(result: Comparison) -> None:

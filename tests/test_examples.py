@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"bench_attach.py": ["--repeats", "1"], "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"]}
+ARGUMENTS = {
+    "bench_attach.py": ["--repeats", "1"],
+    "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
+}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

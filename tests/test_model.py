@@ -350,6 +350,16 @@ def test_every_choice_of_the_recipe_runs_and_stays_causal(tiny_config: ModelConf
     assert not torch.allclose(model(ids, 3), default(ids, 3))
 
 
+@torch.no_grad()
+def test_keep_reaches_every_region_and_tokens_start_at_sqrt_d(tiny_model_f64: LoopedGPT) -> None:
+    ids, spec = tokens(1, 1, 6), "fixed:steps=4"
+    previous = tiny_model_f64.forward_adaptive(ids, spec, keep="previous")
+    assert all(steps.eq(4).all() for steps in previous.steps.values())
+    torch.testing.assert_close(previous.logits, tiny_model_f64(ids, 3), rtol=0, atol=1e-12)
+    token_and_position = tiny_model_f64.wte.weight[ids[0]] + tiny_model_f64.wpe.weight[:6]
+    torch.testing.assert_close(tiny_model_f64.embed(ids)[0], token_and_position * math.sqrt(32))
+
+
 def test_what_the_model_refuses(tiny_config: ModelConfig, tiny_model: LoopedGPT) -> None:
     with pytest.raises(ValueError, match="context of 32"):
         tiny_model(tokens(0, 1, 33))

@@ -66,6 +66,33 @@ def test_nothing_is_made_up_after_a_row_has_halted() -> None:
         haltkit.replay(haltkit.policy("norm:tau=0.01"), region)
 
 
+def test_what_is_recorded_is_what_was_reached() -> None:
+    """Keeping the previous state, or a state that is not finite, makes no step of length zero."""
+    recorder = Recorder()
+    policy = haltkit.policy("fixed:steps=3")
+    haltkit.run_loop(lambda x: x / 2, X0, policy, keep="previous", observer=recorder, name="map")
+    region = recorder.trajectory["map"]
+    torch.testing.assert_close(region.step_norms(), torch.stack([X0.norm(dim=-1) / 2**k for k in (1, 2, 3)]))
+    k = 0
+
+    def breaks(x: Tensor) -> Tensor:
+        nonlocal k
+        k += 1
+        return x / 2 if k < 3 else torch.full_like(x, torch.nan)
+
+    haltkit.run_loop(breaks, X0, haltkit.policy("fixed:steps=9"), observer=recorder, name="map")
+    assert recorder.trajectory["map"].step_norms()[2].isnan().all()
+
+
+def test_padding_does_not_stop_a_replay() -> None:
+    recorder, rows = Recorder(), torch.tensor([True, True, False])
+    haltkit.run_loop(wiggle, X0, haltkit.policy("fixed:steps=8"), rows=rows, max_steps=8, observer=recorder, name="map")
+    replayed = haltkit.replay(haltkit.policy("norm:tau=0.3"), recorder.trajectory["map"])
+    live = haltkit.run_loop(wiggle, X0, haltkit.policy("norm:tau=0.3"), rows=rows, max_steps=8)
+    assert torch.equal(replayed.steps, live.steps)
+    assert torch.equal(replayed.outcome, live.outcome)
+
+
 def test_every_nth_step_and_what_then_cannot_be_asked() -> None:
     region = recorded(Record(every=3))["map"]
     assert region.recorded.tolist() == [0, 3, 6]
@@ -167,6 +194,14 @@ def test_what_record_refuses() -> None:
         model(X0.float())
     with haltkit.record(model, ["core"]) as recording, pytest.raises(ValueError, match="nothing was recorded"):
         _ = recording.trajectory
+
+
+@torch.no_grad()
+def test_a_loop_that_begins_anew_unseen_is_refused() -> None:
+    model = Looped()
+    with haltkit.record(model, ["core"]), pytest.raises(ValueError, match="began anew"):
+        model.core(X0.float())
+        model.core(X0.float())
 
 
 @torch.no_grad()

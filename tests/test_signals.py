@@ -121,6 +121,11 @@ def test_kl_of_certain_predictions_is_finite_or_infinite_but_never_nan() -> None
     torch.testing.assert_close(signals.kl_divergence(sure, halves), torch.full((2,), math.log(2)))
 
 
+def test_eps_keeps_a_ratio_defined_at_zero() -> None:
+    assert signals.normalized(torch.zeros(1), torch.zeros(1), 1e-8).tolist() == [0.0]
+    assert signals.normalized(torch.ones(1), torch.ones(1), 1.0).tolist() == [0.5]
+
+
 def test_an_undefined_scale_gives_infinity() -> None:
     value, scale = torch.tensor([1.0, torch.inf]), torch.tensor([torch.inf, torch.inf])
     assert signals.normalized(value, scale).tolist() == [torch.inf, torch.inf]

@@ -15,8 +15,18 @@ import pytest
 import torch
 
 from haltkit.models import train as training
-from haltkit.models.checkpoint import BUNDLED, CheckpointError, load_checkpoint, load_weights, read_tensors
+from haltkit.models.checkpoint import (
+    BUNDLED,
+    CheckpointError,
+    build_model,
+    load_checkpoint,
+    load_weights,
+    read_tensors,
+)
 from haltkit.models.config import CONFIG_DIR, ConfigError, OptimConfig, RunConfig, load_config
+from haltkit.models.data import TokenData
+from haltkit.models.draws import TrainingNoise, loop_count
+from haltkit.models.prepare import prepare, resolve_source
 from haltkit.models.train import RunError, TrainingDiverged, anneal, learning_rate, train
 
 
@@ -77,6 +87,121 @@ def test_resuming_continues_bit_for_bit(config: RunConfig, tmp_path: Path, stop:
     ]
 
 
+def literal_step(config: RunConfig, model: Any, moments: dict[str, Any], step: int, data: TokenData) -> float:
+    """One optimizer step of the recipe written out: every sample by itself, no accumulation, AdamW by hand."""
+    settings, optim = config.train, config.optim
+    names = dict(model.named_parameters())
+    gradients = {name: torch.zeros_like(p) for name, p in names.items()}
+    total, share = 0.0, settings.grad_accumulation * settings.batch_size
+    for micro_step in range(settings.grad_accumulation):
+        loops = {
+            name: loop_count(model.mean_loops, settings.loop_sigma, seed=settings.seed, step=step,
+                             micro_step=micro_step, region=name)
+            for name in model.regions
+        }  # fmt: skip
+        for i in range(settings.batch_size):
+            number = (step * settings.grad_accumulation + micro_step) * settings.batch_size + i
+            window = torch.from_numpy(data.sample(settings.seed, number))[None]
+            noise, x = TrainingNoise(settings.seed, [number]), model.embed(window[:, :-1])
+            for name, layer in model.layers.items():
+                if name not in model.regions:
+                    x = layer(x)
+                    continue
+                state, e = layer.initial_state(x, noise), x
+                for k in range(1, loops[name] + 1):
+                    with torch.set_grad_enabled(k > loops[name] - settings.backprop_depth):
+                        state = layer.step(state, e, k, noise)
+                x = layer.leave(state)
+            loss = torch.nn.functional.cross_entropy(model.readout(x)[0], window[0, 1:]) / share
+            for name, g in zip(names, torch.autograd.grad(loss, list(names.values())), strict=True):
+                gradients[name] += g
+            total += float(loss.detach())
+    norm = float(sum(g.square().sum() for g in gradients.values()) ** 0.5)
+    scale = min(1.0, optim.grad_clip / (norm + 1e-6))
+    rate = learning_rate(step, settings.max_steps, optim)
+    with torch.no_grad():
+        for name, p in names.items():
+            g = gradients[name] * scale
+            m, v = moments.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
+            m, v = optim.betas[0] * m + (1 - optim.betas[0]) * g, optim.betas[1] * v + (1 - optim.betas[1]) * g**2
+            moments[name] = (m, v)
+            p *= 1 - rate * (optim.weight_decay if p.ndim >= 2 else 0.0)
+            corrected = [moment / (1 - beta ** (step + 1)) for moment, beta in zip((m, v), optim.betas, strict=True)]
+            p -= rate * corrected[0] / (corrected[1].sqrt() + optim.eps)
+    return total
+
+
+def test_training_is_the_recipe_written_out(config: RunConfig, tmp_path: Path) -> None:
+    """Loop draws, truncation, accumulation, clipping, decay groups: against a literal step, sample by sample."""
+    config = with_train(config, max_steps=3, batch_size=2, grad_accumulation=2, backprop_depth=2)
+    config = replace(config, optim=replace(config.optim, grad_clip=0.3, weight_decay=0.5, warmup_steps=0, eps=1e-4))
+    assert train(config, tmp_path / "run")
+    torch.manual_seed(config.train.seed)
+    model, moments = build_model(config.model), {}  # type: ignore[var-annotated]
+    data = TokenData(Path(config.data.path), "train", config.model.block_size)
+    losses = [literal_step(config, model, moments, step, data) for step in range(3)]
+    logged = events(tmp_path / "run", "step")
+    assert [e["loss"] for e in logged] == pytest.approx(losses, rel=1e-5)
+    assert all(e["grad_norm"] > 0.3 for e in logged)  # clipping had something to do
+    weights = last_tensors(tmp_path / "run")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-4, atol=2e-6)
+
+
+def test_mixed_precision_is_what_the_config_says(config: RunConfig, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("float32", "bf16"):
+        train(with_train(config, max_steps=1, precision=precision), tmp_path / precision)
+        losses[precision] = events(tmp_path / precision, "step")[0]["loss"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], abs=0.05)
+    assert losses["bf16"] != losses["float32"]
+
+
+def test_evaluation_windows_are_spread_over_the_split(config: RunConfig) -> None:
+    held_out = TokenData(Path(config.data.path), "validation", 32)
+    chosen = training._spread(held_out, 4)
+    assert torch.equal(chosen[0], torch.from_numpy(held_out.window(0)))
+    assert torch.equal(chosen[-1], torch.from_numpy(held_out.window(len(held_out) - 1)))
+    assert len({tuple(window.tolist()) for window in chosen}) == 4
+
+
+def test_a_tokenizer_given_by_file_travels_with_the_checkpoint(
+    documents: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    prepare(resolve_source([str(documents)]), tmp_path / "data", tokenizer=str(data_folder), holdout=0.1)
+    loaded = load_config("tiny")
+    config = with_train(replace(loaded, data=replace(loaded.data, path=str(tmp_path / "data"))), max_steps=1)
+    train(config, tmp_path / "run")
+    final = load_checkpoint(tmp_path / "run" / "final")
+    assert final.tokenizer.n_vocab == 320
+    with pytest.raises(CheckpointError, match="put the tokenizer beside"):
+        load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001")
+
+
+def test_extending_a_run_renews_its_final_checkpoint(config: RunConfig, tmp_path: Path) -> None:
+    for steps in (2, 4):
+        train(with_train(config, max_steps=steps), tmp_path / "run", resume=steps > 2)
+        assert load_checkpoint(tmp_path / "run" / "final").trained["steps"] == steps
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training._step
+
+    def spoil(run: Any, data: TokenData) -> tuple[float, float]:
+        result = real(run, data)
+        if run.step == 6:
+            with torch.no_grad():
+                run.model.norm_f.weight[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(training, "_step", spoil)
+    with pytest.raises(TrainingDiverged, match="weights are not finite after step 7.*of step 5"):
+        train(config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 def test_sigterm_saves_as_well_and_handlers_are_put_back(config: RunConfig, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert not train(
@@ -117,17 +242,24 @@ def test_it_learns_and_leaves_what_it_should(config: RunConfig, tmp_path: Path) 
 
 def test_annealing_goes_on_from_a_copy_and_leaves_the_run_alone(config: RunConfig, tmp_path: Path) -> None:
     config = with_train(config, max_steps=6)
-    config = replace(config, optim=replace(config.optim, schedule="wsd", warmup_steps=0, min_lr_ratio=0.0))
+    config = replace(config, optim=replace(config.optim, schedule="wsd", warmup_steps=0, min_lr_ratio=0.1))
     train(config, tmp_path / "run")
     before = last_tensors(tmp_path / "run")
     annealed = anneal(tmp_path / "run", tmp_path / "annealed", 4)
     assert train(annealed, tmp_path / "annealed", resume=True)
     rates = [e["lr"] for e in events(tmp_path / "annealed", "step")]
-    assert rates == pytest.approx([config.optim.lr * left / 4 for left in (4, 3, 2, 1)])
+    assert rates == pytest.approx([config.optim.lr * (0.1 + 0.9 * left / 4) for left in (4, 3, 2, 1)])
     after = last_tensors(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(RunError, match="exists already"):
         anneal(tmp_path / "run", tmp_path / "annealed", 4)
+    with pytest.raises(ValueError, match="haltkit prepare"):
+        anneal(tmp_path / "run", tmp_path / "other", 4, data=tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
+    # A rate that has fallen already is not raised again.
+    again = anneal(tmp_path / "annealed", tmp_path / "again", 2)
+    reached = learning_rate(10, annealed.train.max_steps, annealed.optim)
+    assert learning_rate(10, again.train.max_steps, again.optim) == pytest.approx(reached)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
