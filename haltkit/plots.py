@@ -46,6 +46,10 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
         axes.axhline(getattr(rows[0], key), color="0.5", linewidth=1, label="full depth")
         axes.set(xscale="log", xlabel="threshold tau (each policy on its own scale)", ylabel=label)
         axes.ticklabel_format(axis="y", useOffset=False)
+        if key != "ms_per_token":  # a hundredth of a nat at least, or noise fills the panel
+            full, margin = getattr(rows[0], key), 0.01 * (rows[0].ppl if key == "ppl" else 1.0)
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, full - margin), max(high, full + margin))
     latency.set_ylim(bottom=0)
     latency.legend(frameon=False)
     figure.suptitle(title)
@@ -75,6 +79,6 @@ def _frontier(axes: Any, rows: Sequence[Row], names: Sequence[str], styles: dict
         )  # fmt: skip
     axes.axhspan(-0.01, 0.01, color="0.9", zorder=0, label="within 0.01 nats")
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_xlim(left=0)
+    axes.set_xscale("log")
     axes.set(xlabel="time (ms per token)", ylabel="cross-entropy above full depth (nats)", title="frontier")
     axes.legend(frameon=False)
