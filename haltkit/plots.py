@@ -58,6 +58,8 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
 
 def _frontier(axes: Any, rows: Sequence[Row], names: Sequence[str], styles: dict[str, dict[str, Any]]) -> None:
     """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     fixed = sorted((row for row in rows if row.policy == "fixed"), key=lambda row: row.ms_per_token)
     axes.plot(
         [row.ms_per_token for row in fixed],
@@ -80,5 +82,8 @@ def _frontier(axes: Any, rows: Sequence[Row], names: Sequence[str], styles: dict
     axes.axhspan(-0.01, 0.01, color="0.9", zorder=0, label="within 0.01 nats")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="time (ms per token)", ylabel="cross-entropy above full depth (nats)", title="frontier")
     axes.legend(frameon=False)

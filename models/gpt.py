@@ -397,7 +397,7 @@ class LoopedGPT(nn.Module):
         Raises:
             ValueError: a bad spec, or a mapping that does not name exactly the model's regions.
         """
-        from haltkit.models.memory import RegionLoop
+        from haltkit.models.memory import MaskedMemory, RegionLoop
         from haltkit.registry import policy_for_regions
 
         policies = policy_for_regions(policy, list(self.regions))
@@ -418,5 +418,5 @@ class LoopedGPT(nn.Module):
                 )
                 x, steps[name], outcome[name] = layer.leave(result.x), result.steps, result.outcome
             else:
-                x = layer(x)
+                x = layer(x, MaskedMemory())  # a token that is not finite must not reach earlier ones here either
         return AdaptiveOutput(self.readout(x), steps, outcome)

@@ -321,6 +321,21 @@ def test_a_token_that_stops_being_finite_reaches_no_earlier_token_and_no_other_s
 
 
 @torch.no_grad()
+def test_a_token_that_is_not_finite_before_any_loop_reaches_no_earlier_token(tiny_config: ModelConfig) -> None:
+    model, ids = model_of(tiny_config), torch.arange(16).view(2, 8)
+    clean = model.forward_adaptive(ids, "norm:tau=0.05", max_loops=10)
+    model.wte.weight[12] = math.nan  # position 4 of the second sequence
+    result = model.forward_adaptive(ids, "norm:tau=0.05", max_loops=10)
+    for name in clean.steps:
+        assert torch.equal(result.steps[name][0], clean.steps[name][0])
+        assert torch.equal(result.steps[name][1, :4], clean.steps[name][1, :4])
+    assert result.outcome["2"][1, 4] == Outcome.NONFINITE
+    keep = torch.arange(512) != 12  # the head shares the embedding: only its own column is lost
+    torch.testing.assert_close(result.logits[0][:, keep], clean.logits[0][:, keep], rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.logits[1, :4][:, keep], clean.logits[1, :4][:, keep], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 def test_fixed_policies_equal_fixed_loop_counts(tiny_model_f64: LoopedGPT) -> None:
     ids = tokens(0, 2, 10)
     for loops in (1, 3, 8):
