@@ -267,7 +267,7 @@ def test_what_attach_refuses(model: Refiner, x: Tensor) -> None:
     with pytest.raises(ValueError, match="allowed are replay, zero, identity"):
         Loop(("core",), on_halt={"core": "nothing"})  # type: ignore[dict-item]
     scripted = nn.Module()
-    scripted.core = torch.jit.script(nn.Linear(WIDTH, WIDTH)) if False else _scripted()
+    scripted.core = _scripted()
     with pytest.raises(errors.ScriptModuleUnsupported, match="before scripting"):
         haltkit.attach(scripted, "norm:tau=1", body=["core"])
     assert state_of(model) == before
@@ -462,10 +462,22 @@ def test_threads_and_reentry_have_loops_of_their_own(model: Refiner, x: Tensor) 
             thread.join()
     assert all(torch.equal(results[n], expected[n]) for n in expected)
 
-    nested = Refiner(lambda core, h: core(h) + (0 * nested(h, 2).sum() if h.requires_grad is None else 0))
-    with haltkit.attach(nested, "fixed:steps=3", body=["core"]):
-        inner = nested(x)
-    assert torch.equal(inner, nested(x, 3))
+    class Nested(Refiner):
+        """Calls itself in the middle of its own loop."""
+
+        def forward(self, x: Tensor, n: int = STEPS, inner: int = STEPS) -> Tensor:
+            for i in range(n):
+                x = self.core(x)
+                if i == 1 and inner:
+                    x = x + 0.1 * self(x, inner, 0)
+            return x
+
+    nested = Nested().eval()
+    with haltkit.attach(nested, "fixed:steps=3", body=["core"]) as session:
+        halted = nested(x)
+    assert torch.equal(halted, nested(x, 3, 3))
+    assert not torch.equal(halted, nested(x, 3, STEPS))
+    assert (session.computed, session.skipped) == (6, 2 * STEPS - 6)
 
 
 @torch.no_grad()
