@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from haltkit.models.data import DataError, windows
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.offline import scores
 from haltkit.policies import Fixed
-from haltkit.protocol import HaltingPolicy
-from haltkit.registry import Spec
+from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.registry import Spec, policy_class
+from haltkit.trajectory import RegionTrajectory
 
 __all__ = ["FIXED_DEPTHS", "SAMPLE", "choose_settings", "compare_checkpoint", "text_windows"]
 
@@ -78,6 +80,15 @@ def choose_settings(
         raise ValueError(f"fixed:steps={max(asked)} is deeper than full depth, --max-loops {max_loops}")
     depths = sorted(({d for d in FIXED_DEPTHS if d < max_loops} | asked) - {max_loops})
     settings = [Setting("fixed", f"fixed:steps={loops}", loops=loops) for loops in (max_loops, *depths)]
+    model = checkpoint.model
+
+    @cache
+    def recorded() -> list[RegionTrajectory]:
+        """The sample's loops at full depth: run once, and only if some policy's thresholds are picked from it."""
+        with torch.no_grad(), haltkit.record(model) as recording:
+            model(sample[:, :-1], max_loops)
+        return list(recording.trajectory.regions.values())
+
     for spec in specs:
         if spec.name == "fixed":
             continue
@@ -91,7 +102,7 @@ def choose_settings(
             tau = float(written) if written is not None and not spec.parts else None
             settings.append(Setting(label, str(spec), tau, causal=causal))
             continue
-        sweep = _sweep(checkpoint, spec, taus, max_loops, sample)
+        sweep = _sweep(spec, taus, recorded, model.readout)
         if not sweep:
             raise ValueError(
                 f"no threshold for {label!r} could be picked from its scores over {max_loops} loops: give --taus, or "
@@ -105,7 +116,7 @@ def choose_settings(
 
 
 def _sweep(
-    checkpoint: Checkpoint, spec: Spec, taus: str | Sequence[float], max_loops: int, sample: Tensor
+    spec: Spec, taus: str | Sequence[float], recorded: Callable[[], list[RegionTrajectory]], readout: Readout
 ) -> list[float]:
     if not isinstance(taus, str):
         return sorted(set(taus))
@@ -116,27 +127,13 @@ def _sweep(
         )
     found = set(PAPER_TAUS) if taus in ("paper", "both") else set()
     if taus in ("auto", "both"):
-        model = checkpoint.model
         policy = spec.with_key("tau", "1").build()
-        with torch.no_grad(), haltkit.record(model) as recording:
-            model(sample[:, :-1], max_loops)
-            seen = [
-                scores(policy, region, readout=model.readout).flatten(1)
-                for region in recording.trajectory.regions.values()
-            ]
-        found |= set(observed_taus(torch.cat(seen, 1), _patience(spec)))
+        with torch.no_grad():
+            seen = [scores(policy, region, readout=readout).flatten(1) for region in recorded()]
+        written = spec.get("patience")
+        patience = int(written) if written is not None else getattr(policy_class(spec.name), "patience", 1)
+        found |= set(observed_taus(torch.cat(seen, 1), patience))
     return sorted(found)
-
-
-def _patience(spec: Spec) -> int:
-    from haltkit.registry import policy_class
-
-    written = spec.get("patience")
-    return (
-        int(written)
-        if written is not None
-        else max(getattr(policy_class(p.name), "patience", 1) for p in spec.parts or (spec,))
-    )
 
 
 @dataclass(frozen=True)

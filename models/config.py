@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,8 +221,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{where}={value!r}: exactly {len(kinds)} entries are expected")
         return tuple(_coerce(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
-    if isinstance(hint, types.UnionType):  # pragma: no cover - no union fields today
-        raise TypeError(f"{where}: union fields are not supported")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = float(value)
     # YAML 1.1 reads 6e-4 (no dot) as a string: accept what is plainly a number.
