@@ -71,6 +71,7 @@ class _Run:
     folder: Path
     model: LoopedGPT
     optimizer: torch.optim.AdamW
+    loss: Callable[[LoopedGPT, Tensor, Tensor], Tensor]
     step: int = 0
     seconds: float = 0.0
     next_snapshot: float = 0.0
@@ -196,8 +197,15 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _compile(model: LoopedGPT) -> None:
-    """Compile each layer and each region's whole step, in place; the state dict's names do not change."""
+def _loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the head on ``x``, ``(B, T, D)``, for targets ``(B, T)``."""
+    return F.cross_entropy(model.readout(x).float().flatten(0, 1), targets.flatten())
+
+
+def _compile(run: _Run) -> None:
+    """Compile each layer, each region's whole step and the loss, in place; the state dict's names do not change."""
+    model = run.model
+    run.loss = torch.compile(_loss)
     torch._dynamo.config.recompile_limit = 64  # one graph a region, with and without gradients
     for layer in model.layers.values():
         (layer.body if isinstance(layer, Region) else layer).compile()
@@ -242,14 +250,14 @@ def train(
 
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(config, folder, model, _optimizer(model, config.optim))
+    run = _Run(config, folder, model, _optimizer(model, config.optim), _loss)
     run.next_snapshot = config.train.snapshot_first_tokens
     if latest is not None:
         _restore(run, latest)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     if config.train.compile:
-        _compile(model)
+        _compile(run)
 
     with _log_to(folder, on_event) as emit, _stop_requests() as stop:
         emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
@@ -368,7 +376,7 @@ def _step(run: _Run, data: TokenData) -> tuple[float, float]:
             x = model.hidden(
                 batch[:, :-1], loops, noise=TrainingNoise(train.seed, samples), backprop_depth=train.backprop_depth
             )
-            loss = F.cross_entropy(model.readout(x).float().flatten(0, 1), batch[:, 1:].flatten())
+            loss = run.loss(model, x, batch[:, 1:])
         (loss / train.grad_accumulation).backward()  # type: ignore[no-untyped-call]
         total += loss.item() / train.grad_accumulation
     clip = optim.grad_clip or math.inf
