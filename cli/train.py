@@ -34,6 +34,10 @@ def train(
         Path | None, typer.Option(metavar="RUN", help="Anneal a copy of this run's last checkpoint into --out.")
     ] = None,
     anneal_steps: Annotated[int, typer.Option(min=1, help="Length of the anneal.")] = 500,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Go on from these weights with a fresh optimizer and a new warmup."),
+    ] = None,
 ) -> None:
     """Train the bundled model. Ctrl-C saves; --resume goes on bit for bit as if never interrupted."""
     from rich.console import Console
@@ -43,11 +47,17 @@ def train(
 
     console = Console()
     if anneal_from is not None:
-        if config is not None or resume or steps is not None:
-            raise ValueError("--anneal-from takes its config from the run: leave out CONFIG, --resume and --steps")
+        if config is not None or resume or steps is not None or init_from is not None:
+            raise ValueError(
+                "--anneal-from takes its config from the run: leave out CONFIG, --resume, --steps and --init-from"
+            )
         run_config, resume = training.anneal(anneal_from, out, anneal_steps, data), True
     elif config is not None:
         run_config = load_config(config)
+        if init_from is not None and resume:
+            raise ValueError("--init-from begins a run folder; once it exists, --resume alone goes on with it")
+    elif init_from is not None:
+        raise ValueError("--init-from needs the CONFIG that the checkpoint was trained with")
     elif resume:
         run_config = training.read_run_config(out)
     else:
@@ -56,6 +66,8 @@ def train(
         run_config = replace(run_config, data=replace(run_config.data, path=str(data)))
     if steps is not None:
         run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
+    if init_from is not None:
+        run_config, resume = training.continue_from(init_from, run_config, out), True
     try:
         with _Progress(run_config, console) as show:
             finished = training.train(run_config, out, resume=resume, on_event=show)

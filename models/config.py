@@ -134,13 +134,15 @@ class OptimConfig:
     warmup_steps: int = 2000
     # Only for "wsd": the rate falls to min_lr over this many last steps; 0 holds it to the end.
     decay_steps: int = 0
+    # The step at which a run was taken up again from weights alone: the rate warms up anew from there. 0: never.
+    rewarm_at: int = 0
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ConfigError(f"optim.lr must be positive, got {self.lr}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"optim.min_lr_ratio must lie in [0, 1], got {self.min_lr_ratio}")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "decay_steps", "rewarm_at", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name} must not be negative, got {getattr(self, name)}")
 

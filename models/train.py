@@ -23,7 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haltkit.models.checkpoint import build_model, load_weights, read_tensors, save_checkpoint
+from haltkit.models.checkpoint import (
+    CheckpointError,
+    build_model,
+    load_weights,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+)
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, from_dict, to_dict
 from haltkit.models.data import DataError, TokenData, read_manifest
 from haltkit.models.draws import TrainingNoise, loop_count
@@ -33,7 +40,7 @@ from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.statistics import loop_statistics
 from haltkit.models.tokenizer import TOKENIZER_FILE
 
-__all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "learning_rate", "train"]
+__all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "continue_from", "learning_rate", "train"]
 
 # What training reports: {"kind": "start" | "step" | "eval" | "checkpoint" | "snapshot" | "end", ...}.
 Event = Mapping[str, Any]
@@ -52,7 +59,13 @@ class TrainingDiverged(RuntimeError):
 
 
 def learning_rate(step: int, max_steps: int, optim: OptimConfig) -> float:
-    """The rate for step ``step`` (from 0): linear warmup, then the schedule's shape down to ``min_lr_ratio``."""
+    """The rate for step ``step`` (from 0): linear warmup, then the schedule's shape down to ``min_lr_ratio``.
+
+    A run taken up again from weights alone (``rewarm_at``) also warms up from there to where its schedule is.
+    """
+    if 0 < optim.rewarm_at <= step < optim.rewarm_at + optim.warmup_steps:
+        target = learning_rate(optim.rewarm_at + optim.warmup_steps, max_steps, optim)
+        return target * (step - optim.rewarm_at + 1) / optim.warmup_steps
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     low = optim.lr * optim.min_lr_ratio
@@ -180,6 +193,51 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
         write_config(partial, config)
         shutil.copytree(latest, partial / "checkpoints" / latest.name)
     return config
+
+
+def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
+    """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone.
+
+    The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it the order of
+    the samples and every draw, is the one that the checkpoint's training record says, so no sample comes twice. The
+    new folder is resumed with :func:`train`.
+
+    Raises:
+        RunError: ``out`` exists, or the checkpoint's training does not say how far it was in steps of this size.
+        CheckpointError: no checkpoint, or not one of ``config.model``.
+    """
+    if out.exists():
+        raise RunError(f"{str(out)!r} exists already: choose another folder")
+    model_config, trained = read_config(checkpoint)
+    own, found = to_dict(config.model), to_dict(model_config)
+    if own != found:
+        name = next(name for name in own if own[name] != found[name])
+        raise CheckpointError(
+            f"the checkpoint in {str(checkpoint)!r} is of another model: model.{name} is {found[name]!r} there and "
+            f"{own[name]!r} in the config"
+        )
+    step, tokens = trained.get("steps"), trained.get("tokens")
+    size = config.train.batch_size * config.train.grad_accumulation * config.model.block_size
+    if not isinstance(step, int) or step < 1 or tokens != step * size:
+        raise RunError(
+            f"the checkpoint says that it has seen {tokens} tokens in {step} steps; the config's steps are of {size} "
+            "tokens. Set train.batch_size and grad_accumulation to what it was trained with"
+        )
+    model = build_model(config.model)
+    load_weights(model, read_tensors(checkpoint / "model.safetensors"))
+    run = _Run(
+        replace(config, optim=replace(config.optim, rewarm_at=step)), out, model, _optimizer(model, config.optim), _loss
+    )
+    run.step, run.seconds = step, float(trained.get("seconds", 0.0))
+    run.next_snapshot = config.train.snapshot_first_tokens
+    while run.next_snapshot <= run.tokens:
+        run.next_snapshot *= config.train.snapshot_factor
+    read_manifest(Path(config.data.path).expanduser())  # before anything is written
+    with atomic_folder(out) as partial:
+        write_config(partial, run.config)
+        run.folder = partial
+        _save(run)
+    return run.config
 
 
 @contextmanager

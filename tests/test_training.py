@@ -27,7 +27,7 @@ from haltkit.models.config import CONFIG_DIR, ConfigError, OptimConfig, RunConfi
 from haltkit.models.data import TokenData
 from haltkit.models.draws import TrainingNoise, loop_count
 from haltkit.models.prepare import prepare, resolve_source
-from haltkit.models.train import RunError, TrainingDiverged, anneal, learning_rate, train
+from haltkit.models.train import RunError, TrainingDiverged, anneal, continue_from, learning_rate, train
 
 
 @pytest.fixture
@@ -260,6 +260,33 @@ def test_annealing_goes_on_from_a_copy_and_leaves_the_run_alone(config: RunConfi
     again = anneal(tmp_path / "annealed", tmp_path / "again", 2)
     reached = learning_rate(10, annealed.train.max_steps, annealed.optim)
     assert learning_rate(10, again.train.max_steps, again.optim) == pytest.approx(reached)
+
+
+def test_a_lost_run_goes_on_from_its_weights(config: RunConfig, tmp_path: Path) -> None:
+    """Fresh optimizer, a warmup from zero to where the schedule is, and the samples that would have come next."""
+    config = replace(config, optim=replace(config.optim, schedule="cosine", warmup_steps=3))
+    train(with_train(config, max_steps=5), tmp_path / "lost")
+    longer = with_train(config, max_steps=12)
+    taken_up = continue_from(tmp_path / "lost" / "final", longer, tmp_path / "new")
+    exported = load_checkpoint(tmp_path / "lost" / "final").model.state_dict()
+    first = last_tensors(tmp_path / "new")
+    assert all(torch.equal(first[name], weight) for name, weight in exported.items())
+    assert not any("/exp_avg" in name for name in first)
+    assert train(taken_up, tmp_path / "new", resume=True)
+    steps = events(tmp_path / "new", "step")
+    assert [e["step"] for e in steps] == list(range(6, 13))
+    assert [e["tokens"] for e in steps] == [128 * e["step"] for e in steps]
+    straight = [learning_rate(step, 12, config.optim) for step in range(5, 12)]
+    target = straight[3]
+    assert [e["lr"] for e in steps] == pytest.approx([target / 3, target * 2 / 3, target, *straight[3:]])
+    with pytest.raises(RunError, match="exists already"):
+        continue_from(tmp_path / "lost" / "final", longer, tmp_path / "new")
+    with pytest.raises(RunError, match="steps are of"):
+        continue_from(tmp_path / "lost" / "final", with_train(longer, batch_size=8), tmp_path / "other")
+    wider = replace(longer, model=replace(longer.model, d_model=64))
+    with pytest.raises(CheckpointError, match=r"model\.d_model is"):
+        continue_from(tmp_path / "lost" / "final", wider, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
