@@ -393,7 +393,7 @@ class LoopedGPT(nn.Module):
         tokens: Tensor,
         policy: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]],
         *,
-        max_loops: int = 32,
+        max_loops: int | Mapping[str, int] = 32,
         rows: Tensor | None = None,
         keep: Keep = "current",
         observer: LoopObserver | None = None,
@@ -406,7 +406,7 @@ class LoopedGPT(nn.Module):
         Args:
             tokens: ``(B, T)`` token ids; sequences shorter than ``T`` are padded at the end.
             policy: one for all regions, a spec such as ``"accel:tau=1e-3"``, or one policy a region.
-            max_loops: budget of each region.
+            max_loops: budget of each region, one for all or by region.
             rows: which positions are real, ``(B, T)`` bool; the others are padding.
             keep: see :func:`haltkit.run_loop`.
             observer: told of every state under the region's name.
@@ -417,7 +417,7 @@ class LoopedGPT(nn.Module):
         from haltkit.models.memory import MaskedMemory, RegionLoop
         from haltkit.registry import policy_for_regions
 
-        policies = policy_for_regions(policy, list(self.regions))
+        policies, budgets = policy_for_regions(policy, list(self.regions)), self.loop_counts(max_loops)
         x = self.embed(tokens)
         steps, outcome = {}, {}
         for name, layer in self.layers.items():
@@ -426,7 +426,7 @@ class LoopedGPT(nn.Module):
                     RegionLoop(layer, x, self.noise),
                     layer.initial_state(x, self.noise),
                     policies[name],
-                    max_steps=max_loops,
+                    max_steps=budgets[name],
                     readout=self.readout,
                     rows=rows,
                     keep=keep,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import haltkit
 from haltkit.attachment.description import Loop
@@ -127,7 +127,102 @@ def bundled_region() -> Target:
     )
 
 
-TARGETS = [albert, hrm_outer, hrm_inner, tiny_recursive, mythos, bundled_region]
+def huginn() -> Target:
+    """A model of our own with Huginn's structure and names; examples/check_huginn.py checks the real source."""
+    from standins import RavenForCausalLM
+
+    model = RavenForCausalLM().eval()
+    return Target(model, lambda: model(IDS).logits, lambda k: model(IDS, (k, 0)).logits, 8)
+
+
+def plain_loop() -> Target:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+            self.loops = 9
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.loops):
+                x = self.core(x)
+            return x
+
+    model, x = Plain().eval(), torch.randn(2, 7, 16)
+    run = lambda: model(x)  # noqa: E731
+    return Target(model, run, lambda k: with_config(model, run, loops=k), 9, Loop(("core",)))
+
+
+class Equilibrium(nn.Module):
+    """A DEQ layer: the solver of torchdeq iterates ``f`` on the injected input."""
+
+    def __init__(self, **solver: Any) -> None:
+        super().__init__()
+        from torchdeq import get_deq
+
+        self.f = nn.Linear(16, 16)
+        torch.nn.init.orthogonal_(self.f.weight, 0.8)
+        self.deq = get_deq(f_tol=1e-12, **solver)
+        self.loops = 12
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        states, _ = self.deq(
+            lambda z: torch.tanh(self.f(z) + x),
+            torch.zeros_like(x),
+            solver_kwargs={"f_max_iter": self.loops, **options},
+        )
+        return states[-1]  # type: ignore[no-any-return]
+
+
+def deq(solver: str) -> Target:
+    needs("torchdeq")
+    from haltkit.attachment.presets import torchdeq
+
+    class F(nn.Module):  # the whole of f as a module, so that its output is the state
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            torch.nn.init.orthogonal_(self.linear.weight, 0.8)
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(z) + x)
+
+    class Layer(Equilibrium):
+        def __init__(self) -> None:
+            super().__init__(f_solver=solver)
+            self.f = F()
+
+        def forward(self, x: Tensor, **options: Any) -> Tensor:
+            states, _ = self.deq(
+                lambda z: self.f(z, x), torch.zeros_like(x), solver_kwargs={"f_max_iter": self.loops, **options}
+            )
+            return states[-1]  # type: ignore[no-any-return]
+
+    model, x = Layer().eval(), torch.randn(2, 16)
+    run = lambda: model(x)  # noqa: E731
+    loop, _ = torchdeq.describe(model, ["f"])
+    return Target(model, run, lambda k: with_config(model, run, loops=k), 12, loop)
+
+
+def deq_fixed_point() -> Target:
+    return deq("fixed_point_iter")
+
+
+def deq_simple() -> Target:
+    return deq("simple_fixed_point_iter")
+
+
+TARGETS = [
+    albert,
+    hrm_outer,
+    hrm_inner,
+    tiny_recursive,
+    mythos,
+    huginn,
+    deq_fixed_point,
+    deq_simple,
+    plain_loop,
+    bundled_region,
+]
 
 
 @pytest.fixture(params=TARGETS, ids=lambda build: build.__name__)
@@ -171,6 +266,91 @@ def test_a_threshold_halts_where_the_recorded_states_say(target: Target) -> None
     if (first < target.loops and target.loop is None) or (target.loop is not None and not target.loop.reset_on):
         assert session.steps.eq(first).all()
         assert torch.equal(out, target.run_at(first))
+
+
+def albert_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = albert()
+    model = target.model
+    first = model.encoder.embedding_hidden_mapping_in(model.embeddings(IDS))
+    group = model.encoder.albert_layer_groups[0]
+    return target, first, lambda x: group(x, None), lambda x: x
+
+
+def huginn_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = huginn()
+    model = target.model
+    e = model.embed(IDS)
+    step = lambda x: model.core_block_forward(x, e, torch.tensor(0), None)  # noqa: E731
+    return target, model.initial(e), step, lambda x: model.predict_from_latents(x).logits
+
+
+def plain_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = plain_loop()
+    x = target.run.__closure__[1].cell_contents  # type: ignore[attr-defined]
+    return target, x, target.model.core, lambda x: x
+
+
+def tiny_recursive_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = tiny_recursive()
+    model = target.model
+    outputs, latents = model.get_initial()
+    inputs = model.input_embed(IDS)
+    memory = [latents]
+
+    def step(x: Tensor) -> Tensor:
+        for _ in range(model.num_latent_refinements):
+            memory[0] = model.network(x + memory[0] + inputs)
+        out: Tensor = model.network(x + memory[0])
+        return out
+
+    return target, outputs.expand(*inputs.shape), step, lambda x: model.to_pred(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [albert_steps, huginn_steps, plain_steps, tiny_recursive_steps])
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_rows_that_halt_keep_their_state_as_in_a_loop_of_ones_own(build: Callable[[], Any], granularity: str) -> None:
+    """A loop written by hand over the model's own parts, with ``torch.where`` for the rows that have halted."""
+    torch.manual_seed(0)
+    target, x, step, leave = build()
+    with haltkit.attach(target.model, "fixed:steps=1000", target.loop, observer=(seen := haltkit.Recorder())):
+        target.run()
+    (region,) = seen.trajectory.regions.values()
+    from haltkit.offline import scores
+
+    spec = f"norm:tau={{}},granularity={granularity}"
+    values = scores(haltkit.policy(spec.format(1e-9)), region)
+    tau = float(values[torch.isfinite(values)].median())
+    with haltkit.attach(target.model, spec.format(repr(tau)), target.loop) as session:
+        out = target.run()
+    taken = session.steps
+    assert taken.min() < target.loops
+    if granularity == "token":
+        assert len(taken.unique()) > 1
+    for k in range(1, target.loops + 1):
+        x = torch.where((taken >= k).unsqueeze(-1), step(x), x)
+    assert torch.equal(out, leave(x))
+
+
+def test_solvers_that_mix_earlier_iterates_are_refused() -> None:
+    needs("torchdeq")
+    from haltkit.attachment.errors import AttachError, GlueDrift
+    from haltkit.attachment.presets import torchdeq
+
+    for solver in ("anderson", "broyden"):
+        with pytest.raises(GlueDrift, match=f"{solver}_solver mixes earlier iterates"):
+            torchdeq.describe(Equilibrium(f_solver=solver), ["f"])
+    model, x = Equilibrium(f_solver="fixed_point_iter").eval(), torch.randn(2, 16)
+    with pytest.raises(AttachError, match="modules that your function calls"):
+        haltkit.attach(model, "norm:tau=1")
+    with pytest.raises(AttachError, match="no DEQ module"):
+        torchdeq.describe(nn.Linear(2, 2), ["f"])
+    loop, _ = torchdeq.describe(model, ["f"])
+    with haltkit.attach(model, "fixed:steps=3", loop), torch.no_grad():
+        model(x)
+        with pytest.raises(GlueDrift, match=r"damped \(tau=0.7\)"):
+            model(x, tau=0.7)
+    assert type(model.f) is nn.Linear
 
 
 @torch.no_grad()

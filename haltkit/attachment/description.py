@@ -40,6 +40,7 @@ class Loop:
         carry: (body module, position of an argument) where the state enters the next iteration, for the drift check
             of ``verify``; by default every tensor argument of ``body[0]``. Needed where those change for another
             reason, such as a loop-index embedding.
+        refuse: told of the arguments of each call of the scope; raises where the loop cannot be halted.
     """
 
     body: Sequence[str]
@@ -52,6 +53,7 @@ class Loop:
     reset_on: Sequence[str] = ()
     on_halt: Mapping[str, Action] = field(default_factory=dict)
     carry: tuple[str, int] | None = None
+    refuse: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.body, str) or not self.body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import GradientLost, MutatedOutput, StateShapeChanged, TapeMismatch
+from haltkit.attachment.kv import CacheUse
 from haltkit.loop import LoopRun
 
 __all__ = ["Frame"]
@@ -92,15 +94,17 @@ class Frame:
         loop: Loop,
         start: Callable[[Tensor], LoopRun],
         judging: Callable[[], AbstractContextManager[None]],
+        kv: CacheUse,
         *,
         allow_grad: bool,
         check_glue: bool,
     ) -> None:
-        self.loop, self._start, self._judging = loop, start, judging
+        self.loop, self._start, self._judging, self.kv = loop, start, judging, kv
         self.allow_grad, self.check_glue = allow_grad, check_glue
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
+        self.seconds = 0.0  # inside the body's modules, as the host sees it
         self.inputs: list[list[Tensor]] = []  # where the state enters, while replaying, if glue is being checked
         self._tape: list[_Recorded] = []
         self._last: list[_Recorded] = []
@@ -113,11 +117,14 @@ class Frame:
 
     def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A body module is called: run it, or give its output of the last complete iteration."""
+        self.kv.look(args, kwargs)
         if self._ended and name == self.loop.body[0]:
             self._begin(args, kwargs)
         if self.halted:
             return self._replay(name, args, kwargs)
+        started = time.perf_counter()
         output = forward(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
         if self.loop.on_halt.get(name) == "zero" and self._stopped is not None:
             output = map_tensors(self._without_stopped, output)
         if name == self.loop.state_module:
@@ -133,9 +140,14 @@ class Frame:
         if self.halted:
             return
         self._last, self._tape = self._tape, []
+        self.kv.begins()
         if self.run is None:
             self._x0 = self.loop.initial_state(args, kwargs)
-        elif self.run.running == 0:
+            return
+        self.kv.look_again()
+        done = self.run.running == 0
+        self.kv.computed(self.computed, ending=done)
+        if done and not self.kv.runs_on:
             self.halted, self._position = True, 0
         elif self.run.running < self.run.live.numel():
             self._stopped = ~self.run.live
@@ -157,9 +169,12 @@ class Frame:
                 f"the state was {tuple(self.run.x.shape)} and became {tuple(x.shape)} inside one loop: if rows are "
                 "dropped there, let the scope be what is called once a round"
             )
+        self.computed += 1
+        if self.run.running == 0:  # runs on to fill a cache: every row keeps its state
+            assert self._kept is not None
+            return self.loop.with_state(output, self._kept)
         with torch.no_grad(), self._judging():
             self.run.advance(x.detach())
-        self.computed += 1
         if self._kept is None or self.run.all_took:
             self._kept = x
             return output
@@ -191,6 +206,7 @@ class Frame:
         if self._position == 0:
             self._ended = True
             self.skipped += 1
+            self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
         if action == "identity":
             return args[0] if args else next(iter(kwargs.values()))

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from haltkit.attachment.description import Action, Initial, Loop, find_module
 from haltkit.attachment.errors import (
     AlreadyAttached,
     BodyOutsideScope,
     DetachOrder,
-    KVDepthMismatch,
     ReentrantCheckpoint,
     UnknownModule,
 )
 from haltkit.attachment.frame import Frame
+from haltkit.attachment.kv import CacheBook, CacheUse, KVMode
+from haltkit.attachment.native import Native, NativeSession
 from haltkit.attachment.override import Overrides
-from haltkit.loop import LoopObserver, LoopResult, LoopRun, Outcome
+from haltkit.attachment.tally import Tally
+from haltkit.attachment.watch import Watch
+from haltkit.loop import LoopObserver, LoopResult, LoopRun
+from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.recorder import Recorder
+from haltkit.trajectory import Trajectory
 
 __all__ = ["Session", "attach"]
 
@@ -36,7 +42,7 @@ _numbers = itertools.count()
 
 def attach(
     model: nn.Module,
-    policy: str | HaltingPolicy[Any],
+    policy: str | PathLike[str] | HaltingPolicy[Any] | None,
     loop: Loop | None = None,
     *,
     body: Sequence[str] | None = None,
@@ -52,6 +58,8 @@ def attach(
     observer: LoopObserver | None = None,
     carry: tuple[str, int] | None = None,
     allow_grad: bool = False,
+    kv: KVMode = "refuse",
+    kv_stride: int | None = None,
 ) -> Session:
     """Halt the loop inside a model, without editing it::
 
@@ -70,11 +78,21 @@ def attach(
 
     Args:
         model: any module whose loop calls modules of its own.
-        policy: a spec or a policy; its granularity decides which rows halt together.
+        policy: a spec or a policy; its granularity decides which rows halt together. The path of a YAML file that
+            :func:`haltkit.compare` saved gives the spec and, unless one is given here, the description. None only
+            observes: forward hooks, nothing is overridden, and the model's output is what it was to the bit.
         loop: the description as one value; or give its fields here (see :class:`Loop`). With neither, the preset for
-            the model's class is used.
+            the model's class is used. A model that halts itself (the bundled LoopedGPT) gives a
+            :class:`~haltkit.attachment.native.NativeSession`, whose ``steps`` and ``outcome`` are by region.
         readout: from the state to logits, for policies that look at predictions. It may call the model's own modules.
-        observer: a recorder.
+        observer: a recorder; :attr:`Session.trajectory` is then what it holds.
+        kv: what to do about a KV cache with slots of its own for each iteration, which skipped iterations leave
+            empty. ``refuse``: an error once depth differs between calls. ``uniform``: the first call with a cache
+            decides the depth for all later ones. ``freeze``: the body runs on with the halted state, which fills the
+            cache and saves nothing. ``copy``: skipped iterations write the last one's keys and values again, which
+            saves the time and is another function.
+        kv_stride: for ``copy``, the distance between the cache slots of successive iterations; None to see it from
+            two of them.
         allow_grad: allow outputs recorded under ``no_grad`` to be replayed where gradients are on.
 
     Returns:
@@ -84,12 +102,13 @@ def attach(
         AttachError: a subclass for each thing that would be wrong; see :mod:`haltkit.attachment.errors`.
         ValueError: a bad policy, or a description that contradicts itself.
     """
-    if isinstance(policy, str):
-        from haltkit.registry import policy as build
-
-        policy = build(policy)
     if loop is not None and body is not None:
         raise ValueError("give the loop as one value or by its fields, not both")
+    if isinstance(policy, PathLike):
+        from haltkit.attachment.saved import load
+
+        policy, described = load(policy)
+        loop = described if loop is None and body is None else loop
     if body is not None:
         loop = Loop(
             body, state, select, put, initial, period, scope, reset_on, dict(on_halt or {}), carry,
@@ -97,8 +116,30 @@ def attach(
     if loop is None:
         from haltkit.attachment.presets import preset_for
 
-        loop, readout = preset_for(model, readout)
-    return Session(model, policy, loop, readout=readout, observer=observer, allow_grad=allow_grad)
+        found, readout = preset_for(model, readout)
+        if isinstance(found, Native):
+            if policy is None:
+                raise ValueError(f"to observe a {type(model).__name__} use haltkit.record(model), or give it a policy")
+            native: Any = NativeSession(model, policy, found, observer)
+            return native  # type: ignore[no-any-return]
+        loop = found
+    if isinstance(policy, str):
+        from haltkit.registry import policy as build
+
+        policy = build(policy)
+    book = CacheBook(kv, kv_stride)
+    return Session(model, policy, loop, readout=readout, observer=observer, allow_grad=allow_grad, caches=book)
+
+
+def trajectory_of(observer: LoopObserver | None) -> Trajectory:
+    """What a recorder given as observer holds.
+
+    Raises:
+        ValueError: there is none, or it has recorded nothing.
+    """
+    if not isinstance(observer, Recorder):
+        raise ValueError("nothing is recorded: attach(..., observer=haltkit.Recorder()) keeps the newest trajectory")
+    return observer.trajectory
 
 
 @dataclass(frozen=True)
@@ -108,6 +149,7 @@ class Pass:
     result: LoopResult
     computed: int
     skipped: int
+    seconds: float = 0.0
 
 
 class Session:
@@ -115,33 +157,34 @@ class Session:
 
     Attributes:
         loop: the description in force.
-        passes: completed loops, the newest last; only their step counts and outcomes are kept beyond the newest.
+        policy: what judges; None where the loop is only observed.
+        tally: counts over all loops of the session.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        policy: HaltingPolicy[Any],
+        policy: HaltingPolicy[Any] | None,
         loop: Loop,
         *,
         readout: Readout | None = None,
         observer: LoopObserver | None = None,
         allow_grad: bool = False,
+        caches: CacheBook | None = None,
     ) -> None:
         self.model, self.policy, self.loop = model, policy, loop
         self.readout, self.observer, self.allow_grad = readout, observer, allow_grad
+        self.caches = caches or CacheBook()
+        self.tally = Tally()
         self._check_glue = False
-        self._lock = threading.Lock()
         self._frames: ContextVar[tuple[_Scoped, ...]] = ContextVar("haltkit_frames", default=())
         self._judging: ContextVar[bool] = ContextVar("haltkit_judging", default=False)
         self._last: Pass | None = None
-        self._histogram: Counter[int] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self.computed = self.skipped = 0
         self.last_inputs: list[list[Tensor]] = []  # where the state enters in replayed iterations
         self._outside = 0
-        self._caches: list[tuple[Any, int]] = []
         self._wrapped: list[Overrides] = []
+        self._watch: Watch | None = None
+        self._hooks: list[RemovableHandle] = []
         self.number = next(_numbers)
         self._attach()
 
@@ -162,6 +205,9 @@ class Session:
                     f"a session is attached already to the loop whose state is {loop.state_module!r}: detach it first"
                 )
         try:
+            if self.policy is None:
+                self._observe(modules, scope)
+                return
             for path in loop.body:
                 self._wrap(modules[path], "forward", self._body(path), outside=not loop.reset_on)
             for path in loop.reset_on:
@@ -170,6 +216,19 @@ class Session:
         except BaseException:
             self._restore()
             raise
+
+    def _observe(self, modules: Mapping[str, nn.Module], scope: nn.Module) -> None:
+        """Forward hooks alone: they see everything, and cannot change what the model computes."""
+        if self.loop.scope_method != "forward":
+            raise ValueError(
+                f"scope={self.loop.scope!r}: hooks only see calls of forward. Observe with a policy that never halts, "
+                "such as fixed:steps=1000000, or name a module whose call is one pass of the loop"
+            )
+        self._watch = Watch(self.loop, self.observer, self._observed)
+        self._hooks = self._watch.hook(modules, scope)
+
+    def _observed(self, done: LoopResult, iterations: int) -> None:
+        self._finished(Pass(done, iterations, 0), [])
 
     def _wrap(self, module: nn.Module, method: str, interceptor: Any, outside: bool) -> None:
         overrides = Overrides.of(module)
@@ -180,7 +239,9 @@ class Session:
     def _restore(self) -> None:
         for overrides in self._wrapped:
             overrides.remove(self)
-        self._wrapped = []
+        for hook in self._hooks:
+            hook.remove()
+        self._wrapped, self._hooks = [], []
 
     def detach(self) -> None:
         """Restore the model: classes, methods and attributes are what they were.
@@ -201,7 +262,15 @@ class Session:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.detach()
-        if kind is None and self._last is None and self._outside:
+        if kind is not None or self._last is not None:
+            return
+        if self._watch is not None and self._watch.entered:
+            raise BodyOutsideScope(
+                f"{self.loop.scope or 'the model'!r} was called {self._watch.entered} times and no hook saw "
+                f"{self.loop.state_module!r} run in it. Code compiled before does not run hooks that came later: "
+                "attach first, or observe with a policy that never halts"
+            )
+        if self._outside:
             raise BodyOutsideScope(
                 f"{self.loop.body[0]!r} ran {self._outside} times, but never inside a call of "
                 f"{self.loop.scope or 'the model'!r}: say scope='module:method' for the method that runs the loop"
@@ -212,6 +281,8 @@ class Session:
     def _scope(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._judging.get():
             return forward(*args, **kwargs)
+        if self.loop.refuse is not None:
+            self.loop.refuse(args, kwargs)
         scoped = _Scoped(self)
         token = self._frames.set((*self._frames.get(), scoped))
         finished = False
@@ -221,8 +292,11 @@ class Session:
             return output
         finally:
             self._frames.reset(token)
-            if finished:
-                scoped.close()
+            try:
+                if finished:
+                    scoped.close()
+            finally:
+                scoped.kv.release()
 
     def _body(self, path: str) -> Any:
         def intercept(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,31 +326,8 @@ class Session:
             self._judging.reset(token)
 
     def _finished(self, done: Pass, inputs: list[list[Tensor]]) -> None:
-        with self._lock:
-            self._last, self.last_inputs = done, inputs
-            self.computed += done.computed
-            self.skipped += done.skipped
-            self._histogram.update(done.result.steps.flatten().tolist())
-            self._outcomes.update(Outcome(int(o)).name for o in done.result.outcome.flatten())
-
-    def check_cache(self, cache: Any, depth: int, ending: bool) -> None:
-        """Refuse to leave a KV cache filled to different depths.
-
-        Raises:
-            KVDepthMismatch: an earlier call with this cache ran another number of iterations.
-        """
-        for seen, earlier in self._caches:
-            if seen is cache and (depth > earlier or (ending and depth != earlier)):
-                raise KVDepthMismatch(
-                    f"this KV cache was filled at {earlier} iterations and this call would leave it at {depth}: later "
-                    "tokens would miss keys and values of the deeper steps. Use a policy that halts at one depth "
-                    "(fixed:steps=...), or run without a cache"
-                )
-
-    def remember_cache(self, cache: Any, depth: int) -> None:
-        """Note how deep a call filled a cache."""
-        if not any(seen is cache for seen, _ in self._caches):
-            self._caches.append((cache, depth))
+        self._last, self.last_inputs = done, inputs
+        self.tally.add(done.result.steps, done.result.outcome, done.computed, done.skipped, done.seconds)
 
     # --- what came of it
 
@@ -301,21 +352,28 @@ class Session:
         """An :class:`~haltkit.loop.Outcome` for each row of the newest loop, ``(...)`` int8."""
         return self.last.result.outcome
 
+    @property
+    def trajectory(self) -> Trajectory:
+        """The newest loop's trajectory, if a :class:`~haltkit.Recorder` was given as observer.
+
+        Raises:
+            ValueError: there was none, or nothing has run yet.
+        """
+        return trajectory_of(self.observer)
+
+    @property
+    def computed(self) -> int:
+        """Iterations that ran, over all loops of the session."""
+        return self.tally.computed
+
+    @property
+    def skipped(self) -> int:
+        """Iterations that were spared, over all loops of the session."""
+        return self.tally.skipped
+
     def summary(self) -> str:
-        """Histogram of steps, outcomes, and iterations computed and skipped, over all loops of the session."""
-        if not self._histogram:
-            return "no loop has run inside this session"
-        total = sum(self._histogram.values())
-        widest = max(self._histogram.values())
-        lines = [
-            f"{steps:5d} steps {count:8d} rows {'#' * max(1, round(30 * count / widest))}"
-            for steps, count in sorted(self._histogram.items())
-        ]
-        outcomes = ", ".join(f"{name} {count / total:.1%}" for name, count in self._outcomes.most_common())
-        share = self.skipped / max(1, self.computed + self.skipped)
-        return "\n".join(
-            [*lines, outcomes, f"iterations: {self.computed} computed, {self.skipped} skipped ({share:.0%})"]
-        )
+        """Histogram of steps, outcomes, iterations computed and skipped and the time that saved, over all loops."""
+        return str(self.tally)
 
     def verify(self, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None = None) -> Any:
         """Prove on this model that attaching is neutral and that a halt at ``k`` is right.
@@ -333,16 +391,15 @@ class Session:
             yield
 
     @contextmanager
-    def using(self, policy: HaltingPolicy[Any], check_glue: bool = False) -> Any:
+    def using(self, policy: HaltingPolicy[Any], check_glue: bool = False) -> Iterator[None]:
         """Judge by another policy for a while; what it does does not count in the session's summary."""
         before = self.policy, self._check_glue
-        counted = self._histogram.copy(), self._outcomes.copy(), self.computed, self.skipped
         self.policy, self._check_glue = policy, check_glue
         try:
-            yield
+            with self.tally.paused():
+                yield
         finally:
             self.policy, self._check_glue = before
-            self._histogram, self._outcomes, self.computed, self.skipped = counted
 
 
 class _Scoped:
@@ -350,49 +407,38 @@ class _Scoped:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.cache: Any = None
+        self.kv = CacheUse(session.caches)
         self.frame = self._new()
 
     def _new(self) -> Frame:
         session = self.session
         return Frame(
-            session.loop, self._start, session.judging, allow_grad=session.allow_grad, check_glue=session._check_glue
+            session.loop,
+            self._start,
+            session.judging,
+            self.kv,
+            allow_grad=session.allow_grad,
+            check_glue=session._check_glue,
         )
 
     def _start(self, x0: Tensor) -> LoopRun:
-        session = self.session
-        return LoopRun(
-            session.policy, x0, readout=session.readout, observer=session.observer, name=session.loop.body[0]
-        )
+        session, settled = self.session, self.kv.fixed_depth
+        assert session.policy is not None
+        policy = session.policy if settled is None else Fixed(settled)
+        return LoopRun(policy, x0, readout=session.readout, observer=session.observer, name=session.loop.body[0])
 
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame, session = self.frame, self.session
-        cache = next((v for v in (*args, *kwargs.values()) if _is_cache(v)), None)
-        if cache is not None:
-            self.cache = cache
-        computed, halted = frame.computed, frame.halted
-        output = frame.call(path, forward, args, kwargs)
-        if self.cache is not None:
-            if frame.computed > computed:
-                session.check_cache(self.cache, frame.computed, ending=False)
-            if frame.halted and not halted:
-                session.check_cache(self.cache, frame.computed, ending=True)
-        return output
+        return self.frame.call(path, forward, args, kwargs)
 
     def close(self) -> None:
         """The loop is over: keep its result and be ready for the next."""
         frame = self.frame
         if frame.run is not None:
-            if self.cache is not None:
-                self.session.check_cache(self.cache, frame.computed, ending=True)
-                self.session.remember_cache(self.cache, frame.computed)
-            self.session._finished(Pass(frame.run.finish(), frame.computed, frame.skipped), frame.inputs)
+            self.kv.look_again()
+            self.kv.computed(frame.computed, ending=True)
+            done = Pass(frame.run.finish(), frame.computed, frame.skipped, frame.seconds)
+            self.session._finished(done, frame.inputs)
         self.frame = self._new()
-
-
-def _is_cache(value: Any) -> bool:
-    """A KV cache as Hugging Face makes them, or as a plain dictionary that attention fills."""
-    return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
 def _refuse_reentrant_checkpoint() -> None:

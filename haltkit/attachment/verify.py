@@ -18,7 +18,7 @@ from haltkit.policies import Fixed
 if TYPE_CHECKING:
     from haltkit.attachment.session import Session
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "difference", "verify"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Report:
         )
 
 
-def _difference(one: Any, other: Any) -> float:
+def difference(one: Any, other: Any) -> float:
+    """The largest difference over the tensors of two outputs; 0 is bit-equal, inf another structure or shape."""
     a, b = _tensors(one), _tensors(other)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
@@ -89,7 +90,7 @@ def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[i
         with session.detached():
             plain = run()
         with session.using(never):
-            neutral = _difference(run(), plain)
+            neutral = difference(run(), plain)
             loops = session.last.computed
         if not 1 <= k < loops:
             raise ValueError(f"k={k}: the model runs {loops} iterations, so a halt can be forced at 1 to {loops - 1}")
@@ -100,7 +101,7 @@ def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[i
         compared = None
         if run_at is not None:
             with session.detached():
-                compared = _difference(halted, run_at(k))
+                compared = difference(halted, run_at(k))
     if drift and compared != 0:
         _refuse(session.loop, inputs, state, drift)
     return Report(k, loops, neutral, drift, compared)
@@ -110,7 +111,7 @@ def _drift(inputs: list[list[Tensor]]) -> float | None:
     """The largest change between successive replayed iterations."""
     if len(inputs) < 2:
         return None
-    return max(_difference(a, b) for a, b in itertools.pairwise(inputs))
+    return max(difference(a, b) for a, b in itertools.pairwise(inputs))
 
 
 def _refuse(loop: Loop, inputs: list[list[Tensor]], state: Tensor, drift: float) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from haltkit.attachment.description import Loop
+    from haltkit.attachment.native import Native
     from haltkit.protocol import Readout
 
 __all__ = ["PRESETS", "preset_for"]
@@ -24,11 +25,14 @@ PRESETS = {
     "TinyRecursiveModel": "tiny_recursive_model",
     "OpenMythos": "open_mythos",
     "RavenForCausalLM": "huginn",
+    "LoopedGPT": "looped_gpt",
 }
 
 
-def preset_for(model: nn.Module, readout: Readout | None) -> tuple[Loop, Readout | None]:
+def preset_for(model: nn.Module, readout: Readout | None) -> tuple[Loop | Native, Readout | None]:
     """The description of a model of a known class, and its readout unless one is given.
+
+    A model of any class that contains one of torchdeq's modules is known by that.
 
     Raises:
         AttachError: the class is not known; how to describe its loop is said.
@@ -38,6 +42,10 @@ def preset_for(model: nn.Module, readout: Readout | None) -> tuple[Loop, Readout
             module = importlib.import_module(f"haltkit.attachment.presets.{PRESETS[cls.__name__]}")
             loop, found = module.describe(model)
             return loop, readout or found
+    from haltkit.attachment.presets import torchdeq
+
+    if torchdeq.find_deq(model) is not None:
+        return torchdeq.describe(model)
     raise AttachError(
         f"there is no preset for {type(model).__name__}: describe its loop by body=[paths of the modules that one "
         "iteration calls], which haltkit.discover(model, run) proposes"

@@ -1,0 +1,73 @@
+"""What came of all the loops of a session: a histogram of steps, outcomes, and what was skipped."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from haltkit.loop import Outcome
+
+__all__ = ["Tally"]
+
+
+class Tally:
+    """Counts over completed loops; safe to add to from several threads.
+
+    Attributes:
+        computed, skipped: iterations that ran, and iterations that were given from the tape.
+        seconds: time inside the body's modules of the iterations that ran, as the host saw it.
+    """
+
+    def __init__(self) -> None:
+        self.computed = self.skipped = 0
+        self.seconds = 0.0
+        self._histogram: Counter[int] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._paused = 0
+
+    def add(self, steps: Tensor, outcome: Tensor, computed: int, skipped: int, seconds: float) -> None:
+        """One loop is over: what its rows came to, ``(...)`` each, and what it cost."""
+        with self._lock:
+            if self._paused:
+                return
+            self.computed += computed
+            self.skipped += skipped
+            self.seconds += seconds
+            self._histogram.update(steps.flatten().tolist())
+            self._outcomes.update(Outcome(int(o)).name for o in outcome.flatten())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Loops that end meanwhile do not count."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    @property
+    def saved(self) -> float:
+        """Seconds that the skipped iterations would have taken at the mean of the computed ones."""
+        return self.seconds / self.computed * self.skipped if self.computed else 0.0
+
+    def __str__(self) -> str:
+        if not self._histogram:
+            return "no loop has run inside this session"
+        total, widest = sum(self._histogram.values()), max(self._histogram.values())
+        lines = [
+            f"{steps:5d} steps {count:8d} rows {'#' * max(1, round(30 * count / widest))}"
+            for steps, count in sorted(self._histogram.items())
+        ]
+        lines.append(", ".join(f"{name} {count / total:.1%}" for name, count in self._outcomes.most_common()))
+        share = self.skipped / max(1, self.computed + self.skipped)
+        iterations = f"iterations: {self.computed} computed, {self.skipped} skipped ({share:.0%})"
+        if self.skipped and self.seconds:
+            iterations += (
+                f", about {self.saved:.3g} s saved at {1e3 * self.seconds / self.computed:.3g} ms an iteration"
+            )
+        return "\n".join([*lines, iterations])

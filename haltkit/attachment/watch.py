@@ -1,0 +1,100 @@
+"""Observing a foreign loop with forward hooks: nothing is overridden, and nothing can change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from haltkit.attachment.description import Loop
+from haltkit.loop import LoopObserver, LoopResult, Outcome
+
+__all__ = ["Watch"]
+
+
+class _Seen:
+    """One call of the scope: how far its loop is."""
+
+    def __init__(self) -> None:
+        self.outputs = self.k = 0
+        self.x0: Tensor | None = None
+        self.x: Tensor | None = None
+
+
+class Watch:
+    """Follows the loop ``loop`` and tells ``observer`` of its states and ``done`` of its end.
+
+    A call of the scope that raises is forgotten.
+    """
+
+    def __init__(self, loop: Loop, observer: LoopObserver | None, done: Callable[[LoopResult, int], None]) -> None:
+        self.loop, self.observer, self.done = loop, observer, done
+        self._local = threading.local()
+        self.entered = 0
+
+    def hook(self, modules: Mapping[str, nn.Module], scope: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks; they are removed by their handles."""
+        first, state = modules[self.loop.body[0]], modules[self.loop.state_module]
+        handles = [
+            scope.register_forward_pre_hook(self._enter, prepend=True),
+            state.register_forward_hook(self._state),
+            *[modules[path].register_forward_pre_hook(self._restart) for path in self.loop.reset_on],
+            scope.register_forward_hook(self._leave, always_call=True),
+        ]
+        if self.observer is not None:
+            handles.append(first.register_forward_pre_hook(self._first, with_kwargs=True))
+        return handles
+
+    @property
+    def _calls(self) -> list[_Seen]:
+        if not hasattr(self._local, "calls"):
+            self._local.calls = []
+        return self._local.calls  # type: ignore[no-any-return]
+
+    def _enter(self, *_: Any) -> None:
+        self.entered += 1
+        self._calls.append(_Seen())
+
+    def _first(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._calls and self._calls[-1].k == self._calls[-1].outputs == 0 and self._calls[-1].x0 is None:
+            self._calls[-1].x0 = self.loop.initial_state(args, kwargs)
+
+    def _state(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not self._calls:
+            return
+        seen = self._calls[-1]
+        seen.outputs += 1
+        if seen.outputs < self.loop.period:
+            return
+        seen.outputs = 0
+        seen.k += 1
+        seen.x = self.loop.state_of(output)
+        if self.observer is not None:
+            name = self.loop.body[0]
+            if seen.k == 1:
+                self.observer.begin(name, torch.full_like(seen.x, torch.inf) if seen.x0 is None else seen.x0.detach())
+            self.observer.step(name, seen.k, seen.x.detach())
+
+    def _end(self, seen: _Seen) -> None:
+        if seen.x is None:
+            return
+        rows = seen.x.shape[:-1]
+        steps = torch.full(rows, seen.k, dtype=torch.int64, device=seen.x.device)
+        outcome = torch.full(rows, Outcome.BUDGET, dtype=torch.int8, device=seen.x.device)
+        if self.observer is not None:
+            self.observer.end(self.loop.body[0], steps, outcome)
+        self.done(LoopResult(seen.x.detach(), steps, outcome), seen.k)
+
+    def _restart(self, *_: Any) -> None:
+        if self._calls:
+            self._end(self._calls[-1])
+            self._calls[-1] = _Seen()
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        seen = self._calls.pop()
+        if output is not None:  # None: the call raised
+            self._end(seen)

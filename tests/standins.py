@@ -1,0 +1,95 @@
+"""Small models of our own with the structure and the names of models that no registry carries."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, HEADS, VOCABULARY = 16, 2, 50
+
+
+class SlotCache:
+    """Keys and values by slot, as Hugging Face's caches keep them by layer."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def get_seq_length(self) -> int:
+        return self.slots[0][0].shape[-2] if self.slots else 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+        slot = int(layer)
+        if slot in self.slots:
+            old_keys, old_values = self.slots[slot]
+            keys, values = torch.cat([old_keys, keys], -2), torch.cat([old_values, values], -2)
+        self.slots[slot] = keys, values
+        return keys, values
+
+
+class SandwichBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_4 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, block_idx: Tensor, cache: SlotCache | None = None) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm_1(x)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.update(k, v, block_idx)
+        mask = torch.ones(t, k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - t)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(b, t, WIDTH))
+        out: Tensor = self.norm_4(x + self.mlp(x))
+        return out
+
+
+class RavenForCausalLM(nn.Module):
+    """The structure of Huginn (arXiv 2502.05171): prelude, adapter and core in two loops, coda, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.ModuleList(SandwichBlock() for _ in range(n)) for n in (1, 2, 1)]
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(VOCABULARY, WIDTH),
+                "prelude": blocks[0],
+                "adapter": nn.Linear(2 * WIDTH, WIDTH, bias=False),
+                "core_block": blocks[1],
+                "coda": blocks[2],
+                "ln_f": nn.RMSNorm(WIDTH),
+            }
+        )
+
+    def embed(self, ids: Tensor, cache: SlotCache | None = None) -> Tensor:
+        return self.transformer["prelude"][0](self.transformer["wte"](ids), torch.tensor(0), cache)  # type: ignore[no-any-return, index]
+
+    def initial(self, e: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return torch.randn(1, 64, WIDTH, generator=generator)[:, : e.shape[1]].expand_as(e)
+
+    def core_block_forward(self, x: Tensor, e: Tensor, block_idx: Tensor, cache: SlotCache | None) -> Tensor:
+        x = self.transformer["adapter"](torch.cat([x, e], -1))
+        for block in self.transformer["core_block"]:  # type: ignore[union-attr]
+            block_idx += 1  # in place, as the original counts
+            x = block(x, block_idx, cache)
+        return x
+
+    def forward(self, ids: Tensor, num_steps: tuple[int, int] = (8, 0), cache: SlotCache | None = None) -> Any:
+        e = self.embed(ids, cache)
+        x, block_idx = self.initial(e), torch.tensor(0)
+        with torch.no_grad():
+            for _ in range(num_steps[0]):
+                x = self.core_block_forward(x, e, block_idx, cache)
+        for _ in range(num_steps[1]):
+            x = self.core_block_forward(x, e, block_idx, cache)
+        return self.predict_from_latents(x, cache)
+
+    def predict_from_latents(self, x: Tensor, cache: SlotCache | None = None) -> Any:
+        x = self.transformer["ln_f"](x)
+        x = self.transformer["coda"][0](x, torch.tensor(-1), cache)  # type: ignore[index]
+        return SimpleNamespace(logits=self.transformer["ln_f"](x) @ self.transformer["wte"].weight.T)  # type: ignore[operator]
