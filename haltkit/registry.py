@@ -53,7 +53,7 @@ BUILTIN: dict[str, type[Any]] = {
 }
 ENTRY_POINT_GROUP = "haltkit.policies"
 _COMBINATIONS: dict[str, type[AnyOf] | type[AllOf]] = {"any": AnyOf, "all": AllOf}
-GRANULARITIES = ("token", "sequence", "batch")
+GRANULARITIES = ("token", "sequence", "batch", "world")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Wrapping:
     patience: int = 1
     min_steps: int = 0
     check_every: int = 1
-    granularity: Literal["token", "sequence", "batch"] = "token"
+    granularity: Literal["token", "sequence", "batch", "world"] = "token"
     pool: Literal["mean", "max"] = "mean"
 
 
@@ -71,7 +71,7 @@ WRAPPER_KEYS: dict[str, str] = {
     "patience": "halt after so many hits in a row (accel and accel-rel: 2, others: 1)",
     "min_steps": "never halt before this step (0)",
     "check_every": "halt only at multiples of this step (1)",
-    "granularity": "token, sequence or batch: which rows decide together (token)",
+    "granularity": "token, sequence, batch or world (all processes): which rows decide together (token)",
     "pool": "mean or max: how their scores are pooled (mean)",
 }
 # What a combination takes: pooling belongs to its parts, which have scores of their own.

@@ -89,19 +89,22 @@ class Pooled:
 
     Args:
         policy: one with a ``tau``.
-        over: ``sequence`` pools over the last dimension of rows (``T`` of ``(B, T, D)``); ``batch`` over all rows.
+        over: ``sequence`` pools over the last dimension of rows (``T`` of ``(B, T, D)``); ``batch`` over all rows;
+            ``world`` over all rows of all processes of the default group of ``torch.distributed``, one reduction of two
+            numbers a step, so that every process takes the same number of steps. A process that alone stops, because
+            all its states stopped being finite, leaves the others waiting until the group's timeout.
         reduce: mean or maximum of the scores.
     """
 
     policy: ThresholdPolicy[Any]
-    over: Literal["sequence", "batch"]
+    over: Literal["sequence", "batch", "world"]
     reduce: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, ThresholdPolicy):
             raise ValueError(f"{type(self.policy).__name__} has no tau to hold a pooled score against")
-        if self.over not in ("sequence", "batch") or self.reduce not in ("mean", "max"):
-            raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence or batch, mean or max")
+        if self.over not in ("sequence", "batch", "world") or self.reduce not in ("mean", "max"):
+            raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence, batch or world, mean or max")
 
     def init(self, x0: Tensor) -> Any:
         if self.over == "sequence" and x0.ndim < 3:
@@ -109,18 +112,31 @@ class Pooled:
                 f"pooling over a sequence needs states (..., T, D); these are {tuple(x0.shape)}. "
                 "Use granularity=token or batch"
             )
+        if self.over == "world" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError("granularity=world pools over processes, and torch.distributed has no process group here")
         return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, _) = self.policy.update(state, step)
         dims = (-1,) if self.over == "sequence" else tuple(range(score.ndim))
         if self.reduce == "mean":
+            total = torch.where(step.live, score, 0.0).sum(dims, keepdim=True)
             count = step.live.sum(dims, keepdim=True)
-            pooled = torch.where(step.live, score, 0.0).sum(dims, keepdim=True) / count
+            if self.over == "world":
+                total, count = _over_ranks(torch.stack([total, count.to(total.dtype)]), "SUM")
+            pooled = total / count
         else:
             pooled = torch.where(step.live, score, -torch.inf).amax(dims, keepdim=True)
+            if self.over == "world":
+                pooled = _over_ranks(pooled, "MAX")
         pooled = pooled.expand_as(score)
         return state, Verdict(pooled, pooled < self.policy.tau)
+
+
+def _over_ranks(values: Tensor, how: Literal["SUM", "MAX"]) -> Tensor:
+    values = values.clone()
+    torch.distributed.all_reduce(values, op=getattr(torch.distributed.ReduceOp, how))
+    return values
 
 
 @dataclass(frozen=True)

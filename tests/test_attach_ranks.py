@@ -1,0 +1,71 @@
+"""Two processes: with granularity=world they halt at the same step, and DDP goes on working."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_attach import STEPS, WIDTH, Refiner
+from torch import Tensor
+
+import haltkit
+
+RANKS = 2
+
+
+def inputs(rank: int) -> Tensor:
+    """Each rank's rows settle at a step of their own."""
+    return (0.01 if rank else 3.0) * torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(rank))
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    model = Refiner()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    found: dict[str, Any] = {}
+    for spec in (
+        "norm:tau=0.4,granularity=batch",
+        "norm:tau=0.4,granularity=world",
+        "accel:tau=2,granularity=world,pool=max",
+    ):
+        with haltkit.attach(parallel.module, spec, body=["core"]) as session:
+            out = parallel(inputs(rank))
+            found[spec] = int(session.steps.max()), torch.equal(out, model(inputs(rank), int(session.steps.max())))
+            if "world" in spec:
+                model.zero_grad()
+                out.sum().backward()  # type: ignore[no-untyped-call]
+                found[spec + " gradient"] = model.core.weight.grad.clone()  # type: ignore[union-attr]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
+@pytest.mark.filterwarnings("ignore")  # spawned processes import under other filters
+def test_a_region_halts_together_on_all_ranks(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=RANKS, join=True)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    alone, mean, largest = (key for key in ranks[0] if "gradient" not in key)
+    assert ranks[0][alone][0] != ranks[1][alone][0]  # what the option is for
+    for spec in (mean, largest):
+        assert ranks[0][spec] == ranks[1][spec]
+        assert ranks[0][spec][1]  # each output is the model's own with that many loops
+        assert 1 < ranks[0][spec][0] < STEPS
+        assert torch.equal(ranks[0][f"{spec} gradient"], ranks[1][f"{spec} gradient"])
+    # The mean over both ranks' rows decides: a single process that sees all rows stops at the same step.
+    with torch.no_grad(), haltkit.attach(Refiner(), mean.replace("world", "batch"), body=["core"]) as session:
+        session.model(torch.cat([inputs(0), inputs(1)]))
+    assert int(session.steps.max()) == ranks[0][mean][0]
+
+
+def test_without_a_process_group_it_says_so() -> None:
+    with pytest.raises(ValueError, match="no process group"):
+        haltkit.run_loop(lambda x: x, torch.zeros(2, 3), haltkit.policy("norm:tau=1,granularity=world"))
