@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
+    from haltkit.attachment import Loop
     from haltkit.comparison import Comparison, Finding, Row
+    from haltkit.registry import Spec
 
 
 def compare(
+    context: typer.Context,
     policies: Annotated[
         str, typer.Option(help="Comma-separated policies; one without tau is swept (see 'haltkit policies').")
     ] = "accel,kl,norm",
@@ -49,55 +53,47 @@ def compare(
     plot_path: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw frontier and sweeps (png, svg or pdf).")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pkg.mod:factory",
+            help="A model of your own: a function that returns a haltkit.Trial.",
+            show_default=False,
+        ),
+    ] = None,
+    save_path: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the winning spec as YAML for haltkit.attach.")
+    ] = None,
 ) -> None:
     """Compare halting policies at equal quality with each other and with fixed depths.
 
-    Runs on the bundled checkpoint and text unless told otherwise. The conclusion comes from the frontier of quality
+    Runs on the bundled checkpoint and text unless told otherwise, or on any model with a loop (--model), which it
+    halts from outside. The conclusion comes from the frontier of quality
     against wall-clock time: policies at equal thresholds cannot be compared, because their signals' scales differ.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from haltkit.registry import parse_spec_list
 
     specs = parse_spec_list(policies)
     thresholds = _thresholds(taus)
     _writable(json_path)
     _writable(plot_path, ("png", "svg", "pdf"))
-    if json_path is not None and plot_path is not None and json_path.resolve() == plot_path.resolve():
-        raise ValueError(f"--json and --plot name the same file, {str(json_path)!r}")
-
-    import torch
-
-    from haltkit.comparison import findings
-    from haltkit.models import comparing
-    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
-
-    loaded = load_checkpoint(checkpoint or BUNDLED)
-    if not loaded.model.regions:
-        raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
-    windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)
-    settings = comparing.choose_settings(loaded, specs, thresholds, max_loops, windows[:2], granularity)
-
+    _writable(save_path, ("yaml", "yml"))
+    places = [path.resolve() for path in (json_path, plot_path, save_path) if path is not None]
+    if len(set(places)) < len(places):
+        raise ValueError(f"--json, --plot and --save must name different files, not {str(places[0])!r} twice")
     console = _console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"{len(settings)} settings, {len(windows)} windows", total=None)
-        result = comparing.compare_checkpoint(
-            loaded, settings, windows, batch=batch, max_loops=max_loops, repeats=repeats,
-            on_tick=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    about = {
-        "model": str(checkpoint) if checkpoint else "bundled",
-        "trained": loaded.trained,
-        "text": str(text) if text else "bundled sample",
-        "device": f"cpu, {torch.get_num_threads()} threads",
-        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "max_loops": max_loops,
-        "batch": batch,
-    }
-    found = findings(result.rows)
-    _print_table(console, result, list(loaded.model.regions), about)
-    _print_findings(console, result, found)
+    if model is not None:
+        _refuse_with_model(context)
+        result, about, levels, regions, loop = _own_model(console, model, specs, thresholds, granularity, repeats)
+    else:
+        result, about, levels, regions, loop = _checkpoint(
+            console, specs, thresholds, checkpoint, text, max_loops, tokens, batch, granularity, repeats
+        )
+    from haltkit.comparison import findings
+
+    found = findings(result.rows, levels)
+    _print_table(console, result, regions, about)
+    _print_findings(console, result, found, levels)
     if json_path is not None:
         from haltkit.models.files import write_json
 
@@ -109,10 +105,153 @@ def compare(
 
         with atomic_path(plot_path) as partial:
             plot_comparison(
-                result.rows, partial, f"{about['model']} checkpoint, {result.tokens:,} tokens of {about['text']}",
-                plot_path.suffix[1:].lower(),
-            )  # fmt: skip
+                result.rows, partial, _title(result, about), plot_path.suffix[1:].lower(), result.metric, result.item
+            )
         console.print(f"plot: {plot_path}", soft_wrap=True, highlight=False)
+    if save_path is not None:
+        _save(console, save_path, found, levels, about, result.item, loop)
+
+
+def _checkpoint(
+    console: Console,
+    specs: Sequence[Spec],
+    thresholds: str | list[float],
+    checkpoint: Path | None,
+    text: Path | None,
+    max_loops: int,
+    tokens: int,
+    batch: int,
+    granularity: str | None,
+    repeats: int,
+) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
+    """The comparison on a checkpoint of the bundled architecture."""
+
+    import torch
+
+    from haltkit.comparison import CE_LEVELS
+    from haltkit.models import comparing
+    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
+
+    loaded = load_checkpoint(checkpoint or BUNDLED)
+    if not loaded.model.regions:
+        raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
+    windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)
+    settings = comparing.choose_settings(loaded, specs, thresholds, max_loops, windows[:2], granularity)
+    with _progress(console, f"{len(settings)} settings, {len(windows)} windows") as tick:
+        result = comparing.compare_checkpoint(
+            loaded, settings, windows, batch=batch, max_loops=max_loops, repeats=repeats, on_tick=tick
+        )
+    about = {
+        "model": f"{checkpoint or 'bundled'} checkpoint",
+        "trained": loaded.trained,
+        "text": str(text) if text else "bundled sample",
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "max_loops": max_loops,
+        "batch": batch,
+    }
+    return result, about, CE_LEVELS, list(loaded.model.regions), None
+
+
+def _own_model(
+    console: Console,
+    path: str,
+    specs: Sequence[Spec],
+    thresholds: str | list[float],
+    granularity: str | None,
+    repeats: int,
+) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
+    """The comparison on a model that a function of the user's returns."""
+    from haltkit.comparison import CE_LEVELS
+    from haltkit.trial import Trial
+    from haltkit.trial import compare as compare_own
+
+    trial = _factory(path)()
+    if not isinstance(trial, Trial):
+        raise ValueError(f"--model {path}: it must return a haltkit.Trial, not a {type(trial).__name__}")
+    if granularity is not None:
+        specs = [spec.with_key("granularity", granularity) if spec.takes("granularity") else spec for spec in specs]
+    with _progress(console, f"{len(trial.samples)} samples") as tick:
+        result = compare_own(trial, policies=specs, taus=thresholds, repeats=repeats, on_tick=tick)
+    parameter = next(trial.model.parameters(), None)
+    about: dict[str, Any] = {
+        "model": path,
+        "text": f"{len(trial.samples)} samples",
+        "device": "cpu" if parameter is None else str(parameter.device),
+        "dtype": "" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+    }
+    full = abs(result.rows[0].ce)
+    levels = CE_LEVELS if result.metric == "CE" else tuple(float(f"{full * share:.2g}") for share in CE_LEVELS)
+    return result, about, levels, ["loop"], trial.loop
+
+
+def _factory(path: str) -> Callable[[], Any]:
+    """The function that ``pkg.mod:factory`` names; modules in the current folder are found."""
+    import importlib
+    import sys
+
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"--model {path}: write it as pkg.mod:factory")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--model {path}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(getattr(found, name, None)):
+        raise ValueError(f"--model {path}: {module} has no function {name!r}")
+    factory: Callable[[], Any] = getattr(found, name)
+    return factory
+
+
+def _refuse_with_model(context: typer.Context) -> None:
+    """Options that say what a checkpoint is compared on have no meaning for a model that brings its own samples."""
+    for name in ("checkpoint", "text", "max_loops", "tokens", "batch"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} is for checkpoints; a --model brings its own samples")
+
+
+@contextmanager
+def _progress(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _save(
+    console: Console,
+    path: Path,
+    found: Sequence[Finding],
+    levels: Sequence[float],
+    about: dict[str, Any],
+    item: str,
+    loop: Loop | None,
+) -> None:
+    """The fastest policy of the middle quality, for ``attach``; nothing is written where none is that good."""
+    from haltkit.attachment.saved import save
+    from haltkit.models.files import atomic_path
+
+    winner = _winner(found, levels)
+    if winner is None:
+        raise ValueError(f"--save: no policy is within {levels[1]:g} for sure, so {str(path)!r} was not written")
+    with atomic_path(path) as partial:
+        save(
+            partial, winner.spec, loop,
+            f"chosen by haltkit compare on {about['model']}, {about['text']}: {_cost(winner, item)}",
+        )  # fmt: skip
+    console.print(f"choice: {path}", soft_wrap=True, highlight=False)
+
+
+def _winner(found: Sequence[Finding], levels: Sequence[float]) -> Row | None:
+    """The fastest policy within the middle level of the metric."""
+    rows = [f.best for f in found if f.kind == "ce" and f.level == levels[1] and f.best is not None]
+    return min(rows, key=lambda row: row.ms_per_token, default=None)
 
 
 def _console() -> Console:
@@ -174,12 +313,18 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     dropped: tuple[str, ...] = () if wide else ("PPL", "KL to full", "halted", "within 0.01")
     if console.width < 80:
         dropped += ("CE", "agree")
+    if result.rows[0].kl_to_full is None:
+        dropped += ("PPL", "KL to full", "agree")
+    if result.metric != "CE":
+        dropped += ("within 0.01",)
+    nats = "delta (nats)" if result.metric == "CE" else "delta"
+    titles = {"CE": result.metric, "ms/token": f"ms/{result.item}", "delta (nats)": nats}
+    batch = [f"batch {about['batch']}"] if "batch" in about else []
     table = Table(
-        title=f"{about['model']} checkpoint, {result.tokens:,} tokens of {about['text']}, batch {about['batch']}, "
-        f"{about['device']}, {about['dtype']}",
-        caption="ms/token: median of the repeats and half their range, wall clock; delta: cross-entropy above full "
-        "depth with its standard error; agree: top token as at full depth; steps: mean by region; halted: by the "
-        "policy, not by the budget",
+        title=", ".join([_title(result, about), *batch, about["device"], about["dtype"]]),
+        caption=f"ms/{result.item}: median of the repeats and half their range, wall clock; delta: {result.metric} "
+        "above full depth with its standard error; agree: top token as at full depth; steps: mean by region; halted: "
+        "by the policy, not by the budget",
         box=None, pad_edge=False, padding=(0, 1),
     )  # fmt: skip
     table.add_column("setting", overflow="fold", min_width=16)
@@ -188,7 +333,7 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     )  # fmt: skip
     for heading in headings:
         if heading not in dropped:
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(titles.get(heading, heading), justify="right", no_wrap=True)
     previous = None
     for row in result.rows:
         if previous is not None and row.policy != previous:
@@ -199,10 +344,10 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
         spread = (row.ms_spread[1] - row.ms_spread[0]) / 2
         cells = {
             "CE": f"{row.ce:.4f}",
-            "PPL": f"{row.ppl:.1f}",
+            "PPL": "" if row.ppl is None else f"{row.ppl:.1f}",
             "delta (nats)": f"{row.delta_ce:+.4f} ±{se}" if wide else f"{row.delta_ce:+.4f}",
-            "KL to full": f"{row.kl_to_full:.1e}",
-            "agree": f"{row.agreement:.1%}",
+            "KL to full": "" if row.kl_to_full is None else f"{row.kl_to_full:.1e}",
+            "agree": "" if row.agreement is None else f"{row.agreement:.1%}",
             "steps": " ".join(f"{row.steps[name]:.1f}" for name in regions),
             "halted": f"{row.outcomes['CONVERGED']:.0%}" if row.outcomes else "",
             "ms/token": f"{row.ms_per_token:.3f} ±{spread:.3f}" if wide else f"{row.ms_per_token:.3f}",
@@ -213,6 +358,10 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     console.print(table)
 
 
+def _title(result: Comparison, about: dict[str, Any]) -> str:
+    return f"{about['model']}, {result.tokens:,} {result.item}s of {about['text']}"
+
+
 def _label(row: Row) -> str:
     """What tells this row from its neighbours."""
     if row.policy == "fixed":
@@ -220,11 +369,11 @@ def _label(row: Row) -> str:
     return f"{row.policy} tau={row.tau:g}" if row.tau is not None else row.spec
 
 
-def _cost(row: Row) -> str:
-    return f"{_label(row)}: {row.ms_per_token:.3f} ms/token, {row.speedup:.2f}x full depth"
+def _cost(row: Row, item: str = "token") -> str:
+    return f"{_label(row)}: {row.ms_per_token:.3f} ms/{item}, {row.speedup:.2f}x full depth"
 
 
-def _print_findings(console: Console, result: Comparison, found: Sequence[Finding]) -> None:
+def _print_findings(console: Console, result: Comparison, found: Sequence[Finding], levels: Sequence[float]) -> None:
     from rich.text import Text
 
     from haltkit.comparison import sweep_spread
@@ -232,7 +381,8 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
     def say(line: str = "") -> None:
         console.print(Text(line), soft_wrap=False)
 
-    if not all(row.causal for row in result.rows):
+    unit, item = (" nats" if result.metric == "CE" else f" of {result.metric}"), result.item
+    if result.metric == "CE" and not all(row.causal for row in result.rows):
         say()
         say(
             "Non-causal: policies here decide for a whole sequence or batch, so when a token stops depends on later "
@@ -246,25 +396,26 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
     for finding in found:
         if (finding.kind, finding.level) != level:
             level = (finding.kind, finding.level)
-            goal = f"within {finding.level:g} nats" if finding.kind == "ce" else f"agreement {finding.level:g}"
+            goal = f"within {finding.level:g}{unit}" if finding.kind == "ce" else f"agreement {finding.level:g}"
             best = finding.fixed
             reference = (
-                f"{_label(best)}, {best.ms_per_token:.3f} ms/token" if best else "no fixed depth is that good for sure"
+                f"{_label(best)}, {best.ms_per_token:.3f} ms/{item}" if best else "no fixed depth is that good for sure"
             )
             say(f"  {goal}: {reference}")
         if finding.best is None:
-            say(f"    {finding.policy}: no setting is that good for sure on so few tokens")
+            say(f"    {finding.policy}: no setting is that good for sure on so few {item}s")
         else:
-            say(f"    {_cost(finding.best)}{f', {finding.verdict}' if finding.verdict else ''}")
+            say(f"    {_cost(finding.best, item)}{f', {finding.verdict}' if finding.verdict else ''}")
     spreads = {name: sweep_spread(result.rows, name) for name in dict.fromkeys(f.policy for f in found)}
     swept = [f"{name} {spread:.4f}" for name, spread in spreads.items() if spread is not None]
     if swept:
-        say("Cross-entropy, greatest minus least over a policy's thresholds (how much tuning it needs):")
+        name = "Cross-entropy" if result.metric == "CE" else result.metric
+        say(f"{name}, greatest minus least over a policy's thresholds (how much tuning it needs):")
         say("  " + ", ".join(swept))
-    winners = [f.best for f in found if f.kind == "ce" and f.level == 0.01 and f.best is not None]
-    good = [f for f in found if f.kind == "ce" and f.level == 0.01]
+    good = [f for f in found if f.kind == "ce" and f.level == levels[1]]
     if good and good[0].fixed is not None and all(f.verdict in (None, "slower") for f in good):
-        say(f"Within 0.01 nats a fixed depth serves best here: {good[0].fixed.spec}")
-    if winners:
-        winner = min(winners, key=lambda row: row.ms_per_token)
-        console.print(Text(f"Fastest policy within 0.01 nats, ready to paste: {winner.spec}"), soft_wrap=True)
+        say(f"Within {levels[1]:g}{unit} a fixed depth serves best here: {good[0].fixed.spec}")
+    winner = _winner(found, levels)
+    if winner is not None:
+        line = f"Fastest policy within {levels[1]:g}{unit}, ready to paste: {winner.spec}"
+        console.print(Text(line), soft_wrap=True)

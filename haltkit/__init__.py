@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from haltkit.recorder import record as record
     from haltkit.registry import policy as policy
     from haltkit.trajectory import Trajectory as Trajectory
+    from haltkit.trial import Trial as Trial
+    from haltkit.trial import compare as compare
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ _HOMES = {
     "haltkit.registry": ("policy",),
     "haltkit.offline": ("replay",),
     "haltkit.trajectory": ("Trajectory",),
+    "haltkit.trial": ("Trial", "compare"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

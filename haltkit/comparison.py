@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -64,10 +65,11 @@ class Setting:
 class Observation(NamedTuple):
     """What one run on one window came to; ``B`` sequences of ``T`` scored positions.
 
-    ``steps`` and ``outcome`` are by region, ``(B, T)`` each; empty for a fixed depth.
+    ``steps`` and ``outcome`` are by region, ``(B, T)`` each; empty for a fixed depth. Without ``logits`` there is no
+    perplexity, agreement or KL. Of another metric than cross-entropy ``losses`` may also be ``(B,)``; less is better.
     """
 
-    logits: Tensor  # (B, T, V)
+    logits: Tensor | None  # (B, T, V)
     losses: Tensor  # (B, T), nats
     steps: dict[str, Tensor]
     outcome: dict[str, Tensor]
@@ -78,11 +80,11 @@ class Row:
     """What was measured for one setting.
 
     Attributes:
-        ce, ppl: cross-entropy in nats a token, and its exponential.
+        ce, ppl: cross-entropy in nats a token, and its exponential; or the mean of another metric, and None.
         delta_ce, delta_ce_se: difference to full depth on the same tokens, and its standard error, paired and
             clustered by sequence.
         agreement, agreement_se: share of positions whose top token equals full depth's.
-        kl_to_full: mean ``KL(full || this)`` in nats.
+        kl_to_full: mean ``KL(full || this)`` in nats. None, like agreement, where there are no logits.
         steps: mean body applications by region.
         ms_per_token: median wall-clock time of a forward pass, a token.
         ms_spread: least and greatest of the repeats.
@@ -96,12 +98,12 @@ class Row:
     spec: str
     tau: float | None
     ce: float
-    ppl: float
+    ppl: float | None
     delta_ce: float
     delta_ce_se: float
-    agreement: float
-    agreement_se: float
-    kl_to_full: float
+    agreement: float | None
+    agreement_se: float | None
+    kl_to_full: float | None
     steps: dict[str, float]
     ms_per_token: float
     ms_spread: tuple[float, float]
@@ -113,12 +115,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, full depth first, and what they were measured on."""
+    """All rows, full depth first, and what they were measured on: ``metric`` says what ``ce`` is, a mean over items."""
 
     rows: tuple[Row, ...]
     tokens: int
     sequences: int
     timed_tokens: int
+    metric: str = "CE"
+    item: str = "token"
 
     def to_dict(self, **about: Any) -> dict[str, Any]:
         """Plain values for JSON: what ``about`` says, then the rows."""
@@ -138,20 +142,26 @@ class _Sums:
     outcomes: dict[str, int] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
 
-    def add(self, seen: Observation, full: Observation, full_log_p: Tensor) -> None:
-        log_p = signals.log_probabilities(seen.logits)
-        agree = (seen.logits.argmax(-1) == full.logits.argmax(-1)).double()
-        self.losses += seen.losses.double().mean(-1).tolist()
-        self.deltas += (seen.losses.double() - full.losses.double()).mean(-1).tolist()
-        self.agreements += agree.mean(-1).tolist()
-        self.kls += signals.kl_divergence(full_log_p, log_p).double().mean(-1).tolist()
+    def add(self, seen: Observation, full: Observation, full_log_p: Tensor | None) -> None:
+        self.losses += _by_sequence(seen.losses)
+        self.deltas += _by_sequence(seen.losses.double() - full.losses.double())
+        if seen.logits is not None and full.logits is not None and full_log_p is not None:
+            log_p = signals.log_probabilities(seen.logits)
+            self.agreements += _by_sequence(seen.logits.argmax(-1) == full.logits.argmax(-1))
+            self.kls += _by_sequence(signals.kl_divergence(full_log_p, log_p))
         for name, steps in seen.steps.items():
-            self.steps.setdefault(name, []).extend(steps.double().mean(-1).tolist())
+            self.steps.setdefault(name, []).extend(_by_sequence(steps))
         for outcome in seen.outcome.values():
             for kind in Outcome:
                 if kind is not Outcome.ABSENT:
                     count = int((outcome == kind).sum())
                     self.outcomes[kind.name] = self.outcomes.get(kind.name, 0) + count
+
+
+def _by_sequence(values: Tensor) -> list[float]:
+    """The mean of each sequence, ``(B, ...)`` to ``B`` numbers."""
+    means: list[float] = values.double().reshape(len(values), -1).mean(-1).tolist()
+    return means
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -166,9 +176,10 @@ class _Comparer(Generic[W, Out]):
         run: Callable[[Setting, W], Out],
         observe: Callable[[Setting, Out, W], Observation],
         settings: Sequence[Setting],
+        prepare: Callable[[Setting], AbstractContextManager[object]],
         tick: Callable[[], None],
     ) -> None:
-        self.run, self.observe, self.settings, self.tick = run, observe, settings, tick
+        self.run, self.observe, self.settings, self.prepare, self.tick = run, observe, settings, prepare, tick
         self.sums = [_Sums() for _ in settings]
 
     def judge(self, window: W) -> tuple[list[float], int, int]:
@@ -181,11 +192,13 @@ class _Comparer(Generic[W, Out]):
         full: Observation | None = None
         full_log_p: Tensor | None = None
         for setting, sums in zip(self.settings, self.sums, strict=True):
-            seconds, output = self.clock(setting, window)
-            times.append(seconds)
-            seen = self.observe(setting, output, window)
-            if full is None or full_log_p is None:
-                full, full_log_p = seen, signals.log_probabilities(seen.logits)
+            with self.prepare(setting):
+                seconds, output = self.clock(setting, window)
+                times.append(seconds)
+                seen = self.observe(setting, output, window)
+            if full is None:
+                full = seen
+                full_log_p = None if seen.logits is None else signals.log_probabilities(seen.logits)
             sums.add(seen, full, full_log_p)
         assert full is not None
         return times, full.losses.numel(), len(full.losses)
@@ -202,7 +215,8 @@ class _Comparer(Generic[W, Out]):
         order = range(len(self.settings))
         shift = number * max(1, len(self.settings) // 3) % len(self.settings)
         for index in (*order[shift:], *order[:shift]):
-            self.sums[index].times.append(sum(self.clock(self.settings[index], window)[0] for window in windows))
+            with self.prepare(self.settings[index]):
+                self.sums[index].times.append(sum(self.clock(self.settings[index], window)[0] for window in windows))
 
 
 def compare(
@@ -213,6 +227,7 @@ def compare(
     *,
     timed: int = 1,
     repeats: int = 3,
+    prepare: Callable[[Setting], AbstractContextManager[object]] = lambda setting: nullcontext(),
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Measure every setting on the same windows.
@@ -225,6 +240,7 @@ def compare(
         timed: time is measured on so many of the windows, the first ones, all settings in turn, ``repeats`` times;
             the first repeat is the pass that quality is measured on.
         repeats: at least 1.
+        prepare: what a setting's runs happen inside of, itself not timed.
         on_tick: told of (runs done, runs in all).
 
     Raises:
@@ -241,7 +257,7 @@ def compare(
         if on_tick is not None:
             on_tick(done, total)
 
-    comparer = _Comparer(run, observe, settings, tick)
+    comparer = _Comparer(run, observe, settings, prepare, tick)
     judged = [comparer.judge(window) for window in windows]
     for index, sums in enumerate(comparer.sums):
         sums.times.append(sum(times[index] for times, _, _ in judged[:timed]))
@@ -262,12 +278,12 @@ def _row(setting: Setting, sums: _Sums, full_time: float, timed_tokens: int) -> 
         spec=setting.spec,
         tau=setting.tau,
         ce=ce,
-        ppl=math.exp(ce),
+        ppl=math.exp(ce) if sums.kls else None,
         delta_ce=statistics.fmean(sums.deltas),
         delta_ce_se=_standard_error(sums.deltas),
-        agreement=statistics.fmean(sums.agreements),
-        agreement_se=_standard_error(sums.agreements),
-        kl_to_full=statistics.fmean(sums.kls),
+        agreement=statistics.fmean(sums.agreements) if sums.agreements else None,
+        agreement_se=_standard_error(sums.agreements) if sums.agreements else None,
+        kl_to_full=statistics.fmean(sums.kls) if sums.kls else None,
         steps={name: statistics.fmean(values) for name, values in sums.steps.items()},
         ms_per_token=statistics.median(repeats),
         ms_spread=(min(repeats), max(repeats)),
@@ -283,12 +299,14 @@ def within(row: Row, level: float, kind: Literal["ce", "agreement"] = "ce") -> J
 
     ``ce``: at most ``level`` nats above full depth. ``agreement``: at least ``level``.
     """
+    if row.delta_ce == 0 and row.kl_to_full in (0, None) and row.agreement in (1, None):  # identical to full depth
+        return "yes"
     if kind == "ce":
         margin, se = level - row.delta_ce, row.delta_ce_se
+    elif row.agreement is None or row.agreement_se is None:
+        return "cannot tell"
     else:
         margin, se = row.agreement - level, row.agreement_se
-    if row.delta_ce == 0 and row.kl_to_full == 0 and row.agreement == 1:  # identical to full depth
-        return "yes"
     if margin >= 2 * se:
         return "yes"
     return "no" if margin < -2 * se else "cannot tell"
@@ -315,12 +333,15 @@ def _fastest(rows: Iterable[Row], level: float, kind: Literal["ce", "agreement"]
     return min(good, key=lambda row: row.ms_per_token, default=None)
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
-    """For each policy and quality level, its fastest setting against the best fixed depth."""
+def findings(rows: Sequence[Row], ce_levels: Sequence[float] = CE_LEVELS) -> list[Finding]:
+    """For each policy and quality level, its fastest setting against the best fixed depth.
+
+    ``ce_levels`` are in the metric's unit, nats for cross-entropy.
+    """
     names = list(dict.fromkeys(row.policy for row in rows if row.policy != "fixed"))
     levels: list[tuple[Literal["ce", "agreement"], float]] = [
-        *(("ce", level) for level in CE_LEVELS),
-        *(("agreement", level) for level in AGREEMENT_LEVELS),
+        *(("ce", level) for level in ce_levels),
+        *(("agreement", level) for level in AGREEMENT_LEVELS if rows[0].agreement is not None),
     ]
     result = []
     for kind, level in levels:

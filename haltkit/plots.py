@@ -14,7 +14,14 @@ _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", "-.", ":")
 
 
-def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt: str | None = None) -> None:
+def plot_comparison(
+    rows: Sequence[Row],
+    path: str | Path,
+    title: str = "",
+    fmt: str | None = None,
+    metric: str = "CE",
+    item: str = "token",
+) -> None:
     """The frontier, and latency, perplexity and cross-entropy against tau (arXiv 2509.23314, Figure 4).
 
     Args:
@@ -22,21 +29,27 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
         path: where to.
         title: stands above the figure.
         fmt: png, svg or pdf; None goes by the path's suffix.
+        metric, item: what ``ce`` is a mean of, and over what; perplexity is drawn for cross-entropy only.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     frontier, latency, perplexity, entropy = figure.subplots(2, 2).flat
+    named = "cross-entropy (nats per token)" if metric == "CE" else metric
+    spread = 0.01 if metric == "CE" else 0.01 * abs(rows[0].ce)
     names = list(dict.fromkeys(row.policy for row in rows if row.policy != "fixed"))
     styles = {
         name: {"marker": _MARKERS[i % 8], "linestyle": _LINES[i % 4], "color": f"C{i}"} for i, name in enumerate(names)
     }
-    _frontier(frontier, rows, names, styles)
+    _frontier(frontier, rows, names, styles, metric, item, spread)
     for axes, key, label in (
-        (latency, "ms_per_token", "time (ms per token)"),
+        (latency, "ms_per_token", f"time (ms per {item})"),
         (perplexity, "ppl", "perplexity"),
-        (entropy, "ce", "cross-entropy (nats per token)"),
+        (entropy, "ce", named),
     ):
+        if key == "ppl" and rows[0].ppl is None:
+            axes.set_axis_off()
+            continue
         for name in names:
             swept = sorted(
                 (row for row in rows if row.policy == name and row.tau is not None), key=lambda r: r.tau or 0
@@ -47,7 +60,8 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
         axes.set(xscale="log", xlabel="threshold tau (each policy on its own scale)", ylabel=label)
         axes.ticklabel_format(axis="y", useOffset=False)
         if key != "ms_per_token":  # a hundredth of a nat at least, or noise fills the panel
-            full, margin = getattr(rows[0], key), 0.01 * (rows[0].ppl if key == "ppl" else 1.0)
+            full = getattr(rows[0], key)
+            margin = 0.01 * full if key == "ppl" else spread
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, full - margin), max(high, full + margin))
     latency.set_ylim(bottom=0)
@@ -56,7 +70,15 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, title: str = "", fmt:
     figure.savefig(path, dpi=150, format=fmt)
 
 
-def _frontier(axes: Any, rows: Sequence[Row], names: Sequence[str], styles: dict[str, dict[str, Any]]) -> None:
+def _frontier(
+    axes: Any,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    styles: dict[str, dict[str, Any]],
+    metric: str,
+    item: str,
+    spread: float,
+) -> None:
     """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -79,11 +101,13 @@ def _frontier(axes: Any, rows: Sequence[Row], names: Sequence[str], styles: dict
             yerr=[min(2 * row.delta_ce_se, 1e6) for row in own],
             capsize=2, label=name, **styles[name],
         )  # fmt: skip
-    axes.axhspan(-0.01, 0.01, color="0.9", zorder=0, label="within 0.01 nats")
-    axes.set_yscale("symlog", linthresh=0.01)
+    within = "within 0.01 nats" if metric == "CE" else "within 1%"
+    axes.axhspan(-spread, spread, color="0.9", zorder=0, label=within)
+    axes.set_yscale("symlog", linthresh=spread or 0.01)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="time (ms per token)", ylabel="cross-entropy above full depth (nats)", title="frontier")
+    lost = "cross-entropy above full depth (nats)" if metric == "CE" else f"{metric} above full depth"
+    axes.set(xlabel=f"time (ms per {item})", ylabel=lost, title="frontier")
     axes.legend(frameon=False)

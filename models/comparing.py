@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import haltkit
-from haltkit.comparison import PAPER_TAUS, Comparison, Observation, Setting, compare, observed_taus
+from haltkit.comparison import Comparison, Observation, Setting, compare
 from haltkit.models.checkpoint import BUNDLED, Checkpoint
 from haltkit.models.data import DataError, windows
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
-from haltkit.offline import scores
 from haltkit.policies import Fixed
-from haltkit.protocol import HaltingPolicy, Readout
-from haltkit.registry import Spec, policy_class
+from haltkit.protocol import HaltingPolicy
+from haltkit.registry import Spec
+from haltkit.sweep import sweep_settings
 from haltkit.trajectory import RegionTrajectory
 
 __all__ = ["FIXED_DEPTHS", "SAMPLE", "choose_settings", "compare_checkpoint", "text_windows"]
@@ -89,51 +89,10 @@ def choose_settings(
             model(sample[:, :-1], max_loops)
         return list(recording.trajectory.regions.values())
 
-    for spec in specs:
-        if spec.name == "fixed":
-            continue
-        label = str(replace(spec, keys=tuple((k, v) for k, v in spec.keys if k != "tau")))
-        if spec.takes("granularity") and (granularity is not None or spec.get("granularity") is None):
-            spec = spec.with_key("granularity", granularity or "sequence")
-        causal = spec.get("granularity") in (None, "token")
-        if not spec.takes("tau") or spec.get("tau") is not None:
-            spec.build()
-            written = spec.get("tau")
-            tau = float(written) if written is not None and not spec.parts else None
-            settings.append(Setting(label, str(spec), tau, causal=causal))
-            continue
-        sweep = _sweep(spec, taus, recorded, model.readout)
-        if not sweep:
-            raise ValueError(
-                f"no threshold for {label!r} could be picked from its scores over {max_loops} loops: give --taus, or "
-                "more --max-loops"
-            )
-        built = [(tau, spec.with_key("tau", f"{tau!r}")) for tau in sweep]
-        for _, one in built:
-            one.build()
-        settings += [Setting(label, str(one), tau, causal=causal) for tau, one in built]
-    return settings
-
-
-def _sweep(
-    spec: Spec, taus: str | Sequence[float], recorded: Callable[[], list[RegionTrajectory]], readout: Readout
-) -> list[float]:
-    if not isinstance(taus, str):
-        return sorted(set(taus))
-    if spec.parts and taus != "paper":
-        raise ValueError(
-            f"thresholds for the combination {str(spec)!r} cannot be picked from its scores, whose parts have scales "
-            "of their own: give each part a tau, or say --taus"
-        )
-    found = set(PAPER_TAUS) if taus in ("paper", "both") else set()
-    if taus in ("auto", "both"):
-        policy = spec.with_key("tau", "1").build()
-        with torch.no_grad():
-            seen = [scores(policy, region, readout=readout).flatten(1) for region in recorded()]
-        written = spec.get("patience")
-        patience = int(written) if written is not None else getattr(policy_class(spec.name), "patience", 1)
-        found |= set(observed_taus(torch.cat(seen, 1), patience))
-    return sorted(found)
+    swept = [spec for spec in specs if spec.name != "fixed"]
+    return settings + sweep_settings(
+        swept, taus, recorded, model.readout, granularity=granularity, default_granularity="sequence"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+# Needs the source of a model that is on no registry; its head says how to run it.
+BY_HAND = {"check_huginn.py"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in EXAMPLES.glob("*.py") if p.name not in BY_HAND), ids=lambda path: path.name
+)
 def test_example(path: Path) -> None:
     command = [sys.executable, "-W", "error", str(path), *ARGUMENTS.get(path.name, [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

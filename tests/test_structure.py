@@ -22,6 +22,8 @@ LAYERS = [
     {"recorder", "offline"},
     {"attachment"},
     {"comparison"},
+    {"sweep"},
+    {"trial"},
     {"plots"},
 ]
 
