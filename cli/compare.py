@@ -105,7 +105,13 @@ def compare(
 
         with atomic_path(plot_path) as partial:
             plot_comparison(
-                result.rows, partial, _title(result, about), plot_path.suffix[1:].lower(), result.metric, result.item
+                result.rows,
+                partial,
+                _title(result, about),
+                plot_path.suffix[1:].lower(),
+                result.metric,
+                result.item,
+                levels[1],
             )
         console.print(f"plot: {plot_path}", soft_wrap=True, highlight=False)
     if save_path is not None:
@@ -162,7 +168,6 @@ def _own_model(
     repeats: int,
 ) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
     """The comparison on a model that a function of the user's returns."""
-    from haltkit.comparison import CE_LEVELS
     from haltkit.trial import Trial
     from haltkit.trial import compare as compare_own
 
@@ -181,7 +186,7 @@ def _own_model(
         "dtype": "" if parameter is None else str(parameter.dtype).removeprefix("torch."),
     }
     full = abs(result.rows[0].ce)
-    levels = CE_LEVELS if result.metric == "CE" else tuple(float(f"{full * share:.2g}") for share in CE_LEVELS)
+    levels = trial.levels or tuple(float(f"{full * share:.2g}") for share in (0.001, 0.01, 0.05))
     return result, about, levels, ["loop"], trial.loop
 
 
@@ -319,12 +324,13 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
         dropped += ("within 0.01",)
     nats = "delta (nats)" if result.metric == "CE" else "delta"
     titles = {"CE": result.metric, "ms/token": f"ms/{result.item}", "delta (nats)": nats}
+    agree = "" if result.rows[0].agreement is None else "agree: top token as at full depth; "
     batch = [f"batch {about['batch']}"] if "batch" in about else []
     table = Table(
         title=", ".join([_title(result, about), *batch, about["device"], about["dtype"]]),
         caption=f"ms/{result.item}: median of the repeats and half their range, wall clock; delta: {result.metric} "
-        "above full depth with its standard error; agree: top token as at full depth; steps: mean by region; halted: "
-        "by the policy, not by the budget",
+        f"above full depth with its standard error; {agree}steps: mean by region; halted: by the policy, not by the "
+        "budget",
         box=None, pad_edge=False, padding=(0, 1),
     )  # fmt: skip
     table.add_column("setting", overflow="fold", min_width=16)
@@ -334,18 +340,22 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     for heading in headings:
         if heading not in dropped:
             table.add_column(titles.get(heading, heading), justify="right", no_wrap=True)
+
+    def number(value: float, sign: str = "") -> str:
+        return f"{value:{sign}.4f}" if result.metric == "CE" else f"{value:{sign}.3g}"
+
     previous = None
     for row in result.rows:
         if previous is not None and row.policy != previous:
             table.add_section()
             table.add_row()
         previous = row.policy
-        se = f"{row.delta_ce_se:.4f}" if math.isfinite(row.delta_ce_se) else "?"
+        se = number(row.delta_ce_se) if math.isfinite(row.delta_ce_se) else "?"
         spread = (row.ms_spread[1] - row.ms_spread[0]) / 2
         cells = {
-            "CE": f"{row.ce:.4f}",
+            "CE": number(row.ce),
             "PPL": "" if row.ppl is None else f"{row.ppl:.1f}",
-            "delta (nats)": f"{row.delta_ce:+.4f} ±{se}" if wide else f"{row.delta_ce:+.4f}",
+            "delta (nats)": f"{number(row.delta_ce, '+')} ±{se}" if wide else number(row.delta_ce, "+"),
             "KL to full": "" if row.kl_to_full is None else f"{row.kl_to_full:.1e}",
             "agree": "" if row.agreement is None else f"{row.agreement:.1%}",
             "steps": " ".join(f"{row.steps[name]:.1f}" for name in regions),
@@ -407,7 +417,11 @@ def _print_findings(console: Console, result: Comparison, found: Sequence[Findin
         else:
             say(f"    {_cost(finding.best, item)}{f', {finding.verdict}' if finding.verdict else ''}")
     spreads = {name: sweep_spread(result.rows, name) for name in dict.fromkeys(f.policy for f in found)}
-    swept = [f"{name} {spread:.4f}" for name, spread in spreads.items() if spread is not None]
+    swept = [
+        f"{name} {spread:.4f}" if result.metric == "CE" else f"{name} {spread:.3g}"
+        for name, spread in spreads.items()
+        if spread is not None
+    ]
     if swept:
         name = "Cross-entropy" if result.metric == "CE" else result.metric
         say(f"{name}, greatest minus least over a policy's thresholds (how much tuning it needs):")

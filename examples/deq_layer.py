@@ -47,7 +47,14 @@ def trial() -> haltkit.Trial:
         return (model.f(z, x) - z).norm(dim=-1)  # how far from the fixed point each row was left
 
     return haltkit.Trial(
-        model, model, samples, metric=residual, loop=haltkit.Loop(("f",)), metric_name="residual", item="row"
+        model,
+        model,
+        samples,
+        metric=residual,
+        loop=haltkit.Loop(("f",)),
+        metric_name="residual",
+        item="row",
+        levels=(1e-4, 1e-3, 1e-2),
     )
 
 

@@ -202,6 +202,8 @@ def run_loop(
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Rows whose entries are all finite, ``(..., D)`` to ``(...)``; one pass, NaN propagates."""
-    largest: Tensor = torch.linalg.vector_norm(signals.measured(x), ord=torch.inf, dim=-1)
-    return largest < torch.inf
+    """Rows whose entries are all finite, ``(..., D)`` to ``(...)``; the maximum propagates NaN.
+
+    (``vector_norm`` with ``ord=inf`` says the same, ten times as slowly on a CPU.)
+    """
+    return signals.measured(x).abs().amax(-1) < torch.inf

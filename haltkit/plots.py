@@ -21,6 +21,7 @@ def plot_comparison(
     fmt: str | None = None,
     metric: str = "CE",
     item: str = "token",
+    band: float = 0.01,
 ) -> None:
     """The frontier, and latency, perplexity and cross-entropy against tau (arXiv 2509.23314, Figure 4).
 
@@ -29,27 +30,26 @@ def plot_comparison(
         path: where to.
         title: stands above the figure.
         fmt: png, svg or pdf; None goes by the path's suffix.
-        metric, item: what ``ce`` is a mean of, and over what; perplexity is drawn for cross-entropy only.
+        metric, item: what ``ce`` is a mean of, and over what; perplexity is drawn where rows have one.
+        band: the loss above full depth that is shaded, in the metric's unit.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    frontier, latency, perplexity, entropy = figure.subplots(2, 2).flat
+    with_ppl = rows[0].ppl is not None
+    figure = Figure(figsize=(11, 8) if with_ppl else (13, 4.2), layout="constrained")
+    panels = list(figure.subplots(*((2, 2) if with_ppl else (1, 3))).flat)
+    frontier, latency, entropy = panels[0], panels[1], panels[-1]
     named = "cross-entropy (nats per token)" if metric == "CE" else metric
-    spread = 0.01 if metric == "CE" else 0.01 * abs(rows[0].ce)
     names = list(dict.fromkeys(row.policy for row in rows if row.policy != "fixed"))
     styles = {
         name: {"marker": _MARKERS[i % 8], "linestyle": _LINES[i % 4], "color": f"C{i}"} for i, name in enumerate(names)
     }
-    _frontier(frontier, rows, names, styles, metric, item, spread)
+    _frontier(frontier, rows, names, styles, metric, item, band)
     for axes, key, label in (
         (latency, "ms_per_token", f"time (ms per {item})"),
-        (perplexity, "ppl", "perplexity"),
+        *([(panels[2], "ppl", "perplexity")] if with_ppl else []),
         (entropy, "ce", named),
     ):
-        if key == "ppl" and rows[0].ppl is None:
-            axes.set_axis_off()
-            continue
         for name in names:
             swept = sorted(
                 (row for row in rows if row.policy == name and row.tau is not None), key=lambda r: r.tau or 0
@@ -59,9 +59,9 @@ def plot_comparison(
         axes.axhline(getattr(rows[0], key), color="0.5", linewidth=1, label="full depth")
         axes.set(xscale="log", xlabel="threshold tau (each policy on its own scale)", ylabel=label)
         axes.ticklabel_format(axis="y", useOffset=False)
-        if key != "ms_per_token":  # a hundredth of a nat at least, or noise fills the panel
+        if key != "ms_per_token":  # the band at least, or noise fills the panel
             full = getattr(rows[0], key)
-            margin = 0.01 * full if key == "ppl" else spread
+            margin = 0.01 * full if key == "ppl" else band
             low, high = axes.get_ylim()
             axes.set_ylim(min(low, full - margin), max(high, full + margin))
     latency.set_ylim(bottom=0)
@@ -77,7 +77,7 @@ def _frontier(
     styles: dict[str, dict[str, Any]],
     metric: str,
     item: str,
-    spread: float,
+    band: float,
 ) -> None:
     """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
@@ -101,9 +101,9 @@ def _frontier(
             yerr=[min(2 * row.delta_ce_se, 1e6) for row in own],
             capsize=2, label=name, **styles[name],
         )  # fmt: skip
-    within = "within 0.01 nats" if metric == "CE" else "within 1%"
-    axes.axhspan(-spread, spread, color="0.9", zorder=0, label=within)
-    axes.set_yscale("symlog", linthresh=spread or 0.01)
+    within = f"within {band:g}{' nats' if metric == 'CE' else ''}"
+    axes.axhspan(-band, band, color="0.9", zorder=0, label=within)
+    axes.set_yscale("symlog", linthresh=band or 0.01)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(ScalarFormatter())

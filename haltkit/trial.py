@@ -43,6 +43,8 @@ class Trial:
         logits: from the output to logits ``(B, T, V)``, for agreement and KL with full depth; None leaves them out.
         metric_name: heads the metric's column.
         item: what one entry of the metric is for, as in "ms a token".
+        levels: three qualities to draw conclusions at, as losses above full depth in the metric's unit, the middle one
+            being what a winner is chosen by; None: 0.1%, 1% and 5% of full depth's loss.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Trial:
     logits: Callable[[Any], Tensor] | None = None
     metric_name: str = "loss"
     item: str = "item"
+    levels: tuple[float, float, float] | None = None
 
     def described(self) -> tuple[Loop, Readout | None]:
         """The loop and the readout, the model's preset filling in what is not given.
