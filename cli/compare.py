@@ -80,7 +80,7 @@ def compare(
     _writable(save_path, ("yaml", "yml"))
     places = [path.resolve() for path in (json_path, plot_path, save_path) if path is not None]
     if len(set(places)) < len(places):
-        raise ValueError(f"--json, --plot and --save must name different files, not {str(places[0])!r} twice")
+        raise ValueError(f"--json, --plot and --save name the same file more than once: {', '.join(map(str, places))}")
     console = _console()
     if model is not None:
         _refuse_with_model(context)

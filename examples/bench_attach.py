@@ -39,7 +39,8 @@ def clock(model: nn.Module, x: Tensor) -> float:
 @torch.no_grad()
 def measure(name: str, body: nn.Module, x: Tensor, repeats: int) -> None:
     model = Looped(body).eval()
-    specs = {
+    specs: dict[str, str | None] = {
+        "observing (no-op)": None,
         "never halts": f"fixed:steps={LOOPS}",
         "norm, never halts": "norm:tau=1e-30,granularity=batch",
         "accel, never halts": "accel:tau=1e-30,granularity=batch",

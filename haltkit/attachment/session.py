@@ -28,7 +28,7 @@ from haltkit.attachment.kv import CacheBook, CacheUse, KVMode
 from haltkit.attachment.native import Native, NativeSession
 from haltkit.attachment.override import Overrides
 from haltkit.attachment.tally import Tally
-from haltkit.attachment.watch import Watch
+from haltkit.attachment.watch import Watch, observed_result
 from haltkit.loop import LoopObserver, LoopResult, LoopRun
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, Readout
@@ -180,6 +180,7 @@ class Session:
         self._frames: ContextVar[tuple[_Scoped, ...]] = ContextVar("haltkit_frames", default=())
         self._judging: ContextVar[bool] = ContextVar("haltkit_judging", default=False)
         self._last: Pass | None = None
+        self._seen: tuple[Tensor, int] | None = None
         self.last_inputs: list[list[Tensor]] = []  # where the state enters in replayed iterations
         self._outside = 0
         self._wrapped: list[Overrides] = []
@@ -227,8 +228,9 @@ class Session:
         self._watch = Watch(self.loop, self.observer, self._observed)
         self._hooks = self._watch.hook(modules, scope)
 
-    def _observed(self, done: LoopResult, iterations: int) -> None:
-        self._finished(Pass(done, iterations, 0), [])
+    def _observed(self, x: Tensor, iterations: int) -> None:
+        self._seen = x, iterations  # the result is made when it is asked for: observing should cost next to nothing
+        self.tally.observed(iterations, x.shape[:-1].numel())
 
     def _wrap(self, module: nn.Module, method: str, interceptor: Any, outside: bool) -> None:
         overrides = Overrides.of(module)
@@ -262,7 +264,7 @@ class Session:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.detach()
-        if kind is not None or self._last is not None:
+        if kind is not None or self._last is not None or self._seen is not None:
             return
         if self._watch is not None and self._watch.entered:
             raise BodyOutsideScope(
@@ -338,6 +340,8 @@ class Session:
         Raises:
             ValueError: no loop has run to its end yet.
         """
+        if self._seen is not None:
+            return Pass(observed_result(*self._seen), self._seen[1], 0)
         if self._last is None:
             raise ValueError("no loop has run inside this session yet: call the model inside the with block")
         return self._last

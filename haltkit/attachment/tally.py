@@ -41,6 +41,14 @@ class Tally:
             self._histogram.update(steps.flatten().tolist())
             self._outcomes.update(Outcome(int(o)).name for o in outcome.flatten())
 
+    def observed(self, steps: int, rows: int) -> None:
+        """A loop that nothing halts is over: all of its rows took ``steps``."""
+        with self._lock:
+            if not self._paused:
+                self.computed += steps
+                self._histogram[steps] += rows
+                self._outcomes[Outcome.BUDGET.name] += rows
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Loops that end meanwhile do not count."""

@@ -13,7 +13,14 @@ from torch.utils.hooks import RemovableHandle
 from haltkit.attachment.description import Loop
 from haltkit.loop import LoopObserver, LoopResult, Outcome
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "observed_result"]
+
+
+def observed_result(x: Tensor, k: int) -> LoopResult:
+    """What a loop that nothing halted came to: its last state, and ``k`` steps for every row."""
+    rows = x.shape[:-1]
+    steps = torch.full(rows, k, dtype=torch.int64, device=x.device)
+    return LoopResult(x, steps, torch.full(rows, Outcome.BUDGET, dtype=torch.int8, device=x.device))
 
 
 class _Seen:
@@ -26,12 +33,12 @@ class _Seen:
 
 
 class Watch:
-    """Follows the loop ``loop`` and tells ``observer`` of its states and ``done`` of its end.
+    """Follows the loop ``loop`` and tells ``observer`` of its states and ``done`` of its end (last state, iterations).
 
     A call of the scope that raises is forgotten.
     """
 
-    def __init__(self, loop: Loop, observer: LoopObserver | None, done: Callable[[LoopResult, int], None]) -> None:
+    def __init__(self, loop: Loop, observer: LoopObserver | None, done: Callable[[Tensor, int], None]) -> None:
         self.loop, self.observer, self.done = loop, observer, done
         self._local = threading.local()
         self.entered = 0
@@ -51,9 +58,10 @@ class Watch:
 
     @property
     def _calls(self) -> list[_Seen]:
-        if not hasattr(self._local, "calls"):
-            self._local.calls = []
-        return self._local.calls  # type: ignore[no-any-return]
+        calls: list[_Seen] | None = getattr(self._local, "calls", None)
+        if calls is None:
+            calls = self._local.calls = []
+        return calls
 
     def _enter(self, *_: Any) -> None:
         self.entered += 1
@@ -64,9 +72,10 @@ class Watch:
             self._calls[-1].x0 = self.loop.initial_state(args, kwargs)
 
     def _state(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if not self._calls:
+        calls = self._calls
+        if not calls:
             return
-        seen = self._calls[-1]
+        seen = calls[-1]
         seen.outputs += 1
         if seen.outputs < self.loop.period:
             return
@@ -82,12 +91,11 @@ class Watch:
     def _end(self, seen: _Seen) -> None:
         if seen.x is None:
             return
-        rows = seen.x.shape[:-1]
-        steps = torch.full(rows, seen.k, dtype=torch.int64, device=seen.x.device)
-        outcome = torch.full(rows, Outcome.BUDGET, dtype=torch.int8, device=seen.x.device)
+        x = seen.x.detach()
         if self.observer is not None:
-            self.observer.end(self.loop.body[0], steps, outcome)
-        self.done(LoopResult(seen.x.detach(), steps, outcome), seen.k)
+            observed = observed_result(x, seen.k)
+            self.observer.end(self.loop.body[0], observed.steps, observed.outcome)
+        self.done(x, seen.k)
 
     def _restart(self, *_: Any) -> None:
         if self._calls:
