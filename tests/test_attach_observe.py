@@ -113,6 +113,40 @@ class _Headless:
 
 
 @torch.no_grad()
+def test_the_newest_loop_is_kept_without_being_asked_for(
+    model: Refiner, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session:
+        with pytest.raises(ValueError, match="no loop has run"):
+            _ = session.trajectory
+        model(2 * x)
+        model(x)
+    with haltkit.attach(model, "norm:tau=0.3", body=["core"], observer=(copying := haltkit.Recorder())):
+        model(x)
+    kept, copied = session.trajectory["core"], copying.trajectory["core"]
+    assert torch.equal(kept.states, copied.states)  # type: ignore[arg-type]
+    assert torch.equal(kept.steps, copied.steps)
+    assert len(kept.steps.unique()) > 1
+
+    def overwriting(core: nn.Module, h: Tensor) -> Tensor:
+        return core(h).add_(1)  # type: ignore[no-any-return]
+
+    with haltkit.attach(Refiner(overwriting), "fixed:steps=100", body=["core"]) as session:
+        session.model(x)
+    with pytest.raises(ValueError, match="wrote over a state"):
+        _ = session.trajectory
+    monkeypatch.setattr("haltkit.attachment.kept.MAX_BYTES", 3 * x.nbytes)
+    with haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session:
+        model(x)
+    with pytest.raises(ValueError, match="more than 0 MiB"):
+        _ = session.trajectory
+    with torch.inference_mode(), haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session:
+        model(x)
+    with pytest.raises(ValueError, match="inference_mode"):
+        _ = session.trajectory
+
+
+@torch.no_grad()
 def test_autocast_measures_in_float32_and_gives_what_the_model_gives(model: Refiner, x: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for k in (1, 4):

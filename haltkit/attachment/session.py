@@ -24,6 +24,7 @@ from haltkit.attachment.errors import (
     UnknownModule,
 )
 from haltkit.attachment.frame import Frame
+from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse, KVMode
 from haltkit.attachment.native import Native, NativeSession
 from haltkit.attachment.override import Overrides
@@ -85,7 +86,8 @@ def attach(
             the model's class is used. A model that halts itself (the bundled LoopedGPT) gives a
             :class:`~haltkit.attachment.native.NativeSession`, whose ``steps`` and ``outcome`` are by region.
         readout: from the state to logits, for policies that look at predictions. It may call the model's own modules.
-        observer: a recorder; :attr:`Session.trajectory` is then what it holds.
+        observer: a recorder; :attr:`Session.trajectory` is then what it holds. None: the newest loop's states are kept
+            by reference where they are small.
         kv: what to do about a KV cache with slots of its own for each iteration, which skipped iterations leave
             empty. ``refuse``: an error once depth differs between calls. ``uniform``: the first call with a cache
             decides the depth for all later ones. ``freeze``: the body runs on with the halted state, which fills the
@@ -181,6 +183,7 @@ class Session:
         self._judging: ContextVar[bool] = ContextVar("haltkit_judging", default=False)
         self._last: Pass | None = None
         self._seen: tuple[Tensor, int] | None = None
+        self._kept: Kept | None = None
         self.last_inputs: list[list[Tensor]] = []  # where the state enters in replayed iterations
         self._outside = 0
         self._wrapped: list[Overrides] = []
@@ -327,8 +330,8 @@ class Session:
         finally:
             self._judging.reset(token)
 
-    def _finished(self, done: Pass, inputs: list[list[Tensor]]) -> None:
-        self._last, self.last_inputs = done, inputs
+    def _finished(self, done: Pass, inputs: list[list[Tensor]], kept: Kept) -> None:
+        self._last, self.last_inputs, self._kept = done, inputs, kept
         self.tally.add(done.result.steps, done.result.outcome, done.computed, done.skipped, done.seconds)
 
     # --- what came of it
@@ -358,11 +361,16 @@ class Session:
 
     @property
     def trajectory(self) -> Trajectory:
-        """The newest loop's trajectory, if a :class:`~haltkit.Recorder` was given as observer.
+        """The newest loop's trajectory: of the :class:`~haltkit.Recorder` that was given as observer, else its states.
 
         Raises:
-            ValueError: there was none, or nothing has run yet.
+            ValueError: nothing has run yet; or there was no recorder, and the loop is only observed or was too large to
+                keep (64 MiB), or the model wrote over its states.
         """
+        if self.observer is None and self.policy is not None:
+            if self._kept is None:
+                raise ValueError("no loop has run inside this session yet: call the model inside the with block")
+            return self._kept.trajectory
         return trajectory_of(self.observer)
 
     @property
@@ -412,6 +420,7 @@ class _Scoped:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.kv = CacheUse(session.caches)
+        self.kept = Kept()
         self.frame = self._new()
 
     def _new(self) -> Frame:
@@ -429,7 +438,9 @@ class _Scoped:
         session, settled = self.session, self.kv.fixed_depth
         assert session.policy is not None
         policy = session.policy if settled is None else Fixed(settled)
-        return LoopRun(policy, x0, readout=session.readout, observer=session.observer, name=session.loop.body[0])
+        self.kept = Kept()
+        observer = self.kept if session.observer is None else session.observer
+        return LoopRun(policy, x0, readout=session.readout, observer=observer, name=session.loop.body[0])
 
     def call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.frame.call(path, forward, args, kwargs)
@@ -441,7 +452,7 @@ class _Scoped:
             self.kv.look_again()
             self.kv.computed(frame.computed, ending=True)
             done = Pass(frame.run.finish(), frame.computed, frame.skipped, frame.seconds)
-            self.session._finished(done, frame.inputs)
+            self.session._finished(done, frame.inputs, self.kept)
         self.frame = self._new()
 
 
