@@ -91,3 +91,7 @@ class EvaluationNoise:
     def __call__(self, region: str, step: int, like: Tensor) -> Tensor:
         """Noise of shape ``(T, D)`` for positions ``0 .. T-1``, in ``like``'s dtype and device."""
         return self.table(region, step)[: like.shape[-2]].to(like)
+
+    def at(self, region: str, step: int, positions: Tensor, like: Tensor) -> Tensor:
+        """Noise of shape ``(n, D)`` for tokens at ``positions``, ``(n,)``, in ``like``'s dtype and device."""
+        return self.table(region, step).to(like.device)[positions].to(like.dtype)
