@@ -85,7 +85,8 @@ class EvaluationNoise:
         key = (region, step)
         if key not in self._tables:
             generator = _generator(_EVALUATION_NOISE, self.seed, step, region)
-            self._tables[key] = truncated_normal_(torch.empty(self.shape), STATE_STD, generator)
+            with torch.inference_mode(False):  # the table outlives whoever asks first
+                self._tables[key] = truncated_normal_(torch.empty(self.shape), STATE_STD, generator)
         return self._tables[key]
 
     def __call__(self, region: str, step: int, like: Tensor) -> Tensor:

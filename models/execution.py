@@ -107,6 +107,7 @@ def run_policies(
         raise ValueError("rows: padding must be at the end of a sequence, not before one of its tokens")
     compact = execution == "compact"
     x = model.embed(tokens)
+    positions = torch.arange(tokens.shape[1], device=x.device).repeat(len(tokens))
     steps: dict[str, Tensor] = {}
     outcome: dict[str, Tensor] = {}
     spent: Tensor | None = None
@@ -115,13 +116,12 @@ def run_policies(
         if isinstance(layer, Region):
             later -= 1
             budget = share_budget(total_loops, spent, later, max_loops)
-            body = (
-                CompactRegionLoop(layer, x, model.noise, history=history is not None)
-                if compact
-                else RegionLoop(layer, x, model.noise)
-            )
+            rows_at_hand = Rows(*tokens.shape)
+            memories = [CompactMemory(rows_at_hand, history=history is not None) for _ in layer.body.blocks]
             result = run_loop(
-                body,
+                CompactRegionLoop(layer, x.flatten(0, 1), positions, model.noise, rows_at_hand, memories)
+                if compact
+                else RegionLoop(layer, x, model.noise),
                 layer.initial_state(x, model.noise),
                 policies[name],
                 max_steps=max_loops,
@@ -135,10 +135,10 @@ def run_policies(
             )
             x, steps[name], outcome[name] = layer.leave(result.x), result.steps, result.outcome
             spent = steps[name] if spent is None else spent + steps[name]
-            if history is not None and isinstance(body, CompactRegionLoop):
-                history.layers[name] = [memory.history or [] for memory in body.memories]
+            if history is not None:
+                history.layers[name] = [memory.history or [] for memory in memories]
                 history.steps[name] = result.steps
-                history.careful |= body.rows.careful
+                history.careful |= rows_at_hand.careful
         elif compact:
             x = run_once(name, layer, x, history)
         else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,20 @@ from haltkit.models.config import region_span
 from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from haltkit.protocol import HaltingPolicy
 
-__all__ = ["AdaptiveOutput", "Block", "LoopedGPT", "Noise", "Region", "RegionBody", "attend", "split_heads"]
+if TYPE_CHECKING:
+    from haltkit.models.generation import Generation
+
+__all__ = [
+    "AdaptiveOutput",
+    "Block",
+    "LayerMemory",
+    "LoopedGPT",
+    "Noise",
+    "Region",
+    "RegionBody",
+    "attend",
+    "split_heads",
+]
 
 # noise(region, step, like): (T, D) or (B, T, D); step 0 is the initial state.
 Noise = Callable[[str, int, Tensor], Tensor]
@@ -432,4 +445,45 @@ class LoopedGPT(nn.Module):
         return run_adaptive(
             self, tokens, policy, max_loops=max_loops, total_loops=total_loops, rows=rows, keep=keep,
             observer=observer, execution=execution,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+        layout: str = "depth-indexed",
+        max_loops: int = 32,
+        total_loops: int | None = None,
+    ) -> Generation:
+        """Continue prompts (token ids, of any lengths), each token looping until its policies halt it.
+
+        The same function as :meth:`forward_adaptive` on the text so far, with a cache. To have each token as soon as
+        it is there, iterate over :func:`haltkit.models.generation.stream`.
+
+        Args:
+            policy: as in :meth:`forward_adaptive`, deciding token by token.
+            max_new_tokens: of each sequence; it also ends at a stop token or where the context is full.
+            temperature, top_k, top_p, seed: see :class:`haltkit.models.generation.Sampling`.
+            stop: token ids that end a sequence and are left out.
+            layout: ``depth-indexed``, exact; or a smaller cache that is an approximation: ``last``, ``modulo:M``
+                (see :mod:`haltkit.models.cache`).
+            max_loops, total_loops: as in :meth:`forward_adaptive`.
+
+        Raises:
+            GenerationError: prompts, sampling or policies that do not work; the message says what does.
+            ValueError: a bad spec, layout or budget.
+        """
+        from haltkit.models.generation import Sampling, generate
+
+        return generate(
+            self, prompts, policy, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, layout=layout, max_loops=max_loops,
+            total_loops=total_loops,
         )  # fmt: skip

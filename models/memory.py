@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from haltkit.models.draws import EvaluationNoise
-from haltkit.models.gpt import Noise, Region, attend, split_heads
+from haltkit.models.gpt import LayerMemory, Noise, Region, attend, split_heads
 
-__all__ = ["CompactMemory", "CompactRegionLoop", "MaskedMemory", "RegionLoop", "Rows"]
+__all__ = ["AtHand", "CompactMemory", "CompactRegionLoop", "MaskedMemory", "RegionLoop", "RowMemory", "Rows"]
 
 
 class MaskedMemory:
@@ -66,6 +67,30 @@ class RegionLoop:
         for memory in self.memories:
             memory.live = live
         return self.region.step(x, self.e, k, self.noise, self.memories)
+
+
+class AtHand(Protocol):
+    """Which rows a step computes. ``careful``: something may not be finite, so look at every key; ``k``: the step."""
+
+    careful: bool
+    k: int
+
+    def select(self, kept: Tensor) -> None: ...
+
+    def hold(self, halted: Tensor | None) -> None: ...
+
+
+class RowMemory(LayerMemory, Protocol):
+    """A layer's memory in compact execution.
+
+    ``doubt`` is a number, ``()``, that is finite only if the last step's queries, keys and values were.
+    """
+
+    doubt: Tensor | None
+
+    def hold(self) -> None:
+        """The rows held have changed: what they have computed so far is to stay."""
+        ...
 
 
 class Rows:
@@ -195,18 +220,23 @@ class CompactRegionLoop:
     """A region's body for compact execution: what each row at hand is given, and one memory a layer.
 
     Args:
-        e: the region's input, ``(B, T, D)``.
+        e: the region's input, ``(n, D)``.
+        positions: of each row in its sequence, ``(n,)``.
         noise: by position.
-        history: keep every step's keys and values.
+        rows, memories: one memory for each of the region's layers, sharing ``rows``.
     """
 
-    def __init__(self, region: Region, e: Tensor, noise: EvaluationNoise, *, history: bool = False) -> None:
-        batch, length, _ = e.shape
-        self.region, self.noise = region, noise
-        self.e = e.flatten(0, 1)
-        self.positions = torch.arange(length, device=e.device).repeat(batch)
-        self.rows = Rows(batch, length)
-        self.memories = [CompactMemory(self.rows, history=history) for _ in region.body.blocks]
+    def __init__(
+        self,
+        region: Region,
+        e: Tensor,
+        positions: Tensor,
+        noise: EvaluationNoise,
+        rows: AtHand,
+        memories: Sequence[RowMemory],
+    ) -> None:
+        self.region, self.e, self.positions, self.noise = region, e, positions, noise
+        self.rows, self.memories = rows, memories
 
     def step(self, x: Tensor, k: int, live: Tensor) -> Tensor:
         """``x_k`` from ``x_{k-1}``, ``(n, D)``."""
