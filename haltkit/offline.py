@@ -64,7 +64,7 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
     Raises:
         TrajectoryError: see :func:`replay`.
     """
-    recorded: list[Tensor] = []
+    recorded: dict[int, Tensor] = {}
 
     class Listening:
         def init(self, x0: Tensor) -> Any:
@@ -72,8 +72,8 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
 
         def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
             state, verdict = policy.update(state, step)
-            recorded.append(verdict.score)
+            recorded[step.k] = verdict.score
             return state, Verdict(verdict.score, torch.zeros_like(verdict.halt))
 
     replay(Listening(), trajectory, readout=readout)
-    return torch.stack(recorded)
+    return torch.stack([recorded[k] for k in sorted(recorded)])

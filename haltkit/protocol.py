@@ -8,16 +8,27 @@ gather, scatter or permute the state's rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from haltkit import signals
 
-__all__ = ["HaltingPolicy", "LoopStep", "Readout", "ThresholdPolicy", "Verdict", "check_tau", "map_state"]
+__all__ = [
+    "Granularity",
+    "HaltingPolicy",
+    "LoopStep",
+    "Readout",
+    "ThresholdPolicy",
+    "Verdict",
+    "check_tau",
+    "granularity_of",
+    "map_state",
+]
 
 Readout = Callable[[Tensor], Tensor]
+Granularity = Literal["token", "sequence", "batch", "world"]
 S = TypeVar("S")
 
 
@@ -107,6 +118,15 @@ class ThresholdPolicy(HaltingPolicy[S], Protocol[S]):
 
     @property
     def tau(self) -> float: ...
+
+
+def granularity_of(policy: HaltingPolicy[Any]) -> Granularity:
+    """Which rows decide together: ``token`` each for itself, ``sequence`` (last dimension of rows), ``batch``, or
+    ``world`` (of all processes).
+
+    A policy of your own that mixes rows says so in an attribute ``granularity``; all others judge row by row.
+    """
+    return cast(Granularity, getattr(policy, "granularity", "token"))
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:

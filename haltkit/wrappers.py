@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from haltkit.protocol import HaltingPolicy, LoopStep, ThresholdPolicy, Verdict
+from haltkit.protocol import Granularity, HaltingPolicy, LoopStep, ThresholdPolicy, Verdict, granularity_of
 
 __all__ = ["AllOf", "AnyOf", "CheckEvery", "MinSteps", "Patience", "Pooled"]
 
@@ -32,6 +32,10 @@ class Patience:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"patience={self.count}: it must be at least 1")
+
+    @property
+    def granularity(self) -> Granularity:
+        return granularity_of(self.policy)
 
     def init(self, x0: Tensor) -> _PatienceState:
         hits = torch.zeros(x0.shape[:-1], dtype=torch.int32, device=x0.device)
@@ -54,6 +58,10 @@ class MinSteps:
         if self.steps < 0:
             raise ValueError(f"min_steps={self.steps}: it must not be negative")
 
+    @property
+    def granularity(self) -> Granularity:
+        return granularity_of(self.policy)
+
     def init(self, x0: Tensor) -> Any:
         return self.policy.init(x0)
 
@@ -72,6 +80,10 @@ class CheckEvery:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"check_every={self.every}: it must be at least 1")
+
+    @property
+    def granularity(self) -> Granularity:
+        return granularity_of(self.policy)
 
     def init(self, x0: Tensor) -> Any:
         return self.policy.init(x0)
@@ -105,6 +117,10 @@ class Pooled:
             raise ValueError(f"{type(self.policy).__name__} has no tau to hold a pooled score against")
         if self.over not in ("sequence", "batch", "world") or self.reduce not in ("mean", "max"):
             raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence, batch or world, mean or max")
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.over
 
     def init(self, x0: Tensor) -> Any:
         if self.over == "sequence" and x0.ndim < 3:
@@ -148,6 +164,10 @@ class AnyOf:
     def __post_init__(self) -> None:
         _check_parts(self.policies)
 
+    @property
+    def granularity(self) -> Granularity:
+        return _widest(self.policies)
+
     def init(self, x0: Tensor) -> tuple[Any, ...]:
         return tuple(policy.init(x0) for policy in self.policies)
 
@@ -165,6 +185,10 @@ class AllOf:
     def __post_init__(self) -> None:
         _check_parts(self.policies)
 
+    @property
+    def granularity(self) -> Granularity:
+        return _widest(self.policies)
+
     def init(self, x0: Tensor) -> tuple[Any, ...]:
         return tuple(policy.init(x0) for policy in self.policies)
 
@@ -176,6 +200,12 @@ class AllOf:
 def _check_parts(policies: tuple[HaltingPolicy[Any], ...]) -> None:
     if len(policies) < 2:
         raise ValueError(f"a combination needs at least two policies, got {len(policies)}")
+
+
+def _widest(policies: tuple[HaltingPolicy[Any], ...]) -> Granularity:
+    found = {granularity_of(policy) for policy in policies}
+    coarse: tuple[Granularity, ...] = ("world", "batch", "sequence")
+    return next((granularity for granularity in coarse if granularity in found), "token")
 
 
 def _update_parts(

@@ -85,9 +85,14 @@ class EvaluationNoise:
         key = (region, step)
         if key not in self._tables:
             generator = _generator(_EVALUATION_NOISE, self.seed, step, region)
-            self._tables[key] = truncated_normal_(torch.empty(self.shape), STATE_STD, generator)
+            with torch.inference_mode(False):  # the table outlives whoever asks first
+                self._tables[key] = truncated_normal_(torch.empty(self.shape), STATE_STD, generator)
         return self._tables[key]
 
     def __call__(self, region: str, step: int, like: Tensor) -> Tensor:
         """Noise of shape ``(T, D)`` for positions ``0 .. T-1``, in ``like``'s dtype and device."""
         return self.table(region, step)[: like.shape[-2]].to(like)
+
+    def at(self, region: str, step: int, positions: Tensor, like: Tensor) -> Tensor:
+        """Noise of shape ``(n, D)`` for tokens at ``positions``, ``(n,)``, in ``like``'s dtype and device."""
+        return self.table(region, step).to(like.device)[positions].to(like.dtype)

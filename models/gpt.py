@@ -13,18 +13,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haltkit.loop import Keep, LoopObserver, run_loop
+from haltkit.loop import Execution, Keep, LoopObserver
 from haltkit.models.config import region_span
 from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from haltkit.protocol import HaltingPolicy
 
-__all__ = ["AdaptiveOutput", "Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
+if TYPE_CHECKING:
+    from haltkit.models.generation import Generation
+
+__all__ = [
+    "AdaptiveOutput",
+    "Block",
+    "LayerMemory",
+    "LoopedGPT",
+    "Noise",
+    "Region",
+    "RegionBody",
+    "attend",
+    "split_heads",
+]
 
 # noise(region, step, like): (T, D) or (B, T, D); step 0 is the initial state.
 Noise = Callable[[str, int, Tensor], Tensor]
@@ -34,17 +47,14 @@ QUERY_CHUNK = 128
 
 
 class LayerMemory(Protocol):
-    """What one layer's attention remembers from step to step of a loop."""
+    """What one layer's attention remembers from step to step of a loop, or from token to token."""
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take this step's keys and values, ``(B, H, T, D/H)``; give back those to attend to.
-
-        The third entry marks positions whose keys must not be seen, ``(B, T)``, or is None.
-        """
+    def attend(self, qkv: Tensor, n_head: int) -> Tensor:
+        """What each row reads, ``(..., D)``, from queries, keys and values ``(..., 3D)``, heads side by side."""
         ...
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, broken: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, broken: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Causal attention, ``(B, H, T, D/H)`` each; nobody sees positions that are ``broken``, ``(B, T)``.
 
     ``bias`` is the causal mask to add to scores, at least ``(T, T)`` float32; where it is given, gradients are cheaper.
@@ -70,6 +80,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, broken: Tensor | None = None, bias:
     return torch.cat(chunks, -2)
 
 
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, T, 3D)`` into queries, keys and values, ``(B, H, T, D/H)`` each; views."""
+    b, t, d = qkv.shape
+    q, k, v = qkv.view(b, t, 3, n_head, d // 3 // n_head).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the input's dtype, which under autocast is not the weight's."""
 
@@ -89,13 +106,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
-        broken = None
+        qkv = self.qkv(x)
         if memory is not None:
-            k, v, broken = memory.update(k, v)
-        y = _attend(q, k, v, broken, self.causal_bias)
-        out: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
+            return self.proj(memory.attend(qkv, self.n_head))  # type: ignore[no-any-return]
+        y = attend(*split_heads(qkv, self.n_head), bias=self.causal_bias)
+        out: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape))
         return out
 
 
@@ -354,12 +369,16 @@ class LoopedGPT(nn.Module):
             raise ValueError(f"every loop count must be at least 1, got {counts}")
         return counts
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """``(B, T)`` token ids to ``(B, T, D)``; token plus position, times ``sqrt(D)`` ([G])."""
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """``(B, T)`` token ids to ``(B, T, D)``; token plus position, times ``sqrt(D)`` ([G]).
+
+        ``positions``: each token's place in its sequence, of the same shape; None: from 0 on.
+        """
         t = tokens.shape[-1]
-        if t > self.block_size:
+        if positions is None and t > self.block_size:
             raise ValueError(f"{t} tokens do not fit the model's context of {self.block_size}")
-        return (self.wte(tokens) + self.wpe.weight[:t]) * math.sqrt(self.d_model)  # type: ignore[no-any-return]
+        places = self.wpe.weight[:t] if positions is None else self.wpe(positions)
+        return (self.wte(tokens) + places) * math.sqrt(self.d_model)  # type: ignore[no-any-return]
 
     def readout(self, x: Tensor) -> Tensor:
         """The model's decoder head on any state: final norm and tied LM head, ``(..., D)`` to ``(..., V)``."""
@@ -394,9 +413,11 @@ class LoopedGPT(nn.Module):
         policy: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]],
         *,
         max_loops: int | Mapping[str, int] = 32,
+        total_loops: int | None = None,
         rows: Tensor | None = None,
         keep: Keep = "current",
         observer: LoopObserver | None = None,
+        execution: Execution = "masked",
     ) -> AdaptiveOutput:
         """Logits of tokens ``(B, T)``, each region looping until the policy halts it. No gradients.
 
@@ -407,33 +428,62 @@ class LoopedGPT(nn.Module):
             tokens: ``(B, T)`` token ids; sequences shorter than ``T`` are padded at the end.
             policy: one for all regions, a spec such as ``"accel:tau=1e-3"``, or one policy a region.
             max_loops: budget of each region, one for all or by region.
-            rows: which positions are real, ``(B, T)`` bool; the others are padding.
+            total_loops: budget of a token over all regions. In each it may spend what is left, less one step for
+                every region still to come.
+            rows: which positions are real, ``(B, T)`` bool; the others are padding, at the end of a sequence.
             keep: see :func:`haltkit.run_loop`.
             observer: told of every state under the region's name.
+            execution: ``masked`` computes every token at every step and is the reference; ``compact`` computes
+                those still looping. The same function, step for step.
 
         Raises:
-            ValueError: a bad spec, or a mapping that does not name exactly the model's regions.
+            ValueError: a bad spec, a mapping that does not name exactly the model's regions, a ``total_loops`` that
+                does not give each region a step, or padding before a token.
         """
-        from haltkit.models.memory import MaskedMemory, RegionLoop
-        from haltkit.registry import policy_for_regions
+        from haltkit.models.execution import run_adaptive
 
-        policies, budgets = policy_for_regions(policy, list(self.regions)), self.loop_counts(max_loops)
-        x = self.embed(tokens)
-        steps, outcome = {}, {}
-        for name, layer in self.layers.items():
-            if isinstance(layer, Region):
-                result = run_loop(
-                    RegionLoop(layer, x, self.noise),
-                    layer.initial_state(x, self.noise),
-                    policies[name],
-                    max_steps=budgets[name],
-                    readout=self.readout,
-                    rows=rows,
-                    keep=keep,
-                    observer=observer,
-                    name=name,
-                )
-                x, steps[name], outcome[name] = layer.leave(result.x), result.steps, result.outcome
-            else:
-                x = layer(x, MaskedMemory())  # a token that is not finite must not reach earlier ones here either
-        return AdaptiveOutput(self.readout(x), steps, outcome)
+        return run_adaptive(
+            self, tokens, policy, max_loops=max_loops, total_loops=total_loops, rows=rows, keep=keep,
+            observer=observer, execution=execution,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+        layout: str = "depth-indexed",
+        max_loops: int = 32,
+        total_loops: int | None = None,
+    ) -> Generation:
+        """Continue prompts (token ids, of any lengths), each token looping until its policies halt it.
+
+        The same function as :meth:`forward_adaptive` on the text so far, with a cache. To have each token as soon as
+        it is there, iterate over :func:`haltkit.models.generation.stream`.
+
+        Args:
+            policy: as in :meth:`forward_adaptive`, deciding token by token.
+            max_new_tokens: of each sequence; it also ends at a stop token or where the context is full.
+            temperature, top_k, top_p, seed: see :class:`haltkit.models.generation.Sampling`.
+            stop: token ids that end a sequence and are left out.
+            layout: ``depth-indexed``, exact; or a smaller cache that is an approximation: ``last``, ``modulo:M``
+                (see :mod:`haltkit.models.cache`).
+            max_loops, total_loops: as in :meth:`forward_adaptive`.
+
+        Raises:
+            GenerationError: prompts, sampling or policies that do not work; the message says what does.
+            ValueError: a bad spec, layout or budget.
+        """
+        from haltkit.models.generation import Sampling, generate
+
+        return generate(
+            self, prompts, policy, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, layout=layout, max_loops=max_loops,
+            total_loops=total_loops,
+        )  # fmt: skip

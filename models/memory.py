@@ -3,18 +3,24 @@
 At step ``k`` a token attends to token ``j``'s keys and values of step ``min(k, K_j)``, where ``K_j`` is the step
 that ``j`` halted at: those that the layer computed during that step from its own input. They are kept here and
 never recomputed from the final state, which would be another function.
+
+:class:`MaskedMemory` computes all tokens at every step; :class:`CompactMemory` those that are at hand.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from haltkit.models.gpt import Noise, Region
+from haltkit.models.draws import EvaluationNoise
+from haltkit.models.gpt import LayerMemory, Noise, Region, attend, split_heads
 
-__all__ = ["MaskedMemory", "RegionLoop"]
+__all__ = ["AtHand", "CompactMemory", "CompactRegionLoop", "MaskedMemory", "RegionLoop", "RowMemory", "Rows"]
 
 
 class MaskedMemory:
@@ -24,7 +30,12 @@ class MaskedMemory:
         self.live: Tensor | None = None  # (B, T), set before each step
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._broken: Tensor | None = None
+
+    def attend(self, qkv: Tensor, n_head: int) -> Tensor:
+        """What all tokens read, ``(B, T, D)``."""
+        q, k, v = split_heads(qkv, n_head)
+        k, v, broken = self.update(k, v)
+        return attend(q, k, v, broken).transpose(1, 2).flatten(2)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store this step's keys and values of live tokens, ``(B, H, T, D/H)``; return all tokens' latest.
@@ -45,7 +56,7 @@ class MaskedMemory:
 
 
 class RegionLoop:
-    """A region's body for one loop: the input to inject, the noise, and one memory a layer."""
+    """A region's body for one masked loop: the input to inject, the noise, and one memory a layer."""
 
     def __init__(self, region: Region, e: Tensor, noise: Noise) -> None:
         self.region, self.e, self.noise = region, e, noise
@@ -56,3 +67,200 @@ class RegionLoop:
         for memory in self.memories:
             memory.live = live
         return self.region.step(x, self.e, k, self.noise, self.memories)
+
+
+class AtHand(Protocol):
+    """Which rows a step computes. ``careful``: something may not be finite, so look at every key; ``k``: the step."""
+
+    careful: bool
+    k: int
+
+    def select(self, kept: Tensor) -> None: ...
+
+    def hold(self, halted: Tensor | None) -> None: ...
+
+
+class RowMemory(LayerMemory, Protocol):
+    """A layer's memory in compact execution.
+
+    ``doubt`` is a number, ``()``, that is finite only if the last step's queries, keys and values were.
+    """
+
+    doubt: Tensor | None
+
+    def hold(self) -> None:
+        """The rows held have changed: what they have computed so far is to stay."""
+        ...
+
+
+class Rows:
+    """The tokens at hand, ascending, among ``B`` sequences of ``T``; shared by the memories of one loop.
+
+    Attributes:
+        index: their flat places, ``(n,)``; None: all are at hand.
+        held: flat places of those at hand that have halted, ``(h,)``; None: no such.
+        careful: something may not be finite: look at every key, and mask.
+        k: the step being taken.
+    """
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self.index: Tensor | None = None
+        self.held: Tensor | None = None
+        self.careful = False
+        self.k = 0
+        self._padding: tuple[Tensor, Tensor | None, Tensor] | None = None
+
+    def select(self, kept: Tensor) -> None:
+        self.index = kept if self.index is None else self.index[kept]
+        self.held = self._padding = None
+
+    def hold(self, halted: Tensor | None) -> None:
+        self.held = halted if halted is None or self.index is None else self.index[halted]
+
+    def padding(self, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """How the rows at hand are laid out for attention, one line a sequence, filled up to the longest line.
+
+        Returns:
+            each row's slot ``(n,)``; the sequences that have lines, ``(S,)``, or None for all; the causal mask to add
+            to scores, ``(S, 1, L, T)``. A filler sees the first token.
+        """
+        if self._padding is None:
+            assert self.index is not None
+            index = self.index
+            sequence = torch.div(index, self.length, rounding_mode="floor")
+            position = index - sequence * self.length
+            counts = torch.bincount(sequence, minlength=self.batch)  # (B,)
+            before = counts.cumsum(0) - counts
+            lines, present = self.batch, None
+            some = counts.nonzero().squeeze(-1)
+            if 3 * len(some) <= self.batch:  # copying the keys of a third costs what reading all of them does
+                present, lines = some, len(some)
+            line = sequence if present is None else torch.searchsorted(present, sequence)
+            width = int(counts.max())
+            slot = line * width + torch.arange(len(index), device=index.device) - before[sequence]
+            places = index.new_zeros(lines * width).index_copy_(0, slot, position).view(lines, 1, width, 1)
+            future = torch.arange(self.length, device=index.device) > places
+            mask = torch.zeros(future.shape, dtype=like.dtype, device=index.device).masked_fill_(future, -math.inf)
+            self._padding = slot, present, mask
+        return self._padding
+
+
+class CompactMemory:
+    """Keys and values of one layer for all tokens, of which only some are computed at a step.
+
+    Attributes:
+        kv: latest keys and values side by side, ``(B * T, 2D)``.
+        doubt: a number, ``()``, that is finite only if the last step's queries, keys and values were.
+        history: ``kv`` after each step, if asked for.
+    """
+
+    def __init__(self, rows: Rows, *, history: bool = False) -> None:
+        self.rows = rows
+        self.kv: Tensor | None = None
+        self.doubt: Tensor | None = None
+        self.history: list[Tensor] | None = [] if history else None
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """Remember what the rows held have, to be put back after each step that computes them."""
+        held = self.rows.held
+        self._held = None if held is None or self.kv is None else self.kv.index_select(0, held)
+
+    def attend(self, qkv: Tensor, n_head: int) -> Tensor:
+        """What the rows at hand read, ``(n, D)``, from their ``(n, 3D)`` and all others' latest."""
+        rows, d = self.rows, qkv.shape[-1] // 3
+        self.doubt = qkv.sum()
+        self._store(qkv[:, d:])
+        assert self.kv is not None
+        kv = self.kv.view(rows.batch, rows.length, 2, n_head, -1)  # (B, T, 2, H, D/H)
+        broken = None
+        if rows.careful:
+            size = torch.linalg.vector_norm(self.kv, ord=torch.inf, dim=-1)
+            broken = ~(size < torch.inf).view(rows.batch, rows.length)  # (B, T)
+            kv = kv.masked_fill(broken[:, :, None, None, None], 0.0)
+        q = qkv[:, :d]
+        if rows.index is None:
+            q = q.view(rows.batch, rows.length, n_head, -1).transpose(1, 2)
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            return attend(q, k, v, broken).transpose(1, 2).reshape(-1, d)
+        slot, present, mask = rows.padding(qkv)
+        if present is not None:
+            kv = kv.index_select(0, present)
+        if broken is not None:
+            hidden = broken if present is None else broken[present]
+            mask = mask.masked_fill(hidden[:, None, None, :], -math.inf)
+        lines, _, width, _ = mask.shape
+        padded = q.new_zeros(lines * width, d).index_copy_(0, slot, q)
+        q = padded.view(lines, width, n_head, -1).transpose(1, 2)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (S, H, L, D/H)
+        y = y.transpose(1, 2).reshape(lines * width, d).index_select(0, slot)
+        if broken is not None:  # a token whose own keys are not finite is not finite
+            y = y.masked_fill(broken.flatten()[rows.index].unsqueeze(-1), math.nan)
+        return y
+
+    def _store(self, new: Tensor) -> None:
+        rows = self.rows
+        if rows.index is None:
+            self.kv = new
+        elif self.kv is None:
+            self.kv = new.new_zeros(rows.batch * rows.length, new.shape[-1]).index_copy_(0, rows.index, new)
+        else:
+            if self.history is not None and len(self.history) < rows.k:
+                self.kv = self.kv.clone()  # what it was is history
+            self.kv.index_copy_(0, rows.index, new)
+        if self._held is not None and rows.held is not None:
+            self.kv.index_copy_(0, rows.held, self._held)
+        if self.history is not None:
+            self.history[rows.k - 1 :] = [self.kv]
+
+
+class CompactRegionLoop:
+    """A region's body for compact execution: what each row at hand is given, and one memory a layer.
+
+    Args:
+        e: the region's input, ``(n, D)``.
+        positions: of each row in its sequence, ``(n,)``.
+        noise: by position.
+        rows, memories: one memory for each of the region's layers, sharing ``rows``.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        e: Tensor,
+        positions: Tensor,
+        noise: EvaluationNoise,
+        rows: AtHand,
+        memories: Sequence[RowMemory],
+    ) -> None:
+        self.region, self.e, self.positions, self.noise = region, e, positions, noise
+        self.rows, self.memories = rows, memories
+
+    def step(self, x: Tensor, k: int, live: Tensor) -> Tensor:
+        """``x_k`` from ``x_{k-1}``, ``(n, D)``."""
+        self.rows.k = k
+        return self.region.step(x, self.e, k, self._noise, self.memories)
+
+    def _noise(self, region: str, step: int, like: Tensor) -> Tensor:
+        return self.noise.at(region, step, self.positions, like)
+
+    def redo(self, x: Tensor, k: int, live: Tensor) -> Tensor:
+        self.rows.careful = True  # and from now on: what is not finite stays
+        return self.step(x, k, live)
+
+    def doubt(self) -> Tensor | None:
+        total = None
+        for memory in self.memories:
+            total = memory.doubt if total is None or memory.doubt is None else total + memory.doubt
+        return None if self.rows.careful else total
+
+    def select(self, kept: Tensor) -> None:
+        self.e, self.positions = self.e.index_select(0, kept), self.positions.index_select(0, kept)
+        self.rows.select(kept)
+
+    def hold(self, halted: Tensor | None) -> None:
+        self.rows.hold(halted)
+        for memory in self.memories:
+            memory.hold()

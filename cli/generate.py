@@ -1,0 +1,200 @@
+"""``haltkit generate``: continue a text, each token looping until its policy halts it."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import tiktoken
+    from rich.console import Console
+
+# Steps up to which a shade is used, coldest first; beyond the last, the hottest.
+_SHADES = (
+    (1, "color(33)"), (2, "color(44)"), (3, "color(42)"), (4, "color(76)"), (6, "color(148)"), (8, "color(220)"),
+    (12, "color(208)"), (16, "color(202)"), (10**9, "color(196)"),
+)  # fmt: skip
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue. [default: standard input]", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="When a token has thought enough: a spec, or one a region as in '4=accel:tau=0.1;5-6=...'. "
+            "[default: the depth that the model was trained around, fixed]",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder. [default: the bundled one]", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the fewest tokens that have this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop at this token too (a text that is one token); may be repeated.")
+    ] = None,
+    max_loops: Annotated[int, typer.Option(min=1, help="Budget of each region.")] = 32,
+    total_loops: Annotated[int | None, typer.Option(help="Budget of a token over all regions.")] = None,
+    layout: Annotated[
+        str, typer.Option(metavar="depth-indexed|last|modulo:M", help="What the KV cache keeps; the first is exact.")
+    ] = "depth-indexed",
+    show_depth: Annotated[
+        bool, typer.Option("--show-depth", help="Show the steps that each token took (colours, or numbers in a pipe).")
+    ] = False,
+) -> None:
+    """Continue a text with the looped model, as it comes. The text ends at an end-of-text token of the model too."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = _read_prompt(prompt, file)
+
+    from haltkit.models import generation
+    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
+
+    sampling = generation.Sampling(temperature, top_k, top_p, seed)
+    loaded = load_checkpoint(checkpoint or BUNDLED)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompt_ids = tokenizer.encode_ordinary(text)
+    stream = generation.stream(
+        model, [prompt_ids], policy or f"fixed:steps={min(model.mean_loops, max_loops)}",
+        max_new_tokens=max_new_tokens, sampling=sampling, stop=[tokenizer.eot_token, *_stops(tokenizer, stop or [])],
+        layout=layout, max_loops=max_loops, total_loops=total_loops,
+    )  # fmt: skip
+    console = Console(highlight=False)
+    writer = _Writer(console, tokenizer, show_depth)
+    if console.is_terminal:
+        console.print(Text(text, style="dim"), end="", soft_wrap=True)
+    reason: str | None = None
+    started = first = time.perf_counter()
+    try:
+        for emission in stream:
+            [token], [reason] = emission.tokens, emission.finished
+            if writer.count == 0:
+                first = time.perf_counter()
+            if token is not None and reason != "stop":
+                writer.add(token, {name: steps[0] for name, steps in emission.steps.items()})
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    ended = time.perf_counter()
+    writer.close()
+    mean = ", ".join(f"{name}: {sum(steps) / len(steps):.1f}" for name, steps in writer.steps.items() if steps)
+    pace = f", {1e3 * (ended - first) / (writer.count - 1):.1f} ms a token after the first" if writer.count > 1 else ""
+    why = {
+        "stop": "a stop token",
+        "length": "--max-new-tokens",
+        "context": f"the model's context of {model.block_size} tokens is full",
+        "interrupted": "interrupted",
+    }[reason or "interrupted"]
+    summary = (
+        f"{writer.count} tokens in {ended - started:.1f} s{pace}; mean steps by region {mean or 'none'}; ended: {why}"
+    )
+    print(summary, file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("a prompt and --file contradict each other: give one of them")
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        if not file.is_file():
+            raise ValueError(f"no prompt file {str(file)!r}")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{str(file)!r} is not UTF-8 text (byte {error.start})") from None
+    elif sys.stdin.isatty():
+        raise ValueError("no prompt: give it as an argument, with --file, or on standard input")
+    else:
+        text = sys.stdin.read()
+    text = text.removesuffix("\n") if prompt is None else text
+    if not text:
+        raise ValueError("the prompt is empty: give at least one character")
+    return text
+
+
+def _stops(tokenizer: tiktoken.Encoding, texts: Sequence[str]) -> list[int]:
+    found = []
+    for text in texts:
+        ids = tokenizer.encode_ordinary(text)
+        if len(ids) != 1:
+            raise ValueError(f"--stop {text!r} is {len(ids)} tokens of this model's tokenizer, and must be one")
+        found += ids
+    return found
+
+
+def _shade(steps: float) -> str:
+    return next(style for limit, style in _SHADES if steps <= limit)
+
+
+class _Writer:
+    """Writes tokens as they come: bytes of a letter may be spread over several."""
+
+    def __init__(self, console: Console, tokenizer: tiktoken.Encoding, show_depth: bool) -> None:
+        self.console, self.tokenizer, self.show_depth = console, tokenizer, show_depth
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self.pieces: list[str] = []
+        self.steps: dict[str, list[int]] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.pieces)
+
+    def add(self, token: int, steps: dict[str, int]) -> None:
+        piece = self.bytes.decode(self.tokenizer.decode_single_token_bytes(token))
+        # What a model writes must not steer the terminal.
+        piece = "".join(c if c in "\n\t" or c.isprintable() else "�" for c in piece)
+        self.pieces.append(piece)
+        for name, count in steps.items():
+            self.steps.setdefault(name, []).append(count)
+        style = _shade(sum(steps.values()) / len(steps)) if self.show_depth and steps else ""
+        self._write(piece, style, f"[{' '.join(map(str, steps.values()))}]")
+
+    def _write(self, piece: str, style: str, numbers: str) -> None:
+        from rich.text import Text
+
+        if self.show_depth and not self.console.is_terminal:
+            piece += numbers
+        self.console.print(Text(piece, style=style), end="", soft_wrap=True)
+        self.console.file.flush()
+
+    def close(self) -> None:
+        """End the line; with depths, the text once more for each region, and what the colours mean."""
+        from rich.text import Text
+
+        console = self.console
+        console.print(self.bytes.decode(b"", final=True), end="\n", markup=False)
+        if not self.show_depth or not self.pieces:
+            return
+        if not console.is_terminal:
+            console.print(f"(in brackets: steps in region {', '.join(self.steps)})", markup=False)
+            return
+        for name, steps in self.steps.items():
+            console.print(f"\nregion {name}", style="bold")
+            text = Text()
+            for piece, count in zip(self.pieces, steps, strict=True):
+                text.append(piece, style=_shade(count))
+            console.print(text)
+        legend, low = Text("\nsteps: "), 1
+        for limit, style in _SHADES:
+            label = f"{low}+" if limit == _SHADES[-1][0] else str(low) if limit == low else f"{low}-{limit}"
+            legend.append(f" {label} ", style=f"black on {style}")
+            low = limit + 1
+        console.print(legend)
+        console.print("above, first: the mean over the regions", style="dim")
