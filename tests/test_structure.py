@@ -21,7 +21,7 @@ LAYERS = [
     {"trajectory"},
     {"recorder", "offline"},
     {"attachment"},
-    {"comparison"},
+    {"comparison", "diagnostics"},
     {"plots"},
 ]
 
