@@ -35,7 +35,9 @@ DISTINCT = 0.95
 def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int = 64, tokens: int = 24) -> LoopedGPT:
     """A model that is one looped block of random weights (from torch's global generator).
 
-    Without injection the loop starts at its input, which it would not see otherwise.
+    Without injection the loop starts at its input, which it would not see otherwise. The scale of the branches is set
+    by the number of layers alone: dividing it by a loop count too, as is done for training, makes every layer's share
+    so small that all cycles look degenerate.
     """
     model = LoopedGPT(
         vocab_size=256,
@@ -43,6 +45,7 @@ def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int
         n_layer=layers,
         n_head=4,
         d_model=width,
+        mean_loops=1,
         regions=(f"1-{layers}" if layers > 1 else "1",),
         norm_placement="residual" if norm == "residual" else "branch",
         state_norm=norm == "branch+state",
