@@ -299,7 +299,7 @@ def _markdown(results: Mapping[str, Any], found: Sequence[Finding]) -> str:
         f"# Claims, judged on {_heading(results)}",
         "",
         f"Measured on {geometry.get('tokens', 0):,} tokens at {geometry.get('loops', 0)} loops and "
-        f"{limits.get('tokens', 0):,} at {limits.get('loops', 0)}, {results['about'].get('dtype', 'in its own dtype')}; "
+        f"{limits.get('tokens', 0):,} at {limits.get('loops', 0)}, {results['about'].get('dtype', 'its own dtype')}. "
         "± is one standard deviation over tokens. *Untrained* is the same shape with fresh weights. Rules stand in "
         "`haltkit/diagnostics/claims.py`. [P] is arXiv 2509.23314, [M] arXiv 2604.11791.",
         "",

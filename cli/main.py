@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, diagnose, policies, prepare, train
+from haltkit.cli import compare, diagnose, policies, prepare, report, train
 
 app = typer.Typer(
     name="haltkit",
@@ -42,6 +42,7 @@ app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)
+app.command("report")(report.report)
 app.command("train")(train.train)
 
 

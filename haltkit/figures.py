@@ -69,7 +69,7 @@ def paths(results: Results) -> Any:
                     *zip(*points, strict=True), c=shades, s=14, marker=_MARKERS[i % 8], zorder=2, linewidths=0
                 )
             if i == len(loops) - 1:
-                late += points[2:]
+                late = points[1:]  # of the last token: the close look
         end = stream[-1]
         whole.annotate(
             f"{position}", end, fontsize=7, color="0.3", xytext=(3, 3), textcoords="offset points",
@@ -80,14 +80,14 @@ def paths(results: Results) -> Any:
         )
     xs, ys = zip(*late, strict=True)
     for low, high, limit in ((min(xs), max(xs), close.set_xlim), (min(ys), max(ys), close.set_ylim)):
-        margin = 0.1 * (high - low) + 1e-9
+        margin = 0.25 * (high - low) + 1e-9
         limit(low - margin, high + margin)
     first, second = found["explained"]
     names = {"xlabel": f"component 1 ({first:.0%} of the variance)", "ylabel": f"component 2 ({second:.0%})"}
     whole.set(title="states over depth and loop steps, by position", **names)
-    close.set(title=f"the same, near the loop of region {loops[-1]['name']}", **names)
+    close.set(title=f"closer: region {loops[-1]['name']}, position {found['positions'][-1]}", **names)
     whole.indicate_inset_zoom(close, edgecolor="0.4")
-    whole.legend(frameon=False, fontsize=8)
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -113,7 +113,8 @@ def dlr(results: Results) -> Any:
         labels = ["untrained", *(_count(one["tokens_seen"]) for one in checkpoints), last]
         panel.set_xticks(xs, labels, rotation=60, ha="right", fontsize=8)
         panel.set(yscale="log", title=f"boundary {boundary}", ylabel="DLR (mean over tokens)", xlabel="tokens seen")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 
@@ -294,11 +295,11 @@ def cycles(results: Results) -> Any:
             stream = [point for recurrence in cycle["points"] for point in recurrence]
             panel.plot(*zip(*stream, strict=True), color="0.8", linewidth=0.7, zorder=1)
             passes = len(cycle["points"])
-            for i, layer in enumerate(cycle["layers"]):
+            for i in range(len(cycle["layers"])):
                 own = [recurrence[i] for recurrence in cycle["points"]]
                 shades = [str(0.8 - 0.8 * t / max(1, passes - 1)) for t in range(passes)]
                 panel.scatter(*zip(*own, strict=True), c=shades, marker=_MARKERS[i % 8], s=18, zorder=2)
-                panel.scatter([], [], color="black", marker=_MARKERS[i % 8], label=layer)
+                panel.scatter([], [], color="black", marker=_MARKERS[i % 8], label=f"layer {i + 1}")
             first, second = cycle["explained"]
             panel.set(
                 xlabel=f"component 1 ({first:.0%})", ylabel=f"component 2 ({second:.0%})",

@@ -22,7 +22,7 @@ LAYERS = [
     {"recorder", "offline"},
     {"attachment"},
     {"comparison", "diagnostics"},
-    {"plots", "figures"},
+    {"plots", "figures", "report"},
 ]
 
 
