@@ -438,6 +438,9 @@ def test_profiles_correlate_with_themselves_and_shuffled_ones_do_not() -> None:
     match = match_stages(block, control)
     assert match.beats_chance
     assert abs(match.shuffled_mean) < 0.1
+    orders = [np.random.default_rng(i).permutation(control).tolist() for i in range(2000)]
+    by_hand = [profile_correlation(block, order) for order in orders]
+    assert match.shuffled_high == pytest.approx(np.quantile(by_hand, 0.95), abs=0.05)
     assert not match_stages([-v for v in block], control).beats_chance
     assert not match_stages([1.0, 1.0, 1.0], control).beats_chance  # flat: no correlation at all
     with pytest.raises(DiagnosticError, match="at least three"):

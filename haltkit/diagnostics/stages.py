@@ -69,8 +69,14 @@ def match_stages(
             f"profiles of {len(profile)} and {len(control)} layers cannot be correlated: at least three are needed"
         )
     rng = np.random.default_rng(seed)
-    values = np.asarray(control, dtype=float)
-    found = np.array([profile_correlation(profile, rng.permutation(values).tolist()) for _ in range(permutations)])
+    shuffled = rng.permuted(np.tile(np.asarray(control, dtype=float), (permutations, 1)), axis=1)
+    points = max(len(profile), len(control))
+    weights = np.array([resample(row.tolist(), points) for row in np.eye(len(control))])  # resampling is linear
+    a = np.array(resample(profile, points))
+    a, b = a - a.mean(), shuffled @ weights
+    b = b - b.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        found = b @ a / (np.sqrt(a @ a) * np.sqrt((b * b).sum(1)))
     found = found[np.isfinite(found)]
     if not len(found):
         return StageMatch(math.nan, math.nan, math.nan)
