@@ -297,7 +297,7 @@ def cycles(results: Results) -> Any:
             passes = len(cycle["points"])
             for i in range(len(cycle["layers"])):
                 own = [recurrence[i] for recurrence in cycle["points"]]
-                shades = [str(0.8 - 0.8 * t / max(1, passes - 1)) for t in range(passes)]
+                shades = [f"{0.8 - 0.8 * t / passes:.2f}" for t in range(passes)]
                 panel.scatter(*zip(*own, strict=True), c=shades, marker=_MARKERS[i % 8], s=18, zorder=2)
                 panel.scatter([], [], color="black", marker=_MARKERS[i % 8], label=f"layer {i + 1}")
             first, second = cycle["explained"]
