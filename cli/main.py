@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, generate, policies, prepare, train
+from haltkit.cli import compare, diagnose, generate, policies, prepare, report, train
 
 app = typer.Typer(
     name="haltkit",
@@ -39,9 +39,11 @@ def main(
 
 
 app.command("compare")(compare.compare)
+app.command("diagnose")(diagnose.diagnose)
 app.command("generate")(generate.generate)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)
+app.command("report")(report.report)
 app.command("train")(train.train)
 
 

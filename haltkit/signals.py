@@ -20,6 +20,8 @@ __all__ = [
     "EPS",
     "KLDirection",
     "acceleration",
+    "cosine",
+    "curvature",
     "delta_loop_ratio",
     "difference",
     "kl_divergence",
@@ -27,6 +29,7 @@ __all__ = [
     "measured",
     "norm",
     "normalized",
+    "rounding_floor",
     "step_angle",
     "step_size_change",
 ]
@@ -76,8 +79,34 @@ def step_size_change(step_norm: Tensor, step_norm_prev: Tensor) -> Tensor:
 
 def step_angle(d: Tensor, d_prev: Tensor) -> Tensor:
     """``cos(d_k, d_{k-1})``, in [-1, 1]: [P] section 2. NaN where a step is zero and has no direction."""
-    cosine = (measured(d) * measured(d_prev)).sum(-1) / (norm(d) * norm(d_prev))
-    return cosine.clamp(-1, 1)
+    return cosine(d, d_prev)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine between vectors, ``(..., D)`` twice to ``(...)``, in [-1, 1]; NaN where one of them is zero."""
+    return ((measured(a) * measured(b)).sum(-1) / (norm(a) * norm(b))).clamp(-1, 1)
+
+
+def curvature(d: Tensor, d_prev: Tensor) -> Tensor:
+    """Menger curvature of the path at three successive states, ``(..., D)`` twice to ``(...)``, in 1 / length.
+
+    One over the radius of the circle through ``x_{k-2}``, ``x_{k-1}`` and ``x_k``: twice the sine of the turn over
+    ``||x_k - x_{k-2}||``. 0 on a straight line; NaN where a step is zero or leads back to ``x_{k-2}``. A spiral
+    whose steps shrink by ``r`` has a curvature that grows by ``1 / r``: only a circle's is constant.
+    """
+    a, b = measured(d), measured(d_prev)
+    along = (a * b).sum(-1, keepdim=True) / (b * b).sum(-1, keepdim=True)
+    sine = norm(a - along * b) / norm(a)  # from the part across d_{k-1}: exact for a small turn, 1 - cos^2 is not
+    chord = norm(a + b)
+    return torch.where(chord == 0, torch.nan, 2 * sine / chord)
+
+
+def rounding_floor(size: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """What one rounding to ``dtype`` can move a state of this norm by: its unit roundoff times the norm.
+
+    A step below this says nothing; a body of several products moves a converged state by a few times as much.
+    """
+    return measured(torch.as_tensor(size)) * (torch.finfo(dtype).eps / 2)
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

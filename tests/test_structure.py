@@ -21,10 +21,10 @@ LAYERS = [
     {"trajectory"},
     {"recorder", "offline"},
     {"attachment"},
-    {"comparison"},
+    {"comparison", "diagnostics"},
     {"sweep"},
     {"trial"},
-    {"plots"},
+    {"plots", "figures", "report"},
 ]
 
 

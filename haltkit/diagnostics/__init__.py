@@ -1,0 +1,51 @@
+"""Diagnostics: what a loop's path looks like, where it ends, and which of the papers' claims it bears out."""
+
+from haltkit.diagnostics.errors import DiagnosticError
+from haltkit.diagnostics.geometry import (
+    BoundaryStatistics,
+    RegionStatistics,
+    contraction_rates,
+    curvatures,
+    distances,
+    first_below,
+    turning_angles,
+)
+from haltkit.diagnostics.layers import LayerStatistics, distinctness, layer_distances, record_layers
+from haltkit.diagnostics.limits import Limit, classify_limits
+from haltkit.diagnostics.pca import PCA, fit_pca
+from haltkit.diagnostics.stages import StageMatch, match_stages
+from haltkit.diagnostics.subject import Subject
+from haltkit.diagnostics.survey import (
+    survey_attention,
+    survey_geometry,
+    survey_limits,
+    survey_paths,
+    survey_tokens,
+)
+
+__all__ = [
+    "PCA",
+    "BoundaryStatistics",
+    "DiagnosticError",
+    "LayerStatistics",
+    "Limit",
+    "RegionStatistics",
+    "StageMatch",
+    "Subject",
+    "classify_limits",
+    "contraction_rates",
+    "curvatures",
+    "distances",
+    "distinctness",
+    "first_below",
+    "fit_pca",
+    "layer_distances",
+    "match_stages",
+    "record_layers",
+    "survey_attention",
+    "survey_geometry",
+    "survey_limits",
+    "survey_paths",
+    "survey_tokens",
+    "turning_angles",
+]

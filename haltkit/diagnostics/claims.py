@@ -1,0 +1,592 @@
+"""The claims of two papers, each with the quantity that tests it and the rule that judges it.
+
+[P] is "Two-Scale Latent Dynamics for Recurrent-Depth Transformers" (arXiv 2509.23314), [M] "A Mechanistic Analysis of
+Looped Reasoning Language Models" (arXiv 2604.11791). Rules and their limits stand here, written down before any model
+is looked at, and a claim is judged from the results alone (:func:`judge`), so a table can be made again from its JSON.
+
+A claim that a model of this kind or size cannot speak to is *cannot tell at this scale*, with the reason. What an
+untrained model of the same shape does stands beside each value: a finding that it shares is not training's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from haltkit.diagnostics.stages import match_stages
+
+__all__ = ["CLAIMS", "Claim", "Finding", "Verdict", "judge"]
+
+Verdict = Literal["reproduced", "not reproduced", "cannot tell at this scale"]
+YES: Verdict = "reproduced"
+NO: Verdict = "not reproduced"
+UNKNOWN: Verdict = "cannot tell at this scale"
+
+# [P] trains on 300M tokens; a claim about late training is not refuted before a tenth of that.
+LATE_TOKENS = 30_000_000
+# Steps under so many rounding floors are rounding, and have no direction or size of their own.
+ABOVE_FLOOR = 10.0
+# A trend over training wants so many checkpoints, and this rank correlation with tokens seen.
+CHECKPOINTS, TREND = 4, 0.5
+# "Flat" quality, in nats: the level that haltkit compare uses.
+FLAT = 0.01
+
+
+class Value(NamedTuple):
+    """One measured number; ``spread`` is one standard deviation over tokens, where there is one."""
+
+    value: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    verdict: Verdict
+    measured: dict[str, Value] = field(default_factory=dict)
+    untrained: dict[str, Value] = field(default_factory=dict)
+    reason: str = ""
+
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: where it is made, what tests it, and by which rule."""
+
+    name: str
+    paper: str
+    text: str
+    quantity: str
+    rule: str
+    test: Callable[[Results], Answer]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim judged. ``measured`` and ``untrained`` map a label (a region, a boundary) to a :class:`Value`."""
+
+    name: str
+    paper: str
+    text: str
+    quantity: str
+    rule: str
+    verdict: Verdict
+    measured: dict[str, Value]
+    untrained: dict[str, Value]
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = asdict(self)
+        for key in ("measured", "untrained"):
+            plain[key] = {k: {"value": _finite(v.value), "spread": _finite(v.spread)} for k, v in plain[key].items()}
+        return plain
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _cannot(reason: str, measured: dict[str, Value] | None = None) -> Answer:
+    return Answer(UNKNOWN, measured or {}, {}, reason)
+
+
+# --- reading results
+
+
+def _regions(results: Results, model: str = "trained", part: str = "geometry") -> Mapping[str, Any]:
+    found = ((results.get("models") or {}).get(model) or {}).get(part) or {}
+    return found.get("regions") or {}
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if v is None else float(v) for v in values]
+
+
+def _moving(region: Mapping[str, Any], first: int, last: int) -> list[int]:
+    """Steps ``first .. last`` whose mean norm is above the floor, as indices into lists over k."""
+    norms = _numbers(region["step_norm_mean"])
+    floor = region.get("floor")
+    if floor is None:  # statistics of a snapshot: from the state's norm, in float32
+        floor = _numbers(region["state_norm_mean"])[-1] * 2.0**-24
+    return [k - 1 for k in range(first, min(last, len(norms)) + 1) if norms[k - 1] > ABOVE_FLOOR * floor]
+
+
+def _mean_over(region: Mapping[str, Any], name: str, steps: Sequence[int]) -> Value | None:
+    """A signal's mean over some steps, with the spread over tokens at a typical one of them."""
+    means = np.array(_numbers(region[f"{name}_mean"]))[list(steps)]
+    spreads = np.array(_numbers(region.get(f"{name}_std") or [None] * len(region[f"{name}_mean"])))[list(steps)]
+    if not len(means) or not np.isfinite(means).all():
+        return None
+    return Value(float(means.mean()), float(np.median(spreads)) if np.isfinite(spreads).all() else None)
+
+
+def _each_region(
+    results: Results, number: Callable[[Mapping[str, Any]], Value | None], part: str = "geometry"
+) -> tuple[dict[str, Value], dict[str, Value]]:
+    """A number for every region that has one, trained and untrained."""
+    found: list[dict[str, Value]] = []
+    for model in ("trained", "untrained"):
+        pairs = ((name, number(region)) for name, region in _regions(results, model, part).items())
+        found.append({name: value for name, value in pairs if value is not None})
+    return found[0], found[1]
+
+
+def _trained_tokens(results: Results) -> float:
+    return float((results.get("about") or {}).get("tokens_seen") or 0)
+
+
+def _checkpoints(results: Results) -> list[Mapping[str, Any]]:
+    found = [one for one in results.get("checkpoints") or [] if one.get("tokens_seen")]
+    return sorted(found, key=lambda one: float(one["tokens_seen"]))
+
+
+def _rank_correlation(values: Sequence[float]) -> float:
+    """Spearman's, with the order of the values; ties share a rank."""
+    a = np.array([np.mean([*np.flatnonzero(np.sort(values) == v)]) for v in values])
+    b = np.arange(len(values), dtype=float)
+    if a.std() == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _falls_over_training(results: Results, number: Callable[[Mapping[str, Any]], float | None], least: float) -> Answer:
+    """Whether a number falls by ``least`` from the first to the last checkpoint, in every region, as a trend."""
+    checkpoints = _checkpoints(results)
+    if len(checkpoints) < CHECKPOINTS:
+        return _cannot(
+            f"{len(checkpoints)} checkpoints of one run are here, {CHECKPOINTS} are needed: give a run folder"
+        )
+    measured: dict[str, Value] = {}
+    falls = []
+    for name in checkpoints[-1]["regions"]:
+        series = [number(one["regions"][name]) for one in checkpoints if name in one["regions"]]
+        known = [v for v in series if v is not None and math.isfinite(v)]
+        if len(known) < CHECKPOINTS:
+            continue
+        measured[f"{name} first"], measured[f"{name} last"] = Value(known[0]), Value(known[-1])
+        falls.append(known[-1] < known[0] - least and _rank_correlation(known) <= -TREND)
+    if not falls:
+        return _cannot("the number is not defined at enough checkpoints")
+    pairs = {name: number(region) for name, region in _regions(results, "untrained").items()}
+    untrained = {name: Value(v) for name, v in pairs.items() if v is not None and math.isfinite(v)}
+    return Answer(YES if all(falls) else NO, measured, untrained, f"falls in {sum(falls)} of {len(falls)} regions")
+
+
+# --- [P]
+
+
+def _steps_shrink(results: Results) -> Answer:
+    def ratio(region: Mapping[str, Any]) -> Value | None:
+        norms = _numbers(region["step_norm_mean"])
+        return Value(norms[9] / norms[0]) if len(norms) >= 10 and norms[0] > 0 else None
+
+    trained, untrained = _each_region(results, ratio)
+    if not trained:
+        return _cannot("fewer than ten loops were run")
+    return Answer(YES if max(v.value for v in trained.values()) <= 0.1 else NO, trained, untrained)
+
+
+def _cosines_settle(results: Results) -> Answer:
+    trained, untrained = _each_region(results, lambda r: _mean_over(r, "cosine", _moving(r, 4, 12)))
+    if not trained:
+        return _cannot("no step from 4 to 12 is above the float floor")
+    if all(0.5 <= v.value <= 0.65 for v in trained.values()):
+        return Answer(YES, trained, untrained)
+    seen = _trained_tokens(results)
+    if seen < LATE_TOKENS:
+        return Answer(
+            UNKNOWN, trained, untrained, f"{seen / 1e6:.1f}M tokens are not late in training ({LATE_TOKENS / 1e6:.0f}M)"
+        )
+    return Answer(NO, trained, untrained)
+
+
+def _absolute_cosine(region: Mapping[str, Any]) -> float | None:
+    found = _mean_over(region, "cosine", _moving(region, 4, 12))
+    return None if found is None else abs(found.value)
+
+
+def _more_orthogonal(results: Results) -> Answer:
+    return _falls_over_training(results, _absolute_cosine, 0.05)
+
+
+def _norms_plateau(results: Results) -> Answer:
+    def over_floor(region: Mapping[str, Any]) -> Value | None:
+        norms = _numbers(region["step_norm_mean"])
+        return Value(norms[-1] / region["floor"]) if len(norms) >= 24 and region.get("floor") else None
+
+    trained, untrained = _each_region(results, over_floor)
+    if not trained:
+        return _cannot("fewer than 24 loops were run")
+    flat = []
+    for name in trained:
+        norms = _numbers(_regions(results)[name]["step_norm_mean"])
+        flat.append(norms[-1] / norms[len(norms) * 3 // 4 - 1] >= 0.8)
+    above = [v.value > ABOVE_FLOOR for v in trained.values()]
+    if all(above) and all(flat):
+        return Answer(YES, trained, untrained)
+    falling = "steps reach the float floor" if not all(above) else "steps still shrink at the last loop"
+    return Answer(NO, trained, untrained, falling)
+
+
+def _constant_curvature(results: Results) -> Answer:
+    def variation(region: Mapping[str, Any]) -> Value | None:
+        if "curvature_mean" not in region:
+            return None
+        steps = _moving(region, 3, 32)
+        values = np.array(_numbers(region["curvature_mean"]))[steps]
+        if len(steps) < 5 or not np.isfinite(values).all():
+            return None
+        return Value(float(values.std() / values.mean()))
+
+    trained, untrained = _each_region(results, variation)
+    if not trained:
+        return _cannot("fewer than five steps are above the float floor")
+    return Answer(YES if max(v.value for v in trained.values()) <= 0.25 else NO, trained, untrained)
+
+
+def _shrinking(region: Mapping[str, Any]) -> float | None:
+    norms = _numbers(region["step_norm_mean"])
+    steps = _moving(region, 2, 8)
+    if len(steps) < 2:
+        return None
+    return float((norms[steps[-1]] / norms[steps[0]]) ** (1 / (steps[-1] - steps[0])))
+
+
+def _faster_decay(results: Results) -> Answer:
+    return _falls_over_training(results, _shrinking, 0.02)
+
+
+def _angle_spread(region: Mapping[str, Any]) -> float | None:
+    steps = _moving(region, 2, 8)
+    spreads = np.array(_numbers(region["cosine_std"]))[steps]
+    return float(spreads.mean()) if len(spreads) and np.isfinite(spreads).all() else None
+
+
+def _steadier_angles(results: Results) -> Answer:
+    return _falls_over_training(results, _angle_spread, 0.01)
+
+
+def _large_dlr(convention: str) -> Callable[[Results], Answer]:
+    def test(results: Results) -> Answer:
+        models = results.get("models") or {}
+        parts = [((models.get(m) or {}).get("geometry") or {}).get("dlr") or {} for m in ("trained", "untrained")]
+        found = [
+            {k: Value(v[convention]["mean"], v[convention].get("std")) for k, v in part.items() if convention in v}
+            for part in parts
+        ]
+        if not found[0]:
+            return _cannot("there is no boundary between two regions, or this convention was not recorded")
+        least = min(v.value for v in found[0].values())
+        for one in _checkpoints(results):
+            least = min([least, *(v[convention]["mean"] for v in one["dlr"].values() if convention in v)])
+        count = len(_checkpoints(results))
+        shared = bool(found[1]) and min(v.value for v in found[1].values()) >= 2
+        reason = f"least over {count} checkpoints {least:.2g}" + ("; the untrained model has it too" if shared else "")
+        return Answer(YES if least >= 2 else NO, found[0], found[1], reason)
+
+    return test
+
+
+def _rows(results: Results, policy: str) -> list[Mapping[str, Any]]:
+    """A policy's rows at the paper's thresholds, ascending."""
+    rows = (results.get("comparison") or {}).get("rows") or []
+    own = [r for r in rows if r["policy"] == policy and r["tau"] is not None and 0.99e-5 < r["tau"] < 1.01e-2]
+    return sorted(own, key=lambda r: float(r["tau"]))
+
+
+def _needs_rows(results: Results, *policies: str) -> str | None:
+    for policy in policies:
+        if len(_rows(results, policy)) < 2:
+            return f"no sweep of {policy} over the paper's thresholds: run haltkit compare with --json DIR/compare.json"
+    return None
+
+
+def _spread(rows: Sequence[Mapping[str, Any]]) -> float:
+    return max(float(r["ce"]) for r in rows) - min(float(r["ce"]) for r in rows)
+
+
+def _acceleration_faster(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "accel")) is not None:
+        return _cannot(missing)
+    rows = _rows(results, "accel")
+    measured = {
+        "time at 1e-5 over 1e-2": Value(rows[0]["ms_per_token"] / rows[-1]["ms_per_token"]),
+        "spread of CE": Value(_spread(rows)),
+    }
+    good = measured["time at 1e-5 over 1e-2"].value >= 1.3 and measured["spread of CE"].value <= FLAT
+    return Answer(YES if good else NO, measured)
+
+
+def _kl_slow(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "accel", "kl")) is not None:
+        return _cannot(missing)
+    kl, accel = _rows(results, "kl"), _rows(results, "accel")
+    ratios = [k["ms_per_token"] / a["ms_per_token"] for k in kl for a in accel if k["tau"] == a["tau"]]
+    if not ratios:
+        return _cannot("kl and accel share no threshold")
+    measured = {"time, kl over accel, least": Value(min(ratios)), "spread of CE": Value(_spread(kl))}
+    return Answer(YES if min(ratios) > 1 and measured["spread of CE"].value <= FLAT else NO, measured)
+
+
+def _norm_degrades(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "norm")) is not None:
+        return _cannot(missing)
+    rows = _rows(results, "norm")
+    loss = {f"CE at {r['tau']:g} over {rows[0]['tau']:g}": Value(r["ce"] - rows[0]["ce"]) for r in rows[1:]}
+    return Answer(YES if list(loss.values())[-1].value >= FLAT else NO, loss)
+
+
+def _less_tuning(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "accel", "norm", "kl")) is not None:
+        return _cannot(missing)
+    spreads = {name: Value(_spread(_rows(results, name))) for name in ("accel", "norm", "kl")}
+    if max(v.value for v in spreads.values()) <= 0.001:
+        return Answer(UNKNOWN, spreads, {}, "every policy is flat over this sweep: nothing needs tuning")
+    best = min(spreads["norm"].value, spreads["kl"].value)
+    return Answer(YES if spreads["accel"].value < best - 0.001 else NO, spreads)
+
+
+def _kl_costs_more(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "accel", "kl")) is not None:
+        return _cannot(missing)
+
+    def a_step(policy: str) -> float:
+        return float(np.median([r["ms_per_token"] / sum(r["steps"].values()) for r in _rows(results, policy)]))
+
+    cost = {name: Value(a_step(name)) for name in ("accel", "kl")}
+    return Answer(YES if cost["kl"].value >= 1.2 * cost["accel"].value else NO, cost)
+
+
+def _gain(results: Results) -> Answer:
+    if (missing := _needs_rows(results, "accel", "norm", "kl")) is not None:
+        return _cannot(missing)
+    fastest: dict[str, float] = {}
+    for row in results["comparison"]["rows"][1:]:
+        if row["delta_ce_se"] is not None and row["delta_ce"] + 2 * row["delta_ce_se"] <= FLAT:
+            fastest[row["policy"]] = min(fastest.get(row["policy"], math.inf), float(row["ms_per_token"]))
+    if "accel" not in fastest or not fastest.keys() - {"accel", "fixed"}:
+        return _cannot(f"no setting is surely within {FLAT} nats on so few tokens")
+    other = min(v for k, v in fastest.items() if k not in ("accel", "fixed"))
+    measured = {"time saved against the best other policy": Value(1 - fastest["accel"] / other)}
+    if "fixed" in fastest:
+        measured["against the best fixed depth"] = Value(1 - fastest["accel"] / fastest["fixed"])
+    return Answer(YES if next(iter(measured.values())).value >= 0.1 else NO, measured)
+
+
+# --- [M]
+
+
+def _cycle_regions(results: Results, model: str = "trained") -> dict[str, Mapping[str, Any]]:
+    """Regions in [M]'s setting: the model's only one, of four or more layers."""
+    regions = _regions(results, model, "limits")
+    return {n: r for n, r in regions.items() if len(regions) == 1 and len(r.get("layers") or {}) >= 4}
+
+
+def _setting(results: Results) -> str:
+    regions = _regions(results, "trained", "limits")
+    if not regions:
+        return "no long run (128 loops) was made"
+    shape = ", ".join(f"{name}: {max(1, len(r.get('layers') or {}))}" for name, r in regions.items())
+    return f"[M] is about one region of four or more layers; layers by region here are {shape}"
+
+
+def _fixed_share(counts: Mapping[str, int]) -> float:
+    total = sum(counts.values())
+    return counts.get("fixed point", 0) / total if total else math.nan
+
+
+def _cycle_values(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
+    values = {}
+    for name, region in regions.items():
+        values[f"{name} at a fixed point"] = Value(_fixed_share(region["limits"]["cosine"]))
+        if region.get("distinct"):
+            values[f"{name} least cosine between layers"] = Value(region["distinct"]["mean"], region["distinct"]["std"])
+    return values
+
+
+def _cyclic_fixed_points(results: Results) -> Answer:
+    everywhere = _cycle_values(_regions(results, "trained", "limits"))
+    untrained = _cycle_values(_regions(results, "untrained", "limits"))
+    found = _cycle_regions(results)
+    if not found:
+        return Answer(UNKNOWN, everywhere, untrained, _setting(results))
+    region = next(iter(found.values()))
+    shares = [_fixed_share(counts) for counts in region["layer_limits"].values()]
+    return Answer(YES if min(shares) >= 0.95 and region["distinct"]["mean"] <= 0.95 else NO, everywhere, untrained)
+
+
+def _attention_settles(results: Results) -> Answer:
+    def ratio(region: Mapping[str, Any]) -> Value | None:
+        rows = np.array([_numbers(row) for row in region["successive"]])  # (recurrences - 1, layers)
+        return Value(float((rows[7] / rows[0]).max())) if len(rows) >= 8 and (rows[0] > 0).all() else None
+
+    trained, untrained = _each_region(results, ratio, "attention")
+    if not trained:
+        return _cannot("attention was not seen, or over fewer than nine recurrences")
+    if not _cycle_regions(results):
+        return Answer(UNKNOWN, trained, untrained, _setting(results))
+    return Answer(YES if max(v.value for v in trained.values()) <= 0.1 else NO, trained, untrained)
+
+
+def _stages_repeat(results: Results) -> Answer:
+    control = (results.get("control") or {}).get("profiles")
+    found = _cycle_regions(results)
+    if not found:
+        return _cannot(_setting(results))
+    if control is None:
+        return _cannot("there is no feed-forward control of the same data: train small-control and give --control")
+    measured: dict[str, Value] = {}
+    passes = []
+    name = next(iter(found))
+    profiles = _regions(results, "trained", "attention").get(name, {}).get("profiles")
+    if profiles is None:
+        return _cannot("attention was not seen")
+    matches = [match_stages(_numbers(row), _numbers(control["concentration"])) for row in profiles["concentration"]]
+    for t, match in enumerate(matches, 1):
+        if t in (1, 2, 4, 8, 16):
+            measured[f"pass {t}"] = Value(match.correlation)
+        passes.append(match.beats_chance)
+    measured["95% of shuffled"] = Value(float(np.median([m.shuffled_high for m in matches])))
+    return Answer(
+        YES if sum(passes) >= 0.5 * len(passes) else NO, measured, {}, f"{sum(passes)} of {len(passes)} passes"
+    )
+
+
+AXES = ("norm", "injection", "layers")
+
+
+def _axes_govern(results: Results) -> Answer:
+    grid = results.get("grid")
+    if not grid:
+        return _cannot("the grid of untrained models was not run: give --grid")
+    measured = {}
+    for axis in AXES:
+        rest = [a for a in AXES if a != axis]
+        changes, pairs = 0, 0
+        for a, b in itertools.combinations(grid, 2):
+            if a[axis] != b[axis] and all(a[k] == b[k] for k in rest):
+                pairs += 1
+                changes += a["limit"] != b["limit"]
+        measured[f"{axis}: share of pairs that differ"] = Value(changes / pairs if pairs else math.nan)
+    return Answer(YES if all(v.value > 0 for v in measured.values()) else NO, {}, measured, "untrained models")
+
+
+def _injection_settles(results: Results) -> Answer:
+    grid = results.get("grid")
+    if not grid:
+        return _cannot("the grid of untrained models was not run: give --grid")
+    shares = {}
+    for norm in dict.fromkeys(cell["norm"] for cell in grid):
+        for injection in ("every_step", "never"):
+            cells = [c["fixed"] for c in grid if c["norm"] == norm and c["injection"] == injection]
+            shares[f"{norm}, {injection}"] = Value(float(np.mean(cells)))
+    with_injection = [shares[f"{n}, every_step"].value for n in ("pre", "residual") if f"{n}, every_step" in shares]
+    without = [shares[f"{n}, never"].value for n in ("residual", "branch") if f"{n}, never" in shares]
+    pre = shares.get("pre, never", Value(math.nan)).value
+    good = min(with_injection) >= 0.9 and max(without) <= 0.5 and pre >= 0.9
+    return Answer(YES if good else NO, {}, shares, "share of tokens at a fixed point")
+
+
+def _without_training(results: Results) -> Answer:
+    grid = results.get("grid")
+    if not grid:
+        return _cannot("the grid of untrained models was not run: give --grid")
+    cycles = [c for c in grid if c["layers"] > 1]
+    share = sum(c["limit"] == "cyclic fixed points" for c in cycles) / len(cycles)
+    return Answer(YES if share > 0 else NO, {}, {"share of cells with two or more layers": Value(share)})
+
+
+def _small_steps(results: Results) -> Answer:
+    def ratio(region: Mapping[str, Any]) -> Value | None:
+        found = region["distance_over_small_step"]
+        return None if found["mean"] is None else Value(found["mean"], found["std"])
+
+    trained, untrained = _each_region(results, ratio, "limits")
+    if not trained:
+        return _cannot("no step is under a hundredth of the state in the long run")
+    return Answer(YES if max(v.value for v in trained.values()) >= 10 else NO, trained, untrained)
+
+
+_COMPARE = "haltkit compare, at thresholds 1e-5 .. 1e-2"
+CLAIMS: tuple[Claim, ...] = (
+    Claim("P1", "[P]", "Steps shrink within 5-10 loops", "mean ‖d_10‖ / mean ‖d_1‖",
+          "at most 0.1 in every region", _steps_shrink),
+    Claim("P2", "[P]", "Consecutive steps settle at a cosine of 0.5-0.65 late in training",
+          "mean cos(d_k, d_{k-1}), k = 4..12 above 10 float floors",
+          f"0.5-0.65 in every region; otherwise cannot tell below {LATE_TOKENS / 1e6:.0f}M tokens", _cosines_settle),
+    Claim("P3", "[P]", "Steps become more orthogonal over training", "abs of P2's cosine, first and last checkpoint",
+          f"falls by 0.05 in every region with a rank correlation of at most -{TREND}", _more_orthogonal),
+    Claim("P4", "[P]", "Step norms plateau at a small value that is not zero", "mean ‖d_K‖ over the float floor",
+          "over 10 and at least 0.8 of the value a quarter earlier, in every region", _norms_plateau),
+    Claim("P5", "[P]", "Curvature is nearly constant (a spiral)",
+          "coefficient of variation of the mean curvature over k >= 3 above 10 float floors",
+          "at most 0.25 in every region", _constant_curvature),
+    Claim("P6", "[P]", "Steps decay faster in later checkpoints", "factor by which mean ‖d_k‖ shrinks a step, k = 2..8",
+          f"falls by 0.02 in every region with a rank correlation of at most -{TREND}", _faster_decay),
+    Claim("P7", "[P]", "Angles are steadier in later checkpoints", "spread of the cosine over tokens, k = 2..8",
+          f"falls by 0.01 in every region with a rank correlation of at most -{TREND}", _steadier_angles),
+    *(
+        Claim(f"P8 {convention}", "[P]", f"DLR is well above 1 at every boundary ({convention})",
+              f"mean DLR, convention '{convention}'", "at least 2 at every boundary and checkpoint",
+              _large_dlr(convention))
+        for convention in ("noise", "injected", "net", "net without d_1")
+    ),
+    Claim("P9", "[P]", "Acceleration: 580 to 360 ms a token from tau 1e-5 to 1e-2, quality flat", _COMPARE,
+          f"time falls by a factor of 1.3 or more and CE varies by at most {FLAT} nats", _acceleration_faster),
+    Claim("P10", "[P]", "KL is flat but slow", _COMPARE,
+          f"slower than accel at every threshold, and CE varies by at most {FLAT} nats", _kl_slow),
+    Claim("P11", "[P]", "Step norm loses quality past 1e-3, sharply at 1e-2", _COMPARE,
+          f"CE at 1e-2 is {FLAT} nats above that at 1e-5", _norm_degrades),
+    Claim("P12", "[P]", "Acceleration needs less threshold tuning", "spread of CE over the same thresholds (nats)",
+          "accel's is below the others' by 0.001; cannot tell if all are at most 0.001", _less_tuning),
+    Claim("P13", "[P]", "A step of acceleration costs O(d), one of KL O(V)", "ms a token and loop step",
+          "kl at least 1.2 times accel", _kl_costs_more),
+    Claim("P14", "[P]", "Acceleration saves 10-20%", "time of the fastest setting within 0.01 nats",
+          "at least 10% less than the best other policy's", _gain),
+    Claim("M1", "[M]", "Each layer of the cycle converges to its own fixed point",
+          "share of tokens at a fixed point; least cosine between layers' fixed points",
+          "one region of >= 4 layers: share >= 0.95 in every layer, cosine <= 0.95", _cyclic_fixed_points),
+    Claim("M2", "[M]", "Attention settles as the states do",
+          "change of attention between recurrences 8 and 9 over that between 1 and 2, largest layer",
+          "one region of >= 4 layers: at most 0.1", _attention_settles),
+    Claim("M3", "[M]", "Each pass repeats the stages of a feed-forward model",
+          "correlation of column-sum concentration over relative depth with the loops-off control",
+          "one region of >= 4 layers: above 95% of layer-shuffled controls in half of the passes", _stages_repeat),
+    Claim("M4", "[M]", "Block size, input injection and norm placement govern the cycle",
+          "share of pairs of untrained models, differing in one of them only, whose limit differs",
+          "above 0 for each of the three", _axes_govern),
+    Claim("M5", "[M]", "Injection settles every norm placement but Ouro's (branch); without it only pre-norm settles",
+          "share of tokens at a fixed point, untrained models",
+          "injected pre and residual >= 0.9; without: pre >= 0.9, residual and branch <= 0.5", _injection_settles),
+    Claim("M6", "[M]", "Cyclic fixed points appear without being trained for",
+          "share of untrained cells of two or more layers with distinct fixed points", "above 0", _without_training),
+    Claim("M7", "[M]", "A small step is not a fixed point", "‖x_k - x*‖ / ‖d_k‖ at the first step under 1% of ‖x_k‖",
+          "at least 10 in some region", _small_steps),
+)  # fmt: skip
+
+
+def judge(results: Results) -> list[Finding]:
+    """Every claim, judged from results as ``haltkit diagnose`` writes them; what they lack is a reason, no error."""
+    found = []
+    for claim in CLAIMS:
+        answer = claim.test(results)
+        found.append(
+            Finding(
+                claim.name,
+                claim.paper,
+                claim.text,
+                claim.quantity,
+                claim.rule,
+                answer.verdict,
+                answer.measured,
+                answer.untrained,
+                answer.reason,
+            )
+        )
+    return found

@@ -1,0 +1,146 @@
+"""The layers inside a loop: each visited once a recurrence, each with a trajectory and a limit of its own.
+
+Step signals are only comparable at one place of the cycle, so nothing here mixes layers but :func:`distinctness`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haltkit import signals
+from haltkit.diagnostics.errors import DiagnosticError
+from haltkit.diagnostics.streaming import Moments, Series, rounded
+
+__all__ = ["LayerStatistics", "distinctness", "layer_distances", "record_layers", "watch_layers"]
+
+
+def output_state(output: Any) -> Tensor | None:
+    """The state in a layer's output: the output itself or the first entry of a tuple."""
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+@contextmanager
+def watch_layers(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(path, state)`` at every call of the modules at these paths, in the order they run.
+
+    Raises:
+        DiagnosticError: an unknown path, or a module whose output holds no tensor.
+    """
+
+    def observe(path: str, output: Any) -> None:
+        state = output_state(output)
+        if state is None:
+            raise DiagnosticError(f"{path!r} returns a {type(output).__name__}: name layers that return their state")
+        see(path, state.detach())
+
+    handles = []
+    try:
+        for path in paths:
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                raise DiagnosticError(f"no module {path!r} in {type(model).__name__}") from None
+            handles.append(module.register_forward_hook(lambda _m, _a, out, path=path: observe(path, out)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_layers(model: nn.Module, paths: Sequence[str], max_bytes: int = 2**31) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep the outputs of every call of these modules: ``{path: [(..., D) at recurrence 1, 2, ...]}``, on the CPU.
+
+    Raises:
+        DiagnosticError: the recording would exceed ``max_bytes``.
+    """
+    kept: dict[str, list[Tensor]] = {path: [] for path in paths}
+    size = 0
+
+    def keep(path: str, state: Tensor) -> None:
+        nonlocal size
+        size += state.nbytes
+        if size > max_bytes:
+            raise DiagnosticError(
+                f"the layers' states would exceed {max_bytes / 2**20:.0f} MiB: shorter windows or fewer recurrences"
+            )
+        kept[path].append(state.to("cpu", copy=True))
+
+    with watch_layers(model, paths, keep):
+        yield kept
+
+
+def layer_distances(states: Tensor) -> dict[str, Tensor]:
+    """How one layer's output moves over recurrences and how far it is from its own fixed point.
+
+    Args:
+        states: ``(K, ..., D)``, recurrences 1 .. K of one layer; the last stands for its fixed point.
+
+    Returns:
+        ``(K, ...)`` each: ``difference`` ``||x_t - x_{t-1}||`` and ``difference_cosine`` (NaN at t = 1), ``distance``
+        ``||x_t - x*||``, ``distance_cosine`` ``cos(x_t, x*)``, and ``relative``, the distance over ``||x*||``.
+    """
+    last = states[-1]
+    difference = torch.full(states.shape[:-1], torch.nan, dtype=signals.measured(states[:1]).dtype)
+    turned = difference.clone()
+    difference[1:] = signals.norm(signals.difference(states[1:], states[:-1]))
+    turned[1:] = signals.cosine(states[1:], states[:-1])
+    distance = signals.norm(signals.difference(states, last))
+    return {
+        "difference": difference,
+        "difference_cosine": turned,
+        "distance": distance,
+        "distance_cosine": signals.cosine(states, last.expand_as(states)),
+        "relative": distance / signals.norm(last),
+    }
+
+
+def distinctness(fixed_points: Sequence[Tensor]) -> Tensor:
+    """Least cosine between the first layer's fixed point and every other layer's, ``(..., D)`` each to ``(...)``.
+
+    1 if the cycle is degenerate, all layers resting at one point ([M], Fig. 6).
+
+    Raises:
+        DiagnosticError: fewer than two layers: there is no cycle.
+    """
+    if len(fixed_points) < 2:
+        raise DiagnosticError("one layer has no cycle: distinctness needs at least two")
+    return torch.stack([signals.cosine(fixed_points[0], other) for other in fixed_points[1:]]).amin(0)
+
+
+class LayerStatistics:
+    """The layers of one region over any number of windows; memory does not grow with them."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, dict[str, Series]] = {}
+        self._distinct = Moments()
+
+    def add(self, states: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take one window's recording, as :func:`record_layers` makes it."""
+        ends = []
+        for path, kept in states.items():
+            if not kept:
+                raise DiagnosticError(f"layer {path!r} never ran: is it inside the loop?")
+            stacked = torch.stack(list(kept))
+            for name, values in layer_distances(stacked).items():
+                self._series.setdefault(path, {}).setdefault(name, Series()).add(values)
+            ends.append(stacked[-1])
+        if len(ends) > 1:
+            self._distinct.add(distinctness(ends).reshape(1, -1))
+
+    def summary(self) -> dict[str, Any]:
+        """``{"layers": {path: {signal_mean: [t = 1 .. K], ...}}, "distinct": ... or None}``."""
+        layers = {}
+        for path, series in self._series.items():
+            layers[path] = {k: v for name, one in series.items() for k, v in one.summary(name).items()}
+        distinct = None
+        if self._distinct.count.numel():
+            distinct = {"mean": rounded(self._distinct.means()[0]), "std": rounded(self._distinct.deviations()[0])}
+        return {"layers": layers, "distinct": distinct}

@@ -1,0 +1,363 @@
+"""``haltkit diagnose`` and ``haltkit report``: on checkpoints, run folders and a model that is not ours; and the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import browser, chromium
+
+from haltkit.cli import main as entry
+from haltkit.diagnostics import DiagnosticError
+from haltkit.figures import FIGURES, draw_figures
+from haltkit.models import cyclic, diagnosing
+from haltkit.models.checkpoint import BUNDLED, build_model, save_checkpoint
+from haltkit.models.config import ModelConfig
+from haltkit.models.statistics import loop_statistics
+from haltkit.models.tokenizer import TOKENIZER_FILE
+from haltkit.report import render_page
+
+QUICK = ("--tokens", "64", "--loops", "6", "--deep-tokens", "32", "--deep-loops", "16")
+PARTS = {"geometry", "limits", "attention", "paths", "tokens"}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: Any) -> int:
+    """What the console script calls, without paying for a new process."""
+    monkeypatch.setattr(sys, "argv", ["haltkit", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        entry.run()
+    return int(stop.value.code or 0)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "diagnose.json").read_text(encoding="utf-8"))
+    return found
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, tokens: int, tokenizer: Path) -> None:
+    folder.mkdir(parents=True)
+    torch.manual_seed(tokens)
+    save_checkpoint(folder, build_model(config), config, dtype=torch.float32, trained={"tokens": tokens})
+    shutil.copy(tokenizer / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+
+
+@pytest.fixture(scope="module")
+def run_folder(data_folder: Path, tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four snapshots, one of which has its statistics written already, as training leaves them."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for tokens in (100, 200, 400, 800):
+        write_checkpoint(run / "snapshots" / f"tokens-{tokens:010d}", tiny_config, tokens, data_folder)
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text("Document 3 says that 3 and 4 make 7.\n" * 80, encoding="utf-8")
+    return path
+
+
+COMPARISON = {
+    "rows": [
+        {
+            "policy": policy, "spec": f"{policy}:tau={tau}", "tau": tau, "ce": 5.0, "ppl": 148.4, "delta_ce": delta,
+            "delta_ce_se": None, "agreement": 0.99, "agreement_se": None, "kl_to_full": 0.001,
+            "steps": {"2": 4.0, "3-4": 3.0}, "ms_per_token": ms, "ms_spread": [ms, ms], "ms_repeats": [ms], "speedup": 1.5,
+            "outcomes": {}, "causal": True,
+        }
+        for policy, tau, delta, ms in (("fixed", None, 0.0, 4.0), ("accel", 0.1, 0.01, 2.0), ("accel", 1.0, 0.2, 1.0))
+    ]
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def diagnosed(run_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    (out / "compare.json").write_text(json.dumps(COMPARISON), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "diagnose", run_folder, "--out", out, "--text", text, *QUICK) == 0
+        assert call(patch, "report", out) == 0
+    return out
+
+
+def test_a_run_folder_gives_figures_numbers_claims_and_a_page(diagnosed: Path) -> None:
+    found = results_of(diagnosed)
+    assert found["partial"] is False
+    assert found["models"]["trained"].keys() == PARTS
+    assert found["models"]["untrained"].keys() == PARTS - {"tokens"}
+    assert [one["tokens_seen"] for one in found["checkpoints"]] == [100, 200, 400, 800]
+    assert found["about"]["tokens_seen"] == 800  # no 'final': the newest snapshot
+    geometry = found["models"]["trained"]["geometry"]
+    assert geometry["tokens"] == 64
+    assert len(geometry["regions"]["3-4"]["step_norm_mean"]) == 6
+    assert {f.stem for f in diagnosed.glob("*.png")} == set(FIGURES) - {"grid"} | {"figure4-policies"}
+    assert all(f.stat().st_size > 10_000 for f in diagnosed.glob("*.png"))
+    claims = (diagnosed / "claims.md").read_text(encoding="utf-8")
+    assert claims.count("\n| ") == len(found["claims"]) + 1
+    assert 3e6 < (diagnosed / "report.html").stat().st_size < 10e6
+
+
+def test_geometry_agrees_with_the_statistics_of_snapshots(run_folder: Path, text: Path, diagnosed: Path) -> None:
+    from haltkit.models.checkpoint import load_checkpoint
+    from haltkit.models.comparing import text_windows
+
+    loaded = load_checkpoint(run_folder / "snapshots" / "tokens-0000000800")
+    reduced = loop_statistics(loaded.model, text_windows(loaded, text, 64)[:, :-1], 6)
+    geometry = results_of(diagnosed)["models"]["trained"]["geometry"]
+    for name, region in geometry["regions"].items():
+        for key in ("step_norm_mean", "cosine_std", "cosine_of_means", "distance_to_last_mean"):
+            expected = [v for v in reduced["regions"][name][key] if v is not None]
+            assert [v for v in region[key] if v is not None] == pytest.approx(expected, rel=2e-3, abs=1e-6), key
+    for boundary, conventions in geometry["dlr"].items():
+        for name, numbers in conventions.items():
+            assert numbers["mean"] == pytest.approx(reduced["dlr"][boundary][name]["mean"], rel=1e-3)
+            assert numbers["median"] == pytest.approx(reduced["dlr"][boundary][name]["median"], rel=0.03)
+
+
+def test_snapshots_may_be_their_statistics_alone(run_folder: Path, tmp_path: Path) -> None:
+    measured = {"tokens_seen": 7, "loops": 4, "regions": {}, "dlr": {}}
+    (tmp_path / "a.json").write_text(json.dumps(measured), encoding="utf-8")
+    (tmp_path / "untrained.json").write_text(json.dumps({**measured, "tokens_seen": 0}), encoding="utf-8")
+    (tmp_path / "release.json").write_text(json.dumps({**measured, "tokens_seen": 9}), encoding="utf-8")
+    refuse = lambda checkpoint: pytest.fail("nothing needs measuring")  # noqa: E731
+    assert [one["tokens_seen"] for one in diagnosing.snapshot_statistics(tmp_path, refuse)] == [7]
+    (tmp_path / "b.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(DiagnosticError, match=r"b.json' does not hold"):
+        diagnosing.snapshot_statistics(tmp_path, refuse)
+    with pytest.raises(DiagnosticError, match="neither snapshots"):
+        diagnosing.snapshot_statistics(run_folder, refuse)
+
+
+def test_the_bundled_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("--tokens", "256", "--loops", "4", "--deep-tokens", "0", "--policies", "norm-rel:tau=0.1")
+    assert call(monkeypatch, "diagnose", "--out", tmp_path, *quick, "--figures", "svg") == 0
+    shown = capsys.readouterr().out
+    assert "Claims, judged on bundled" in shown
+    assert "haltkit report" in shown
+    assert call(monkeypatch, "report", tmp_path) == 0
+    found = results_of(tmp_path)
+    assert found["models"]["trained"].keys() == PARTS - {"limits"}
+    steps = found["models"]["trained"]["tokens"]["steps"]["norm-rel:tau=0.1"]
+    assert steps.keys() == {"4", "5-6", "7"}
+    assert all(1 <= s <= 4 for taken in steps.values() for s in taken)
+    assert found["models"]["trained"]["tokens"]["how"] == "native"
+    assert (tmp_path / "figure3-steps.svg").is_file()
+
+
+def test_a_model_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    (tmp_path / "albert_case.py").write_text(
+        "import torch\n"
+        "from transformers import AlbertConfig, AlbertModel\n"
+        "from haltkit.diagnostics import Subject\n"
+        "from haltkit.diagnostics.plan import Case\n"
+        "def make():\n"
+        "    config = AlbertConfig(vocab_size=50, embedding_size=16, hidden_size=32, num_hidden_layers=20,\n"
+        "        num_attention_heads=4, intermediate_size=64)\n"
+        "    model = AlbertModel(config).eval()\n"
+        "    layer = 'encoder.albert_layer_groups.0.albert_layers.0'\n"
+        "    subject = Subject.attached(model, lambda ids, loops: model(ids), name='albert',\n"
+        "        layers={'encoder.albert_layer_groups.0': [layer]})\n"
+        "    return Case(subject, torch.arange(24).view(2, 12))\n"
+        "def wrong():\n    return 3\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert call(monkeypatch, "diagnose", "albert_case:make", "--out", "out", "--loops", "8", "--deep-loops", "16") == 0
+    assert call(monkeypatch, "report", "out") == 0
+    found = results_of(tmp_path / "out")
+    model = found["models"]["trained"]
+    name = "encoder.albert_layer_groups.0"
+    assert found["about"]["model"] == "albert"
+    assert len(model["geometry"]["regions"][name]["cosine_mean"]) == 8  # it runs 20 by itself
+    assert sum(model["limits"]["regions"][name]["limits"]["cosine"].values()) == 24
+    assert model["attention"]["unseen"] == []
+    assert model["tokens"]["how"] == "replayed"
+    assert list(model["tokens"]["left_out"]) == ["kl:tau=1e-3"]
+    assert "albert" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert call(monkeypatch, "diagnose", "albert_case:wrong", "--out", "out") == 2
+
+
+def test_ctrl_c_keeps_what_is_done(
+    run_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from haltkit.diagnostics import subject
+
+    plain, calls = subject.Subject.record, 0
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 7:  # both models' geometry (two windows each) is done, and the long run of the first (two)
+            raise KeyboardInterrupt
+        return plain(*args, **keywords)
+
+    monkeypatch.setattr(subject.Subject, "record", interrupted)
+    quick = ("--tokens", "64", "--loops", "4", "--deep-tokens", "64", "--deep-loops", "16")
+    assert call(monkeypatch, "diagnose", run_folder, "--out", tmp_path, "--text", text, *quick) == 130
+    assert "marked partial" in capsys.readouterr().out
+    found = results_of(tmp_path)
+    assert found["partial"] is True
+    assert found["models"]["trained"]["geometry"]["partial"] is False
+    assert found["models"]["trained"]["limits"]["tokens"] == 64
+    assert found["models"]["untrained"]["limits"]["partial"] is True
+    assert (tmp_path / "figure3-steps.png").is_file()
+    assert "Partial" in render_page(found)
+    assert "(partial: interrupted)" in (tmp_path / "claims.md").read_text(encoding="utf-8")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    run_folder: Path, data_folder: Path, tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import dataclasses
+
+    loops_off = tmp_path / "control"
+    write_checkpoint(loops_off, dataclasses.replace(tiny_config, regions=()), 5, data_folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "diagnose.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "compare.json").write_text("[]", encoding="utf-8")
+    out = ("--out", tmp_path / "out")
+    cases = [
+        (("diagnose", loops_off, *out), "without looped regions"),
+        (("diagnose", tmp_path / "empty", *out), "neither a checkpoint"),
+        (("diagnose", run_folder, *out, "--loops", "1"), "greater than or equal to 2"),
+        (("diagnose", run_folder, *out, "--figures", "gif"), "allowed are png"),
+        (("diagnose", run_folder, *out, "--policies", "norm"), "tau"),
+        (("diagnose", "no_such_module:make", *out), "neither a folder nor"),
+        (("diagnose", run_folder, *out, "--text", tmp_path / "none.txt"), "no text file"),
+        (("diagnose", run_folder, "--out", tmp_path / "odd"), "remove it"),
+        (("diagnose", run_folder, "--out", loops_off / "config.json"), "is not a folder"),
+        (("report", tmp_path / "empty"), "make it with 'haltkit diagnose"),
+        (("report", tmp_path / "broken"), "run it again"),
+    ]
+    for args, words in cases:
+        assert call(monkeypatch, *args) == 2, args
+        said = capsys.readouterr().err.strip()
+        assert words in said, args
+        assert "\n" not in said
+    with pytest.raises(DiagnosticError, match="has looped regions"):
+        diagnosing.control_profile(run_folder, lambda loaded: torch.zeros(1, 8, dtype=torch.long))
+    profile = diagnosing.control_profile(loops_off, lambda loaded: torch.arange(8)[None])
+    assert len(profile["profiles"]["mixing"]) == tiny_config.n_layer
+    with pytest.raises(DiagnosticError, match="nothing to show"):
+        render_page({"models": {}})
+
+
+def test_figures_need_only_what_they_show(tmp_path: Path) -> None:
+    assert draw_figures({}, tmp_path) == []
+    cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "distinct": 0.5, "limit": "slider"}
+    assert [p.name for p in draw_figures({"grid": [cell]}, tmp_path, "pdf")] == ["grid.pdf"]
+
+
+# --- the grid of untrained blocks
+
+
+def test_pre_norm_is_what_its_name_says() -> None:
+    torch.manual_seed(0)
+    model = cyclic.untrained_block("pre", "never", 1)
+    block = next(iter(model.regions.values())).body.blocks[0]
+    x = torch.randn(1, 5, 64)
+    middle = x + block.attn(block.n1(x))
+    torch.testing.assert_close(block(x), middle + block.mlp(block.n3(middle)))
+
+
+def test_the_grid_has_every_cell_and_counts_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cyclic, "NORMS", ("pre", "branch+state"))
+    monkeypatch.setattr(cyclic, "LAYERS", (1, 2))
+    ticks: list[int] = []
+    cells = cyclic.cyclic_grid(seeds=2, loops=16, sequences=1, tick=lambda: ticks.append(1))
+    assert len(cells) == 2 * 3 * 2
+    assert len(ticks) == 24
+    for cell in cells:
+        assert sum(cell["counts"].values()) == 2 * 24
+        assert (cell["distinct"] is None) == (cell["layers"] == 1)
+    assert cells == cyclic.cyclic_grid(seeds=2, loops=16, sequences=1)  # drawn from the seeds alone
+    injected = [cell for cell in cells if cell["injection"] == "every_step"]
+    assert all(cell["fixed"] == 1 for cell in injected)
+
+
+# --- the page, in a browser
+
+
+def test_the_page_works_in_a_browser_wide_and_narrow(diagnosed: Path, tmp_path: Path) -> None:
+    chromium()
+    with browser(tmp_path / "profile") as page:
+        for width in (1280, 390):
+            page.open(diagnosed / "report.html", width, 900)
+            assert page.problems == []
+            wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+            assert wide[0] <= wide[1], "scrolls sideways"
+            drawn = page.evaluate(
+                "[...document.querySelectorAll('.plot')].map(e => [e.id, !!e.querySelector('.main-svg')])"
+            )
+            assert {name for name, there in drawn if there} == {
+                "tradeoff", "curve", "paths", "step_norm-2", "step_norm-3-4", "cosine-2", "cosine-3-4",
+            }  # fmt: skip
+
+        # Hover over a token shows its curve and its steps.
+        steps = results_of(diagnosed)["models"]["trained"]["tokens"]["steps"]["norm-rel:tau=0.01"]["2"]
+        assert page.evaluate("document.querySelectorAll('#tokens span').length") == len(steps)
+        before = page.evaluate("document.getElementById('curve').data[0].y[3]")
+        page.hover("#tokens span:nth-child(6)")
+        assert page.evaluate("document.getElementById('token').textContent").startswith("Position 5,")
+        assert f": {steps[5]} steps in region 2" in page.evaluate("document.getElementById('token').textContent")
+        assert page.evaluate("document.getElementById('curve').data[0].y[3]") != before
+        assert page.evaluate("[...document.querySelectorAll('#tokens span')].map(s => +s.dataset.steps)") == steps
+
+        # Another region repaints the text.
+        page.evaluate(
+            "(() => { const r = document.getElementById('region'); r.value = '3-4'; r.dispatchEvent(new Event('change')); })()"
+        )
+        other = results_of(diagnosed)["models"]["trained"]["tokens"]["steps"]["norm-rel:tau=0.01"]["3-4"]
+        assert page.evaluate("[...document.querySelectorAll('#tokens span')].map(s => +s.dataset.steps)") == other
+
+        # The slider, by keyboard, takes steps away from the paths.
+        points = "document.getElementById('paths').data.find(t => t.mode === 'markers').x.length"
+        assert page.evaluate("document.getElementById('step-value').textContent") == "6"
+        count = page.evaluate(points)
+        page.evaluate("document.getElementById('step').focus()")
+        page.press("ArrowLeft", 37)
+        assert page.evaluate("document.getElementById('step-value').textContent") == "5"
+        assert page.evaluate(points) == count * 6 / 7
+
+        # Hover over a point of the trade-off plot tells its setting.
+        page.hover("#tradeoff .scatterlayer .trace:nth-child(2) .points path:nth-of-type(1)")
+        deadline = time.monotonic() + 5
+        while "accel:tau=" not in (
+            hovered := page.evaluate("document.querySelector('#tradeoff .hoverlayer').textContent")
+        ):
+            assert time.monotonic() < deadline, hovered
+            time.sleep(0.1)
+        assert page.problems == []
+
+
+def test_text_cannot_break_out_of_the_page(diagnosed: Path) -> None:
+    found = results_of(diagnosed)
+    found["about"]["model"] = "<script>alert(1)</script>"
+    found["models"]["trained"]["tokens"]["text"][0] = "</script><script>alert(2)</script>"
+    page = render_page(found)
+    assert "alert(1)</script>" not in page
+    assert "alert(2)</script>" not in page
+
+
+def test_bundled_is_a_checkpoint_and_finding_one_prefers_final(run_folder: Path, tmp_path: Path) -> None:
+    assert diagnosing.find_target(BUNDLED) == diagnosing.Target(BUNDLED, None)
+    assert diagnosing.find_target(run_folder).checkpoint.name == "tokens-0000000800"
+    copied = tmp_path / "run"
+    shutil.copytree(run_folder, copied)
+    shutil.copytree(run_folder / "snapshots" / "tokens-0000000100", copied / "final")
+    assert diagnosing.find_target(copied).checkpoint.name == "final"
