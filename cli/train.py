@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from haltkit.models.config import RunConfig
     from haltkit.models.train import Event
 
-# 128 + SIGINT: the run was asked to stop and has saved itself.
-STOPPED = 130
+# Exit codes besides 0 (done) and 2 (bad input): the run was asked to stop and has saved itself (128 + the signal's
+# number, as shells count), or it stopped by itself and its last checkpoint is from before.
+STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+FAILED = 1
 
 
 def train(
@@ -29,6 +30,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Run folder: checkpoints, logs, snapshots.")] = Path("runs/train"),
     data: Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare'; overrides data.path.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in --out; CONFIG may then be left out.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option(help="Continue if --out holds a checkpoint, else start: for schedulers that run it again.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides train.max_steps.")] = None,
     anneal_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Anneal a copy of this run's last checkpoint into --out.")
@@ -39,13 +43,20 @@ def train(
         typer.Option(metavar="CHECKPOINT", help="Go on from these weights with a fresh optimizer and a new warmup."),
     ] = None,
 ) -> None:
-    """Train the bundled model. Ctrl-C saves; --resume goes on bit for bit as if never interrupted."""
+    """Train the bundled model. Ctrl-C and SIGTERM save; --resume goes on bit for bit as if never interrupted.
+
+    Several processes: torchrun --nproc-per-node 8 -m haltkit.cli train CONFIG ...; the batch is that of all together.
+
+    Exit codes: 0 done; 130 (Ctrl-C) and 143 (SIGTERM) stopped and saved; 1 diverged, or the disk is full; 2 bad input.
+    """
     from rich.console import Console
 
     from haltkit.models import train as training
     from haltkit.models.config import load_config
 
-    console = Console()
+    # Under torchrun one process talks for all.
+    first = int(os.environ.get("RANK", "0")) == 0
+    console = Console(quiet=not first)
     if anneal_from is not None:
         if config is not None or resume or steps is not None or init_from is not None:
             raise ValueError(
@@ -58,7 +69,7 @@ def train(
             raise ValueError("--init-from begins a run folder; once it exists, --resume alone goes on with it")
     elif init_from is not None:
         raise ValueError("--init-from needs the CONFIG that the checkpoint was trained with")
-    elif resume:
+    elif resume or (auto_resume and training.checkpoints(out)):
         run_config = training.read_run_config(out)
     else:
         raise ValueError("no config: name a YAML file or a shipped config (paper, small, tiny), or add --resume")
@@ -66,17 +77,18 @@ def train(
         run_config = replace(run_config, data=replace(run_config.data, path=str(data)))
     if steps is not None:
         run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
-    if init_from is not None:
+    resume = resume or (auto_resume and bool(training.checkpoints(out)))
+    if init_from is not None and not resume:
         run_config, resume = training.continue_from(init_from, run_config, out), True
     try:
-        with _Progress(run_config, console) as show:
-            finished = training.train(run_config, out, resume=resume, on_event=show)
-    except training.TrainingDiverged as error:
+        with _Progress(run_config, console) as progress:
+            finished = training.train(run_config, out, resume=resume, on_event=progress.show)
+    except (training.TrainingDiverged, training.WriteFailed) as error:
         print(f"haltkit: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
     if not finished:
         console.print(f"Stopped and saved. Go on with: haltkit train --resume --out {out}", soft_wrap=True)
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(STOPPED[progress.signal])
     console.print(f"Done: {out / 'final'} is a checkpoint for haltkit compare --checkpoint", soft_wrap=True)
 
 
@@ -87,6 +99,7 @@ class _Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console, self.max_steps = console, config.train.max_steps
+        self.signal = "SIGTERM"  # under torchrun only the first process is told; schedulers send this one
         self.bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -96,10 +109,10 @@ class _Progress:
             speed_estimate_period=300,
         )
 
-    def __enter__(self) -> Callable[[Event], None]:
+    def __enter__(self) -> _Progress:
         self.bar.__enter__()
         self.task = self.bar.add_task("compiling", total=self.max_steps)
-        return self.show
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.bar.__exit__(*error)
@@ -120,5 +133,11 @@ class _Progress:
             self.console.print(
                 f"step {step}, {event['tokens']:,} tokens: held-out loss {losses} loops", highlight=False
             )
+        elif kind == "fault":
+            self.console.print(
+                f"step {step}: {event['fault']}, loss {event['loss']}: {event['action']}", highlight=False
+            )
+        elif kind == "end":
+            self.signal = event.get("signal", self.signal)
         elif kind == "snapshot":
             self.console.print(f"step {step}: wrote {event['path']}", highlight=False)

@@ -6,6 +6,7 @@ Weights are safetensors and the rest is JSON, so loading runs no code from the f
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from haltkit.models.config import ConfigError, ModelConfig, from_dict, to_dict
-from haltkit.models.files import write_json
+from haltkit.models.files import settle, write_json
 from haltkit.models.gpt import LoopedGPT
 from haltkit.models.tokenizer import TOKENIZER_FILE, load_tokenizer
 
@@ -31,6 +32,8 @@ __all__ = [
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 GPT2_VOCABULARY = 50257
+LISTED = 8  # differences that an error names one by one
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -59,11 +62,35 @@ def save_checkpoint(
     folder: Path, model: LoopedGPT, config: ModelConfig, *, dtype: torch.dtype, trained: dict[str, Any]
 ) -> None:
     """Write weights and config into an existing folder (make it with ``atomic_folder``)."""
+    save_weights(folder, model.state_dict(), config, dtype=dtype, trained=trained)
+
+
+def save_weights(
+    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, dtype: torch.dtype, trained: dict[str, Any]
+) -> None:
+    """The same for weights by name, whole ones."""
+    save_tensors({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    write_model_config(folder, config, trained)
+
+
+def write_model_config(folder: Path, config: ModelConfig, trained: dict[str, Any]) -> None:
+    """Write ``config.json`` of a checkpoint folder."""
+    write_json(folder / CONFIG_FILE, {"model_type": "looped_gpt", "model": to_dict(config), "trained": trained})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE)
-    write_json(folder / CONFIG_FILE, {"model_type": "looped_gpt", "model": to_dict(config), "trained": trained})
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -87,19 +114,28 @@ def check_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
     """Whether weights fit a model.
 
     Raises:
-        CheckpointError: names or shapes differ; the first few differences are listed.
+        CheckpointError: names or shapes differ; the differences are listed.
     """
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in own]
+    own = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    check_names_and_shapes(own, {name: tuple(weight.shape) for name, weight in weights.items()})
+
+
+def check_names_and_shapes(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether tensors found somewhere are those that the model has.
+
+    Raises:
+        CheckpointError: names or shapes differ; the differences are listed, at most the first eight.
+    """
+    problems = [f"missing {name}" for name in own if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in own]
     problems += [
-        f"{name} is {tuple(weights[name].shape)}, the config says {tuple(own[name].shape)}"
+        f"{name} is {found[name]}, the config says {own[name]}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in found and found[name] != own[name]
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"weights do not match the config: {'; '.join(problems[:3])}{more}")
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise CheckpointError(f"weights do not match the config: {'; '.join(problems[:LISTED])}{more}")
 
 
 def load_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
@@ -130,6 +166,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, trained
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose weights are there as a pickle only: reading one can run any code.
+
+    Raises:
+        CheckpointError: it names the file.
+    """
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    if pickles and not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} has its weights in {', '.join(pickles)}: a pickle can run code when it is read, so it is "
+            f"refused. Ask for, or convert to, {WEIGHTS_FILE}"
+        )
+
+
 def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Load a checkpoint folder, by default the one that ships with haltkit.
 
@@ -142,6 +192,8 @@ def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.
         CheckpointError: missing or damaged files, or weights that do not match the config.
     """
     folder = Path(folder)
+    settle(folder)
+    refuse_pickles(folder)
     config, trained = read_config(folder)
     weights = read_tensors(folder / WEIGHTS_FILE)
     with torch.device("meta"):  # the shapes alone: a mistaken config must not fill the memory

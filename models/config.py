@@ -113,11 +113,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where training tokens come from: a folder written by ``haltkit prepare``."""
+    """Where training tokens come from: a folder written by ``haltkit prepare``, or a stream beside it."""
 
     path: str = ""
     train_split: str = "train"
     eval_split: str = "validation"
+    # Train on text read and tokenized on the way instead of the prepared split: a Hub dataset, or local files. The
+    # folder at ``path`` still gives the tokenizer and the evaluation split, whose documents the stream leaves out.
+    stream: str = ""
+    stream_config: str = ""
+    stream_column: str = "text"
+    # Processes that read and tokenize for each training process; 0 does it between steps.
+    stream_workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stream_workers < 0:
+            raise ConfigError(f"data.stream_workers must not be negative, got {self.stream_workers}")
 
 
 @dataclass(frozen=True)
@@ -153,35 +164,54 @@ class TrainConfig:
 
     seed: int = 0
     max_steps: int = 60_000
+    # Sequences of one micro-step, of all processes together: a run is the same on one process and on eight.
     batch_size: int = 10
     grad_accumulation: int = 1
+    # Under torchrun: "ddp" keeps the weights whole in every process, "fsdp" shards them, gradients and optimizer.
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     # [G]: K ~ Poisson(exp(tau)) + 1 with tau ~ Normal(log r - sigma^2/2, sigma).
     loop_sigma: float = 0.5
     # Gradients flow through the last so many steps of each region ([G]: 8).
     backprop_depth: int = 8
+    # Activation checkpointing of loop steps: keep each step's first state only and compute the step again.
+    recompute_steps: bool = False
     precision: Literal["float32", "bf16"] = "bf16"
     compile: bool = True
+    # What a loss or gradient norm that is not finite does: "stop" the run; "skip" the update and go on with the next
+    # batch; "rollback" to the last checkpoint's weights and go on with the next batch.
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    # The same for a loss above the median of the last 32 by more than spike_margin nats; 0 looks for none.
+    on_spike: Literal["stop", "skip", "rollback"] = "skip"
+    spike_margin: float = 0.0
+    # So many skips in a row, or rollbacks without a new checkpoint between them, stop the run.
+    max_faults: int = 10
     log_every: int = 10
     eval_every: int = 1000
     eval_batches: int = 20
     eval_loops: tuple[int, ...] = (1, 4, 8, 12, 32)
     checkpoint_every: int = 1000
+    # Besides so many newest ones the best is kept (least held-out loss, mean over eval_loops), and, unless 0, those
+    # of every so many steps.
     keep_checkpoints: int = 2
+    keep_every: int = 0
     # Weights-only snapshots at log-spaced token counts: the first, then each so many times the last.
     snapshot_first_tokens: int = 100_000
     snapshot_factor: float = 2.0
+    # Weights & Biases project to log to as well, if wandb is installed.
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         for name in (
             "max_steps", "batch_size", "grad_accumulation", "backprop_depth", "log_every", "eval_every",
-            "eval_batches", "checkpoint_every", "keep_checkpoints", "snapshot_first_tokens",
+            "eval_batches", "checkpoint_every", "keep_checkpoints", "snapshot_first_tokens", "max_faults",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise ConfigError(f"train.seed must not be negative, got {self.seed}")
-        if self.loop_sigma < 0:
-            raise ConfigError(f"train.loop_sigma must not be negative, got {self.loop_sigma}")
+        for name in ("loop_sigma", "keep_every", "spike_margin"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must not be negative, got {getattr(self, name)}")
         if self.snapshot_factor <= 1:
             raise ConfigError(f"train.snapshot_factor must be above 1, got {self.snapshot_factor}")
         if not self.eval_loops or min(self.eval_loops) < 1:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["MANIFEST", "DataError", "TokenData", "read_manifest", "windows"]
+if TYPE_CHECKING:
+    from haltkit.models.distributed import Processes
+
+__all__ = [
+    "CHUNK", "MANIFEST", "DataError", "Feed", "ShardFeed", "TokenData", "checksums", "read_manifest", "windows",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
+# Tokens that one checksum in the manifest covers: a chunk is read and checked when the first window touches it.
+CHUNK = 2**19
 
 
 class DataError(ValueError):
@@ -54,17 +64,14 @@ class TokenData:
         self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
         self.length = length
         self._shards: list[npt.NDArray[np.generic]] = []
-        for entry in manifest["splits"][split]["shards"]:
-            try:
-                shard = np.load(folder / entry["file"], mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise DataError(f"shard {entry['file']} in {str(folder)!r} cannot be read: {error}") from None
-            if shard.ndim != 1 or shard.size != entry["tokens"]:
-                raise DataError(
-                    f"shard {entry['file']} in {str(folder)!r} holds {shard.size} tokens, "
-                    f"the manifest says {entry['tokens']}: prepare the data again"
-                )
-            self._shards.append(shard)
+        self._entries: list[dict[str, Any]] = manifest["splits"][split]["shards"]
+        self._folder = folder
+        for entry in self._entries:
+            self._shards.append(_open_shard(folder / entry["file"], int(entry["tokens"])))
+        # Chunks whose checksum has been found right; preparations of older versions have none.
+        self._checked = [np.zeros(len(entry.get("crc32", ())), dtype=bool) for entry in self._entries]
+        described = json.dumps([split, [[e["file"], e["tokens"], e.get("sha256")] for e in self._entries]])
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
         self._ends = np.cumsum([shard.size for shard in self._shards])
         self.tokens = int(self._ends[-1]) if self._shards else 0
         if len(self) < 1:
@@ -83,9 +90,31 @@ class TokenData:
             shard = self._shards[number]
             offset = start - int(self._ends[number] - shard.size)
             part = shard[offset : offset + need]
+            self._check(number, offset, part)
             parts.append(part)
             need, start, number = need - part.size, start + part.size, number + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def _check(self, number: int, offset: int, part: npt.NDArray[np.generic]) -> None:
+        """Check the chunks that ``part`` of shard ``number`` lies in, once each, and that its tokens exist."""
+        shard, entry, checked = self._shards[number], self._entries[number], self._checked[number]
+        for chunk in range(offset // CHUNK, (offset + part.size - 1) // CHUNK + 1):
+            if chunk < len(checked) and not checked[chunk]:
+                if _crc32(shard, chunk) != entry["crc32"][chunk]:
+                    raise self._corrupt(number, chunk * CHUNK, f"the checksum of {CHUNK:,} tokens from there is wrong")
+                checked[chunk] = True
+        ids = part.astype(np.int64)
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            bad = offset + int(np.argmax(ids >= self.vocab_size))
+            raise self._corrupt(number, bad, f"token {int(shard[bad])}, the vocabulary has {self.vocab_size}")
+
+    def _corrupt(self, number: int, token: int, reason: str) -> DataError:
+        shard, file = self._shards[number], self._entries[number]["file"]
+        start = getattr(shard, "offset", 0) + token * shard.itemsize
+        return DataError(
+            f"shard {file} in {str(self._folder)!r} is corrupt at byte {start:,} (token {token:,}): {reason}. Copy it "
+            "again from where it was made, or prepare the data again"
+        )
 
     def sample(self, seed: int, number: int) -> npt.NDArray[np.int64]:
         """The run's ``number``-th training window: a new permutation of all windows each epoch."""
@@ -93,6 +122,97 @@ class TokenData:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, np.random.default_rng([seed, epoch]).permutation(len(self))
         return self.window(int(self._epoch[1][position]))
+
+
+def _open_shard(path: Path, tokens: int) -> npt.NDArray[np.generic]:
+    """Map one shard.
+
+    Raises:
+        DataError: it is missing, is not what ``prepare`` writes, or is shorter than the manifest says.
+    """
+    where = f"shard {path.name} in {str(path.parent)!r}"
+    if not path.is_file():
+        raise DataError(f"{where} is missing: copy it again from where it was made, or prepare the data again")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            start = file.tell()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where} cannot be read: its first bytes are not a shard's ({error})") from None
+    if shape != (tokens,) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise DataError(
+            f"{where} holds {dtype} of shape {shape}, the manifest says {tokens:,} tokens: prepare the data again"
+        )
+    if size != start + tokens * dtype.itemsize:
+        raise DataError(
+            f"{where} ends at byte {size:,}, it should at {start + tokens * dtype.itemsize:,}: it was cut off or added "
+            "to. Copy it again from where it was made, or prepare the data again"
+        )
+    mapped: npt.NDArray[np.generic] = np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(tokens,))
+    return mapped
+
+
+def _crc32(shard: npt.NDArray[np.generic], chunk: int) -> int:
+    return zlib.crc32(shard[chunk * CHUNK : (chunk + 1) * CHUNK].tobytes())
+
+
+def checksums(shard: npt.NDArray[np.generic]) -> list[int]:
+    """CRC-32 of each chunk of a shard, for the manifest."""
+    return [_crc32(shard, chunk) for chunk in range(-(-shard.size // CHUNK))]
+
+
+class Feed(Protocol):
+    """Where a run's training windows come from."""
+
+    def take(self, first: int, rows: Iterable[int]) -> npt.NDArray[np.int64]:
+        """This process's windows of the global batch that begins at the run's ``first``-th sample.
+
+        Args:
+            first: counts all samples of all processes since the run began.
+            rows: which rows of the batch; each is sample ``first + row``.
+
+        Returns:
+            ``(len(rows), length + 1)``.
+        """
+        ...
+
+    def position(self, processes: Processes) -> dict[str, Any]:
+        """Together: where the next sample comes from, as JSON."""
+        ...
+
+    def seek(self, position: dict[str, Any], processes: Processes) -> None:
+        """Go on from a position.
+
+        Raises:
+            DataError: it is one in other data.
+        """
+        ...
+
+
+class ShardFeed:
+    """Windows of prepared shards in the order that (seed, sample number) gives; its position is that number."""
+
+    def __init__(self, data: TokenData, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def take(self, first: int, rows: Iterable[int]) -> npt.NDArray[np.int64]:
+        return np.stack([self.data.sample(self.seed, first + row) for row in rows])
+
+    def position(self, processes: Processes) -> dict[str, Any]:
+        return {"kind": "shards", "fingerprint": self.data.fingerprint, "seed": self.seed, "length": self.data.length}
+
+    def seek(self, position: dict[str, Any], processes: Processes) -> None:
+        here = self.position(processes)
+        for key, value in here.items():
+            if position.get(key) != value:
+                raise DataError(
+                    f"the checkpoint was written over other training data ({key} {position.get(key)}, here {value}): "
+                    "resumed, the run would not see the samples it would have seen. Resume with the data, seed and "
+                    "block_size that it began with; to go on over other data, anneal from it with --data"
+                )
 
 
 def windows(tokens: npt.ArrayLike, length: int) -> Tensor:

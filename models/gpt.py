@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from haltkit.loop import Execution, Keep, LoopObserver
 from haltkit.models.config import region_span
@@ -207,10 +208,19 @@ class Region(nn.Module):
         """What the region hands on, from its last state: ``(..., D)``, row by row."""
         return x if self.exit_norm is None else self.exit_norm(x)
 
-    def unroll(self, e: Tensor, steps: int, noise: Noise, backprop_depth: int | None = None) -> Tensor:
+    def forward(
+        self, e: Tensor, steps: int, noise: Noise, backprop_depth: int | None = None, recompute: bool = False
+    ) -> Tensor:
+        """:meth:`unroll`, as the call that engines of distributed training gather weights around."""
+        return self.unroll(e, steps, noise, backprop_depth, recompute)
+
+    def unroll(
+        self, e: Tensor, steps: int, noise: Noise, backprop_depth: int | None = None, recompute: bool = False
+    ) -> Tensor:
         """A fixed number of steps, no policy: ``(B, T, D)`` to ``(B, T, D)``.
 
-        Gradients flow through the last ``backprop_depth`` steps only (None: through all).
+        Gradients flow through the last ``backprop_depth`` steps only (None: through all). With ``recompute`` only
+        each step's first state is kept for them, and the step is computed again on the way back.
         """
         x = self.initial_state(e, noise)
         cut = 0 if backprop_depth is None else max(0, steps - backprop_depth)
@@ -218,7 +228,11 @@ class Region(nn.Module):
             for k in range(1, cut + 1):
                 x = self.step(x, e, k, noise)
         for k in range(cut + 1, steps + 1):
-            x = self.step(x, e, k, noise)
+            if recompute and torch.is_grad_enabled():
+                # Nothing in a step draws from a global generator.
+                x = checkpoint(self.step, x, e, k, noise, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.step(x, e, k, noise)
         return self.leave(x)
 
 
@@ -391,13 +405,14 @@ class LoopedGPT(nn.Module):
         *,
         noise: Noise | None = None,
         backprop_depth: int | None = None,
+        recompute: bool = False,
     ) -> Tensor:
-        """The last layer's output at fixed loop counts, ``(B, T, D)``, before the head."""
+        """The last layer's output at fixed loop counts, ``(B, T, D)``, before the head; see :meth:`Region.unroll`."""
         counts = self.loop_counts(loops)
         x = self.embed(tokens)
         for name, layer in self.layers.items():
             if isinstance(layer, Region):
-                x = layer.unroll(x, counts[name], noise or self.noise, backprop_depth)
+                x = layer(x, counts[name], noise or self.noise, backprop_depth, recompute)
             else:
                 x = layer(x)
         return x

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from haltkit.models.data import MANIFEST, DataError
+from haltkit.models.data import MANIFEST, DataError, checksums
 from haltkit.models.files import atomic_path, write_json
 from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer, write_ranks
 
@@ -176,7 +176,8 @@ class _Writer:
             with atomic_path(self.folder / name) as partial, partial.open("wb") as file:
                 np.save(file, tokens)
             digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-            entry["shards"].append({"file": name, "tokens": int(tokens.size), "sha256": digest})
+            shard = {"file": name, "tokens": int(tokens.size), "sha256": digest, "crc32": checksums(tokens)}
+            entry["shards"].append(shard)
             entry["tokens"] += int(tokens.size)
             entry["documents"] += len(parts)
         self.manifest["progress"][stage] = {"documents": documents, "empty": empty}

@@ -1,7 +1,7 @@
 """Training of the bundled model: the recipe's loop draws, truncated backprop, durable checkpoints.
 
-Every random draw is keyed by the run's seed and the step (see :mod:`haltkit.models.draws`), so the step
-number is the whole random state, and a resumed run continues bit for bit as if never interrupted.
+Every random draw is keyed by the run's seed and the step or sample (see :mod:`haltkit.models.draws`), so the numbers
+of step and sample are the whole random state, and a resumed run continues bit for bit as if never interrupted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +31,53 @@ from haltkit.models.checkpoint import (
     read_config,
     read_tensors,
     save_checkpoint,
+    save_tensors,
+    save_weights,
 )
-from haltkit.models.config import ConfigError, OptimConfig, RunConfig, from_dict, to_dict
-from haltkit.models.data import DataError, TokenData, read_manifest
+from haltkit.models.config import ConfigError, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
+from haltkit.models.data import DataError, Feed, ShardFeed, TokenData, read_manifest
+from haltkit.models.distributed import (
+    Objective,
+    Processes,
+    full_weights,
+    join,
+    local,
+    shared_folder,
+    synchronized,
+    wrap,
+)
 from haltkit.models.draws import TrainingNoise, loop_count
-from haltkit.models.evaluate import fixed_depth_losses
 from haltkit.models.files import atomic_folder, atomic_path, write_json
 from haltkit.models.gpt import LoopedGPT, Region
+from haltkit.models.logs import LOG_FILE, Event, log_to, versions
+from haltkit.models.runs import (
+    OPTIMIZER,
+    PROGRESS,
+    Run,
+    RunError,
+    WriteFailed,
+    checkpoints,
+    clean,
+    latest,
+    restore,
+    save,
+    writing,
+)
 from haltkit.models.statistics import loop_statistics
 from haltkit.models.tokenizer import TOKENIZER_FILE
 
-__all__ = ["Event", "RunError", "TrainingDiverged", "anneal", "continue_from", "learning_rate", "train"]
+__all__ = [
+    "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "checkpoints",
+    "continue_from", "learning_rate", "read_run_config", "train",
+]  # fmt: skip
 
-# What training reports: {"kind": "start" | "step" | "eval" | "checkpoint" | "snapshot" | "end", ...}.
-Event = Mapping[str, Any]
-CONFIG_FILE, LOG_FILE, STATISTICS_FILE = "config.yaml", "log.jsonl", "statistics.json"
-
-
+CONFIG_FILE, STATISTICS_FILE = "config.yaml", "statistics.json"
 STATISTICS_WINDOWS = 8
-
-
-class RunError(ValueError):
-    """A run folder that cannot be started in or resumed from."""
+SPIKE_HISTORY = 8  # losses before a median means anything
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is not finite any more; the run's last checkpoint is from before."""
+    """The loss is not finite any more, or too many faults in a row; the run's last checkpoint is from before."""
 
 
 def learning_rate(step: int, max_steps: int, optim: OptimConfig) -> float:
@@ -76,29 +98,6 @@ def learning_rate(step: int, max_steps: int, optim: OptimConfig) -> float:
     return low + min(1.0, max(0.0, left)) * (optim.lr - low)
 
 
-@dataclass
-class _Run:
-    """One run in progress: what is configured, what moves, and where it is kept."""
-
-    config: RunConfig
-    folder: Path
-    model: LoopedGPT
-    optimizer: torch.optim.AdamW
-    loss: Callable[[LoopedGPT, Tensor, Tensor], Tensor]
-    step: int = 0
-    seconds: float = 0.0
-    next_snapshot: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> int:
-        train = self.config.train
-        return train.batch_size * train.grad_accumulation * self.config.model.block_size
-
-    @property
-    def tokens(self) -> int:
-        return self.step * self.tokens_per_step
-
-
 def _optimizer(model: LoopedGPT, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW as nanoGPT groups it: matrices and embeddings decay, gains do not."""
     parameters = list(model.parameters())
@@ -107,46 +106,6 @@ def _optimizer(model: LoopedGPT, optim: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-
-
-def _save(run: _Run) -> Path:
-    from safetensors.torch import save_file
-
-    path = run.folder / "checkpoints" / f"step-{run.step:08d}"
-    state: dict[str, Tensor] = {}
-    for name, parameter in run.model.named_parameters():
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            state[f"{name}/{key}"] = value.detach().contiguous()
-    progress = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "next_snapshot": run.next_snapshot}
-    with atomic_folder(path) as partial:
-        save_checkpoint(partial, run.model, run.config.model, dtype=torch.float32, trained={"tokens": run.tokens})
-        save_file(state, partial / "optimizer.safetensors")
-        (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-    for old in sorted((run.folder / "checkpoints").glob("step-*"))[: -run.config.train.keep_checkpoints]:
-        shutil.rmtree(old)
-    return path
-
-
-def _latest(folder: Path) -> Path:
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    if not found:
-        raise RunError(f"no checkpoint in {str(folder)!r} to resume from")
-    return found[-1]
-
-
-def _restore(run: _Run, path: Path) -> None:
-    load_weights(run.model, read_tensors(path / "model.safetensors"))
-    state = read_tensors(path / "optimizer.safetensors")
-    state = {
-        key: value if key.endswith("/step") else value.to(next(run.model.parameters()).device)
-        for key, value in state.items()
-    }
-    for name, parameter in run.model.named_parameters():
-        keys = [key for key in state if key.rpartition("/")[0] == name]
-        run.optimizer.state[parameter] = {key.rpartition("/")[2]: state[key] for key in keys}
-    progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    run.step, run.seconds = int(progress["step"]), float(progress["seconds"])
-    run.next_snapshot = float(progress["next_snapshot"])
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -175,12 +134,12 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
     Raises:
         RunError: no checkpoint, or ``out`` exists.
     """
-    config, latest = read_run_config(source), _latest(source)
+    config, newest = read_run_config(source), latest(source)
     if out.exists():
         raise RunError(f"{str(out)!r} exists already: choose another folder")
     if steps < 1:
         raise RunError(f"an anneal takes at least 1 step, got {steps}")
-    step = int(json.loads((latest / "progress.json").read_text(encoding="utf-8"))["step"])
+    step = int(json.loads((newest / "progress.json").read_text(encoding="utf-8"))["step"])
     # From the rate that the run has reached: annealing must never raise it.
     reached = learning_rate(step, config.train.max_steps, config.optim)
     low = min(1.0, config.optim.lr * config.optim.min_lr_ratio / reached)
@@ -191,7 +150,11 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
     read_manifest(Path(config.data.path).expanduser())  # before anything is copied
     with atomic_folder(out) as partial:
         write_config(partial, config)
-        shutil.copytree(latest, partial / "checkpoints" / latest.name)
+        copy = partial / "checkpoints" / newest.name
+        shutil.copytree(newest, copy)
+        if data is not None:  # it was asked for: the position in the old data says nothing about the new
+            progress = json.loads((copy / "progress.json").read_text(encoding="utf-8"))
+            write_json(copy / "progress.json", {**progress, "data": None})
     return config
 
 
@@ -225,29 +188,42 @@ def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
         )
     model = build_model(config.model)
     load_weights(model, read_tensors(checkpoint / "model.safetensors"))
-    run = _Run(
-        replace(config, optim=replace(config.optim, rewarm_at=step)), out, model, _optimizer(model, config.optim), _loss
-    )
-    run.step, run.seconds = step, float(trained.get("seconds", 0.0))
-    run.next_snapshot = config.train.snapshot_first_tokens
-    while run.next_snapshot <= run.tokens:
-        run.next_snapshot *= config.train.snapshot_factor
+    due = float(config.train.snapshot_first_tokens)
+    while due <= tokens:
+        due *= config.train.snapshot_factor
+    progress = {
+        "step": step, "tokens": tokens, "samples": step * config.train.batch_size * config.train.grad_accumulation,
+        "seconds": float(trained.get("seconds", 0.0)), "next_snapshot": due,
+    }  # fmt: skip
+    config = replace(config, optim=replace(config.optim, rewarm_at=step))
     read_manifest(Path(config.data.path).expanduser())  # before anything is written
     with atomic_folder(out) as partial:
-        write_config(partial, run.config)
-        run.folder = partial
-        _save(run)
-    return run.config
+        write_config(partial, config)
+        first = partial / "checkpoints" / f"step-{step:08d}"
+        first.mkdir(parents=True)
+        save_checkpoint(first, model, config.model, dtype=torch.float32, trained={"tokens": tokens})
+        save_tensors({}, first / OPTIMIZER)  # no moments: AdamW begins anew
+        write_json(first / PROGRESS, progress)
+    return config
+
+
+class _Stop(threading.Event):
+    """Set by Ctrl-C and SIGTERM, so that the step in progress can finish and be saved."""
+
+    number: int = 0
+
+    def ask(self, number: int) -> None:
+        self.number = number
+        self.set()
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that the step in progress can finish and be saved."""
-    asked = threading.Event()
+def _stop_requests() -> Iterator[_Stop]:
+    asked = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda number, _: asked.ask(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
@@ -260,13 +236,12 @@ def _loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model.readout(x).float().flatten(0, 1), targets.flatten())
 
 
-def _compile(run: _Run) -> None:
-    """Compile each layer, each region's whole step and the loss, in place; the state dict's names do not change."""
-    model = run.model
-    run.loss = torch.compile(_loss)
+def _compile(model: LoopedGPT) -> Callable[[LoopedGPT, Tensor, Tensor], Tensor]:
+    """Compile each layer and each region's whole step, in place (names stay), and the loss, which is returned."""
     torch._dynamo.config.recompile_limit = 64  # one graph a region, with and without gradients
     for layer in model.layers.values():
         (layer.body if isinstance(layer, Region) else layer).compile()
+    return torch.compile(_loss)
 
 
 def _check_data(config: RunConfig, data: TokenData) -> None:
@@ -281,174 +256,250 @@ def train(
 ) -> bool:
     """Train until ``max_steps`` or until asked to stop (Ctrl-C, SIGTERM), which saves first.
 
+    Under torchrun, or in any initialized process group, all processes call this with the same arguments.
+
     Args:
         config: used as given, also when resuming (so that evaluation or length can be changed).
         folder: the run folder; created, or with ``resume`` continued from its last complete checkpoint.
         resume: continue; without it a folder that holds a run already is refused.
-        on_event: told of every step, evaluation, checkpoint and snapshot.
+        on_event: told of every step, evaluation, checkpoint, snapshot and fault; in the first process only.
 
     Returns:
         True when the run reached ``max_steps``.
 
     Raises:
-        RunError: the folder holds a run and ``resume`` is off, or the other way round.
-        DataError: the token data is missing or does not fit the model.
-        TrainingDiverged: a loss or gradient norm that is not finite.
+        RunError: the folder holds a run and ``resume`` is off, or the other way round; or a damaged checkpoint.
+        DataError: the token data is missing, damaged, not what the run began with, or does not fit the model.
+        TrainingDiverged: a loss or gradient norm that is not finite, if the config says to stop there.
+        WriteFailed: a full or read-only disk; the checkpoints before are whole.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty: name a folder made by 'haltkit prepare'")
-    data_folder = Path(config.data.path).expanduser()
-    block = config.model.block_size
-    data = TokenData(data_folder, config.data.train_split, block)
-    _check_data(config, data)
-    held_out = TokenData(data_folder, config.data.eval_split, block)
-    if not resume and (folder / "checkpoints").exists():
+    held_out = TokenData(Path(config.data.path).expanduser(), config.data.eval_split, config.model.block_size)
+    _check_data(config, held_out)
+    if not resume and checkpoints(folder):
         raise RunError(f"{str(folder)!r} holds a run already: add --resume, or choose another folder")
-    latest = _latest(folder) if resume else None
+    newest = latest(folder) if resume else None
 
+    with join() as processes:
+        feed = _feed(config, processes)
+        run = _start(config, folder, feed, processes)
+        if newest is not None:
+            restore(run, newest)
+        if processes.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            clean(folder)
+            write_config(folder, config)
+        processes.wait()
+        log = log_to(folder, config, on_event) if processes.first else nullcontext(lambda event: None)
+        with log as emit, _stop_requests() as stop:
+            emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
+                  "parameters": sum(p.numel() for p in run.model.parameters()), "seed": config.train.seed,
+                  "processes": processes.world, "strategy": config.train.strategy if processes.world > 1 else None,
+                  "versions": versions()})  # fmt: skip
+            return _Trainer(run, held_out, emit, stop).run_to_the_end()
+
+
+def _feed(config: RunConfig, processes: Processes) -> Feed:
+    data = TokenData(Path(config.data.path).expanduser(), config.data.train_split, config.model.block_size)
+    _check_data(config, data)
+    return ShardFeed(data, config.train.seed)
+
+
+def _start(config: RunConfig, folder: Path, feed: Feed, processes: Processes) -> Run:
+    """A run at step 0, the same in every process."""
+    processes.rows(config.train.batch_size)  # refused before anything is built
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(config, folder, model, _optimizer(model, config.optim), _loss)
+    model = build_model(config.model).to(processes.device)
+    objective = Objective(model, _compile(model) if config.train.compile else _loss, _loss)
+    wrapped = wrap(objective, config.train.strategy, processes)  # FSDP replaces parameters: the optimizer comes after
+    run = Run(config, folder, model, wrapped, _optimizer(model, config.optim), feed, processes)
     run.next_snapshot = config.train.snapshot_first_tokens
-    if latest is not None:
-        _restore(run, latest)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
-    if config.train.compile:
-        _compile(run)
-
-    with _log_to(folder, on_event) as emit, _stop_requests() as stop:
-        emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
-              "parameters": sum(p.numel() for p in model.parameters())})  # fmt: skip
-        return _steps(run, data, held_out, emit, stop)
+    return run
 
 
-@contextmanager
-def _log_to(folder: Path, on_event: Callable[[Event], None] | None) -> Iterator[Callable[[Event], None]]:
-    """Write every event to ``log.jsonl`` and TensorBoard, then pass it on."""
-    from torch.utils.tensorboard import SummaryWriter
+class _Trainer:
+    """The steps of a run and what happens between them. All processes do the same, the first one also writes."""
 
-    log = (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1)
-    board = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, run: Run, held_out: TokenData, emit: Callable[[Event], None], stop: _Stop) -> None:
+        self.run, self.held_out, self.emit, self.stop = run, held_out, emit, stop
+        self.versions = versions()
+        self.saved = run.step if run.step else -1
+        self.rollbacks = 0
 
-    def emit(event: Event) -> None:
-        log.write(json.dumps(event) + "\n")
-        for key in ("loss", "lr", "grad_norm", "tokens_per_second"):
-            if event["kind"] == "step":
-                board.add_scalar(f"train/{key}", event[key], event["step"])
-        for loops, loss in event.get("losses", {}).items():
-            board.add_scalar(f"eval/loss at {loops} loops", loss, event["step"])
-        if event["kind"] in ("eval", "end"):
-            board.flush()
-        if on_event is not None:
-            on_event(event)
+    @property
+    def train(self) -> TrainConfig:
+        return self.run.config.train
 
-    try:
-        yield emit
-    finally:
-        board.close()
-        log.close()
+    def run_to_the_end(self) -> bool:
+        run, train = self.run, self.train
+        asked = 0
+        while run.step < train.max_steps and not (asked := run.processes.greatest(self.stop.number)):
+            started = time.monotonic()
+            loss, grad_norm = _step(run)
+            fault = _fault(run, loss, grad_norm)
+            if fault is None:
+                run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            elapsed = time.monotonic() - started
+            run.samples += run.samples_per_step
+            run.seconds += elapsed
+            if fault is not None and self._handle(fault, loss, grad_norm):
+                continue
+            run.step += 1
+            if fault is None:
+                run.tokens += run.tokens_per_step
+                run.recent.append(loss)
+                run.skips = 0
+                if not _weights_are_finite(run):
+                    self._stop_for(
+                        f"the weights are not finite after step {run.step}: stopped without saving them", "not finite"
+                    )
+                if run.step % train.log_every == 0 or run.step == train.max_steps:
+                    self.emit({"kind": "step", "step": run.step, "tokens": run.tokens, "samples": run.samples,
+                               "loss": loss, "grad_norm": grad_norm, "lr": run.optimizer.param_groups[0]["lr"],
+                               "tokens_per_second": run.tokens_per_step / elapsed,
+                               "seconds": run.seconds})  # fmt: skip
+            self._between_steps()
+        finished = run.step >= train.max_steps
+        if finished:
+            self._export(run.folder / "final", statistics=False)
+        if self.saved != run.step:
+            self._save(None)
+        reason = {"reason": "done"} if finished else {"reason": "asked to stop", "signal": signal.Signals(asked).name}
+        self.emit({"kind": "end", "step": run.step, **reason})
+        return finished
 
-
-def _steps(
-    run: _Run, data: TokenData, held_out: TokenData, emit: Callable[[Event], None], stop: threading.Event
-) -> bool:
-    train = run.config.train
-    saved = run.step if run.step else -1
-    while run.step < train.max_steps and not stop.is_set():
-        started = time.monotonic()
-        loss, grad_norm = _step(run, data)
-        elapsed = time.monotonic() - started
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            emit({"kind": "end", "step": run.step, "reason": "not finite"})
-            raise TrainingDiverged(
-                f"loss {loss}, gradient norm {grad_norm} at step {run.step + 1}: stopped; the last checkpoint is "
-                f"of step {max(saved, 0)}. Lower optim.lr or raise optim.warmup_steps, then resume from there"
-            )
-        run.step += 1
-        run.seconds += elapsed
-        if run.step % train.log_every == 0 or run.step == train.max_steps:
-            emit({"kind": "step", "step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm,
-                  "lr": run.optimizer.param_groups[0]["lr"], "tokens_per_second": run.tokens_per_step / elapsed,
-                  "seconds": run.seconds})  # fmt: skip
-        if not _weights_are_finite(run.model):
-            emit({"kind": "end", "step": run.step, "reason": "not finite"})
-            raise TrainingDiverged(
-                f"the weights are not finite after step {run.step}: stopped without saving them; the last checkpoint "
-                f"is of step {max(saved, 0)}. Lower optim.lr, then resume from there"
-            )
+    def _between_steps(self) -> None:
+        """Evaluate, take a snapshot and save, each where it is due."""
+        run, train = self.run, self.train
+        held = None
+        best = False
         if run.step % train.eval_every == 0 or run.step == train.max_steps:
-            emit({"kind": "eval", "step": run.step, "tokens": run.tokens, "losses": _evaluate(run, held_out)})
+            losses = _evaluate(run, self.held_out)
+            self.emit({"kind": "eval", "step": run.step, "tokens": run.tokens, "losses": losses})
+            held = sum(losses.values()) / len(losses)
+            best = run.best is None or held < run.best
+            if best:
+                run.best = held
         if run.tokens >= run.next_snapshot:
             while run.tokens >= run.next_snapshot:
                 run.next_snapshot *= train.snapshot_factor
-            path = run.folder / "snapshots" / f"tokens-{run.tokens:010d}"
-            with atomic_folder(path) as partial:
-                _export(run, partial, _evaluate(run, held_out))
-                if run.model.regions:
-                    write_json(partial / STATISTICS_FILE, _statistics(run, held_out))
-            emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": path.name})
-        if run.step % train.checkpoint_every == 0 or run.step == train.max_steps:
-            _save(run)
-            saved = run.step
-            emit({"kind": "checkpoint", "step": run.step})
-    finished = run.step >= train.max_steps
-    if finished:
-        with atomic_folder(run.folder / "final") as partial:
-            _export(run, partial, _evaluate(run, held_out))
-        emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": "final"})
-    if saved != run.step:
-        _save(run)
-        emit({"kind": "checkpoint", "step": run.step})
-    emit({"kind": "end", "step": run.step, "reason": "done" if finished else "asked to stop"})
-    return finished
+            self._export(run.folder / "snapshots" / f"tokens-{run.tokens:010d}", statistics=bool(run.model.regions))
+        if run.step % train.checkpoint_every == 0 or run.step == train.max_steps or best:
+            self._save(held)
+
+    def _save(self, held: float | None) -> None:
+        save(self.run, self.versions, held)
+        self.saved, self.rollbacks = self.run.step, 0
+        self.emit({"kind": "checkpoint", "step": self.run.step})
+
+    def _export(self, path: Path, statistics: bool) -> None:
+        """Write a weights-only checkpoint in bf16 that the other commands can load, tokenizer included."""
+        run = self.run
+        losses, weights = _evaluate(run, self.held_out), full_weights(run.model)
+        with writing(run.folder, path.name), shared_folder(path, run.processes) as partial:
+            if run.processes.first:
+                trained = {
+                    "tokens": run.tokens, "steps": run.step, "seconds": round(run.seconds, 1), "held_out_loss": losses,
+                }  # fmt: skip
+                save_weights(partial, weights, run.config.model, dtype=torch.bfloat16, trained=trained)
+                data_folder = Path(run.config.data.path).expanduser()
+                if (data_folder / TOKENIZER_FILE).is_file():
+                    shutil.copyfile(data_folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+                if statistics:
+                    write_json(partial / STATISTICS_FILE, _statistics(run, weights, self.held_out))
+        self.emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": path.name})
+
+    def _handle(self, fault: str, loss: float, grad_norm: float) -> bool:
+        """Do what the config says about a bad step; True when the run has gone back to a checkpoint."""
+        run, train = self.run, self.train
+        action = train.on_spike if fault == "spike" else train.on_nonfinite
+        what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {run.step + 1}"
+        if action == "skip":
+            run.skips += 1
+        elif action == "rollback":
+            self.rollbacks += 1
+        # JSON has no NaN: what is not finite is logged as null.
+        numbers = {"loss": loss, "grad_norm": grad_norm}
+        numbers = {key: value if math.isfinite(value) else None for key, value in numbers.items()}  # type: ignore[misc]
+        self.emit({"kind": "fault", "step": run.step + 1, "fault": fault, "action": action, **numbers})
+        if action == "stop":
+            self._stop_for(f"{what}: stopped", fault)
+        if max(run.skips, self.rollbacks) > train.max_faults:
+            self._stop_for(f"{what}, after {train.max_faults} times {action}: stopped (train.max_faults)", fault)
+        if action == "rollback":
+            if self.saved < 0:
+                self._stop_for(f"{what}: stopped, there is no checkpoint to roll back to", fault)
+            restore(run, latest(run.folder), data=False)
+            return True
+        return False
+
+    def _stop_for(self, what: str, reason: str) -> None:
+        self.emit({"kind": "end", "step": self.run.step, "reason": reason})
+        raise TrainingDiverged(
+            f"{what}; the last checkpoint is of step {max(self.saved, 0)}. Lower optim.lr or raise optim.warmup_steps, "
+            "then resume from there"
+        )
 
 
-def _weights_are_finite(model: LoopedGPT) -> bool:
+def _fault(run: Run, loss: float, grad_norm: float) -> str | None:
+    """What is wrong with a step, the same answer in every process."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return "not finite"
+    margin = run.config.train.spike_margin
+    if margin and len(run.recent) >= SPIKE_HISTORY and loss > statistics.median(run.recent) + margin:
+        return "spike"
+    return None
+
+
+def _weights_are_finite(run: Run) -> bool:
     """Whether every weight is finite; about a thousandth of a step's time."""
-    return all(bool(p.detach().abs().amax() < torch.inf) for p in model.parameters())
+    parts = [local(p.detach()) for p in run.model.parameters()]
+    broken = not all(bool(part.abs().amax() < torch.inf) for part in parts if part.numel())
+    return not (run.processes.greatest(int(broken)) if run.sharded else broken)
 
 
-def _autocast(run: _Run, device: torch.device) -> Any:
-    return torch.autocast(device.type, torch.bfloat16) if run.config.train.precision == "bf16" else nullcontext()
+def _autocast(run: Run) -> Any:
+    bf16 = run.config.train.precision == "bf16"
+    return torch.autocast(run.processes.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def _step(run: _Run, data: TokenData) -> tuple[float, float]:
-    """One optimizer step; the mean loss and the gradient norm before clipping."""
-    train, optim, model = run.config.train, run.config.optim, run.model
-    device = next(model.parameters()).device
+def _step(run: Run) -> tuple[float, float]:
+    """Gradients of one optimizer step, clipped; the global batch's mean loss and the gradient norm before clipping."""
+    train, optim, model, processes = run.config.train, run.config.optim, run.model, run.processes
+    rows = processes.rows(train.batch_size)
+    share = len(rows) / train.batch_size
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, train.max_steps, optim)
-    total = 0.0
+    total = torch.zeros((), device=processes.device)
     for micro_step in range(train.grad_accumulation):
-        first = (run.step * train.grad_accumulation + micro_step) * train.batch_size
-        samples = range(first, first + train.batch_size)
-        batch = torch.from_numpy(np.stack([data.sample(train.seed, n) for n in samples])).to(device)
+        first = run.samples + micro_step * train.batch_size
+        batch = torch.from_numpy(run.feed.take(first, rows)).to(processes.device)
         loops = {
             name: loop_count(
                 model.mean_loops, train.loop_sigma, seed=train.seed, step=run.step, micro_step=micro_step, region=name
             )
             for name in model.regions
         }
-        with _autocast(run, device):
-            x = model.hidden(
-                batch[:, :-1], loops, noise=TrainingNoise(train.seed, samples), backprop_depth=train.backprop_depth
-            )
-            loss = run.loss(model, x, batch[:, 1:])
-        (loss / train.grad_accumulation).backward()  # type: ignore[no-untyped-call]
-        total += loss.item() / train.grad_accumulation
+        noise = TrainingNoise(train.seed, [first + row for row in rows])
+        with synchronized(run.objective, micro_step == train.grad_accumulation - 1):
+            with _autocast(run):
+                loss = run.objective(batch, loops, noise, train.backprop_depth, train.recompute_steps)
+            # The engines average over processes; processes may hold different numbers of rows.
+            (loss * (share * processes.world / train.grad_accumulation)).backward()
+        total += loss.detach().float() * (share / train.grad_accumulation)
     clip = optim.grad_clip or math.inf
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if math.isfinite(total) and math.isfinite(grad_norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if hasattr(grad_norm, "full_tensor"):
+        grad_norm = grad_norm.full_tensor()
+    return float(processes.sum(total)), float(grad_norm)
 
 
-def _statistics(run: _Run, held_out: TokenData) -> dict[str, Any]:
+def _statistics(run: Run, weights: dict[str, Tensor], held_out: TokenData) -> dict[str, Any]:
     """Reduced loop statistics of the current weights, on a few held-out windows, in float32."""
     model = build_model(run.config.model)  # a plain one: hooks added to a compiled module do not fire
-    load_weights(model, {name: weight.cpu() for name, weight in run.model.state_dict().items()})
+    load_weights(model, {name: weight.cpu() for name, weight in weights.items()})
     statistics = loop_statistics(model.eval(), _spread(held_out, STATISTICS_WINDOWS)[:, :-1])
     return {"tokens_seen": run.tokens, "steps": run.step, **statistics}
 
@@ -459,20 +510,30 @@ def _spread(held_out: TokenData, count: int) -> Tensor:
     return torch.from_numpy(np.stack([held_out.window(int(i)) for i in chosen]))
 
 
-def _evaluate(run: _Run, held_out: TokenData) -> dict[str, float]:
-    """Held-out loss at each of ``eval_loops``, on windows spread evenly over the split."""
-    train = run.config.train
-    device = next(run.model.parameters()).device
-    windows = _spread(held_out, train.eval_batches * train.batch_size).to(device)
-    with _autocast(run, device):
-        losses = fixed_depth_losses(run.model, torch.split(windows, train.batch_size), train.eval_loops)
-    return {str(count): loss for count, loss in losses.items()}
+@torch.no_grad()
+def _evaluate(run: Run, held_out: TokenData) -> dict[str, float]:
+    """Together: held-out loss at each of ``eval_loops``, on windows spread evenly over the split."""
+    train, processes = run.config.train, run.processes
+    windows = _spread(held_out, train.eval_batches * train.batch_size)
+    batches = torch.split(windows, max(1, train.batch_size // processes.world))
+    counts = train.eval_loops if run.model.regions else train.eval_loops[:1]
+    sums = torch.zeros(len(counts), dtype=torch.float64)
+    for first in range(0, len(batches), processes.world):
+        mine = first + processes.rank
+        # FSDP needs everybody in every forward: who has no batch left computes one that does not count.
+        batch = batches[mine if mine < len(batches) else 0]
+        weight = len(batch) if mine < len(batches) else 0
+        for i, count in enumerate(counts):
+            with _autocast(run):
+                loss = _unsynchronized(run)(batch.to(processes.device), count if run.model.regions else {})
+            sums[i] += weight * float(loss)
+    if run.sharded:
+        run.objective.reshard()  # type: ignore[operator]  # FSDP waits for a backward with it, and would go on with these very weights
+    sums = processes.sum(sums) / len(windows)
+    return {str(count): float(sums[min(i, len(counts) - 1)]) for i, count in enumerate(train.eval_loops)}
 
 
-def _export(run: _Run, folder: Path, losses: dict[str, float]) -> None:
-    """A weights-only checkpoint in bf16 that the other commands can load, tokenizer included."""
-    trained = {"tokens": run.tokens, "steps": run.step, "seconds": round(run.seconds, 1), "held_out_loss": losses}
-    save_checkpoint(folder, run.model, run.config.model, dtype=torch.bfloat16, trained=trained)
-    data_folder = Path(run.config.data.path).expanduser()
-    if (data_folder / TOKENIZER_FILE).is_file():
-        shutil.copyfile(data_folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+def _unsynchronized(run: Run) -> Any:
+    """The objective without DDP around it, which would prepare for a backward that never comes."""
+    wrapped = run.objective
+    return wrapped.module if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel) else wrapped

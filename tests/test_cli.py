@@ -233,7 +233,7 @@ def test_a_diverged_run_says_so_and_exits_with_1(
 ) -> None:
     from haltkit.models import train
 
-    monkeypatch.setattr(train, "_step", lambda run, data: (float("inf"), 1.0))
+    monkeypatch.setattr(train, "_step", lambda run: (float("inf"), 1.0))
     assert in_process(monkeypatch, "train", "tiny", "--data", data_folder, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err.strip()
     assert "step 1" in error

@@ -189,8 +189,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     real = training._step
 
-    def spoil(run: Any, data: TokenData) -> tuple[float, float]:
-        result = real(run, data)
+    def spoil(run: Any) -> tuple[float, float]:
+        result = real(run)
         if run.step == 6:
             with torch.no_grad():
                 run.model.norm_f.weight[0] = torch.nan
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = training._step
-    monkeypatch.setattr(training, "_step", lambda run, data: (math.nan, 1.0) if run.step == 7 else real(run, data))
+    monkeypatch.setattr(training, "_step", lambda run: (math.nan, 1.0) if run.step == 7 else real(run))
     with pytest.raises(TrainingDiverged, match="step 8.*the last checkpoint is of step 5"):
         train(config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]

@@ -1,0 +1,107 @@
+"""Where a run's events go: JSONL always, TensorBoard always, Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from haltkit.models.config import ConfigError, RunConfig, to_dict
+from haltkit.models.runs import writing
+
+__all__ = ["LOG_FILE", "Event", "log_to", "versions"]
+
+# What training reports: {"kind": "start" | "step" | "eval" | "checkpoint" | "snapshot" | "fault" | "end", ...}.
+Event = Mapping[str, Any]
+LOG_FILE = "log.jsonl"
+SCALARS = ("loss", "lr", "grad_norm", "tokens_per_second")
+
+
+def versions() -> dict[str, str]:
+    """What the run is made of, for its log and its checkpoints."""
+    from importlib.metadata import version
+
+    import numpy as np
+    import torch
+
+    return {
+        "haltkit": version("haltkit"), "torch": torch.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}",
+    }  # fmt: skip
+
+
+@contextmanager
+def log_to(
+    folder: Path, config: RunConfig, on_event: Callable[[Event], None] | None
+) -> Iterator[Callable[[Event], None]]:
+    """Write every event to ``log.jsonl``, TensorBoard and, if configured, Weights & Biases; then pass it on.
+
+    Raises:
+        ConfigError: ``wandb_project`` is set and wandb is not installed.
+        WriteFailed: the log cannot be written.
+    """
+    wandb = _wandb(folder, config)
+    with writing(folder, LOG_FILE):
+        _end_at_a_whole_line(folder / LOG_FILE)
+        log = (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder / "tensorboard"))
+
+    def emit(event: Event) -> None:
+        step = event["step"]
+        numbers = {f"train/{key}": event[key] for key in SCALARS if event["kind"] == "step"}
+        numbers |= {f"eval/loss at {loops} loops": loss for loops, loss in event.get("losses", {}).items()}
+        with writing(folder, LOG_FILE):
+            log.write(json.dumps(event) + "\n")
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+            if event["kind"] in ("eval", "end"):
+                board.flush()
+        if wandb is not None and numbers:
+            wandb.log(numbers, step=step)
+        if on_event is not None:
+            on_event(event)
+
+    try:
+        yield emit
+    finally:
+        with writing(folder, LOG_FILE):
+            board.close()
+            log.close()
+        if wandb is not None:
+            wandb.finish()
+
+
+def _wandb(folder: Path, config: RunConfig) -> Any:
+    if not config.train.wandb_project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"train.wandb_project={config.train.wandb_project!r} needs wandb: pip install wandb, or leave it empty"
+        ) from None
+    # Its name is its identity there too, so that a resumed run continues its curves.
+    name = folder.resolve().name
+    return wandb.init(
+        project=config.train.wandb_project, id=name, name=name, dir=str(folder), resume="allow", config=to_dict(config)
+    )
+
+
+def _end_at_a_whole_line(path: Path) -> None:
+    """Cut off half a line that a kill in the middle of writing left."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - 2**16)
+        file.seek(start)
+        tail = file.read()
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(start + tail.rfind(b"\n") + 1)

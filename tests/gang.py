@@ -1,0 +1,114 @@
+"""Runs training jobs, each on several gloo processes, in one program: torch is imported once and children are forked.
+
+    python tests/gang.py JOBS.json
+
+JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at"}``. Each job must finish before the next
+begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # these are imported here so that no child has to
+import torch.distributed.checkpoint.hf_storage
+import torch.distributed.fsdp
+import torch.utils.tensorboard
+
+from haltkit.models import train as training
+from haltkit.models.config import RunConfig, from_dict
+from haltkit.models.data import ShardFeed
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run ``work`` in a child and return its process id; the child ends with 0, or with 1 and a traceback."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def spread(processes: int, work: Callable[[], None], seconds: float = 120) -> None:
+    """Run ``work`` in so many processes that find each other as under torchrun; all must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        work()
+
+    children = {fork(lambda rank=rank: one(rank)) for rank in range(processes)}  # type: ignore[misc]
+    deadline = time.monotonic() + seconds
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        children.discard(child)
+        if status or time.monotonic() > deadline:
+            for left in children:
+                os.kill(left, signal.SIGKILL)
+            raise SystemExit(f"a process failed with status {status}" if status else "the processes hang")
+        time.sleep(0.002)
+
+
+def watch_samples(config: RunConfig, out: Path) -> None:
+    """Have every window that training takes written down: sample number and what is in it."""
+    take = ShardFeed.take
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"samples-{os.getpid()}.jsonl"
+
+    def taking(feed: ShardFeed, first: int, rows: Iterable[int]) -> Any:
+        rows = list(rows)
+        found = take(feed, first, rows)
+        with path.open("a") as file:
+            for row, window in zip(rows, found, strict=True):
+                file.write(json.dumps([first + row, hash(window.tobytes())]) + "\n")
+        return found
+
+    ShardFeed.take = taking  # type: ignore[method-assign]
+
+
+def run(job: dict[str, Any]) -> None:
+    config, out = from_dict(RunConfig, job["config"]), Path(job["out"])
+    stop_at = job.get("stop_at")
+
+    def work() -> None:
+        watch_samples(config, out)
+        # Only the first process is asked to stop; all must.
+        training.train(
+            config, out, resume=job.get("resume", False),
+            on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
+        )  # fmt: skip
+
+    started = time.monotonic()
+    spread(job["processes"], work)
+    print(f"{out.name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)

@@ -1,0 +1,153 @@
+"""Training on several processes: the same run as on one, and checkpoints that any number of processes resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from haltkit.models.checkpoint import load_checkpoint, read_tensors
+from haltkit.models.config import ConfigError, RunConfig, load_config, to_dict
+from haltkit.models.distributed import Processes
+
+STEPS, STOP = 20, 10
+
+
+@pytest.fixture(scope="module")
+def config(data_folder: Path) -> RunConfig:
+    """Four rows do not divide by three; accumulation, clipping and a norm above the limit are all in play."""
+    loaded = load_config("tiny")
+    return replace(
+        loaded,
+        data=replace(loaded.data, path=str(data_folder)),
+        optim=replace(loaded.optim, schedule="wsd", warmup_steps=3, grad_clip=0.5, eps=1e-6),
+        train=replace(loaded.train, max_steps=STEPS, grad_accumulation=2, eval_every=10, checkpoint_every=10,
+                      eval_loops=(1, 4), snapshot_first_tokens=10**9),
+    )  # fmt: skip
+
+
+def job(config: RunConfig, out: Path, processes: int, **more: Any) -> dict[str, Any]:
+    return {"config": to_dict(config), "out": str(out), "processes": processes, **more}
+
+
+def gang(jobs: list[dict[str, Any]], folder: Path) -> None:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).parent / "gang.py"), str(folder / "jobs.json")]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of this file: straight on 1, 2 and 3 processes, and stopped on 2 to be resumed on 1 and 3."""
+    folder = tmp_path_factory.mktemp("runs")
+    sharded = replace(config, train=replace(config.train, strategy="fsdp"))
+    gang(
+        [
+            job(config, folder / "one", 1),
+            job(config, folder / "ddp-2", 2),
+            job(config, folder / "ddp-3", 3),
+            job(sharded, folder / "fsdp-2", 2),
+            job(config, folder / "ddp-stopped", 2, stop_at=STOP),
+            job(sharded, folder / "fsdp-stopped", 2, stop_at=STOP),
+        ],
+        folder,
+    )
+    again = []
+    for source, strategy in (("ddp-stopped", "ddp"), ("fsdp-stopped", "fsdp"), ("fsdp-stopped", "ddp")):
+        for processes in (1, 3):
+            out = folder / f"{source}-{strategy}-{processes}"
+            if strategy == "ddp" and source == "fsdp-stopped" and processes == 3:
+                continue
+            shutil.copytree(folder / source, out)
+            changed = replace(config, train=replace(config.train, strategy=strategy))  # type: ignore[arg-type]
+            again.append(job(changed, out, processes, resume=True))
+    gang(again, folder)
+    return folder
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["kind"] == kind]
+
+
+def samples(folder: Path) -> list[list[int]]:
+    """Sample number and content of every window, in the run's order, from whichever process took it."""
+    return sorted(json.loads(line) for file in folder.glob("samples-*") for line in file.read_text().splitlines())
+
+
+RESUMED = ["ddp-stopped-ddp-1", "ddp-stopped-ddp-3", "fsdp-stopped-fsdp-1", "fsdp-stopped-fsdp-3", "fsdp-stopped-ddp-1"]
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "ddp-3", "fsdp-2", *RESUMED])
+def test_the_run_does_not_depend_on_the_number_of_processes(runs: Path, name: str) -> None:
+    for kind, keys in (("step", ("loss", "grad_norm", "lr", "tokens")), ("eval", ("losses",))):
+        one, many = events(runs / "one", kind), events(runs / name, kind)
+        assert [e["step"] for e in many] == [e["step"] for e in one]
+        for key in keys:
+            for a, b in zip(one, many, strict=True):
+                assert b[key] == pytest.approx(a[key], rel=2e-5), (kind, key, a["step"])
+    assert all(e["grad_norm"] > 0.5 for e in events(runs / "one", "step"))  # clipping had something to do
+    one, many = load_checkpoint(runs / "one" / "final"), load_checkpoint(runs / name / "final")
+    assert many.trained["tokens"] == one.trained["tokens"]
+    for parameter, weight in one.model.state_dict().items():
+        torch.testing.assert_close(many.model.state_dict()[parameter], weight, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "ddp-3", "fsdp-2", *RESUMED])
+def test_every_sample_is_seen_once_and_the_same_ones(runs: Path, name: str) -> None:
+    seen = samples(runs / name)
+    assert seen == samples(runs / "one")
+    assert [number for number, _ in seen] == list(range(STEPS * 2 * 4))
+
+
+def test_processes_share_the_work(runs: Path) -> None:
+    counts = sorted(len(file.read_text().splitlines()) for file in (runs / "ddp-3").glob("samples-*"))
+    assert counts == [STEPS * 2 * rows for rows in (1, 1, 2)]
+    assert events(runs / "ddp-3", "start")[0]["processes"] == 3
+
+
+def test_a_stop_asked_of_one_process_stops_all_and_says_which_signal(runs: Path) -> None:
+    end = events(runs / "ddp-stopped", "end")[0]
+    assert (end["step"], end["reason"], end["signal"]) == (STOP, "asked to stop", "SIGTERM")
+
+
+def test_checkpoints_are_whole_or_in_shards_and_never_pickles(runs: Path) -> None:
+    whole, sharded = (runs / name / "checkpoints" / f"step-{STOP:08d}" for name in ("ddp-stopped", "fsdp-stopped"))
+    assert read_tensors(whole / "model.safetensors")
+    assert len(list((sharded / "sharded").glob("*.safetensors"))) == 2
+    kinds = {path.suffix for path in [*whole.rglob("*"), *sharded.rglob("*")] if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_torchrun_is_the_launcher(config: RunConfig, tmp_path: Path) -> None:
+    """The documented command; its output comes from the first process alone."""
+    import yaml
+
+    short = replace(config, train=replace(config.train, max_steps=2))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(short)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "haltkit.cli", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Done:") == 1
+    assert events(tmp_path / "run", "start")[0]["processes"] == 2
+    assert load_checkpoint(tmp_path / "run" / "final").trained["steps"] == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_rows_are_shared_without_gaps(world: int) -> None:
+    rows = [list(Processes(rank, world).rows(16)) for rank in range(world)]
+    assert [row for own in rows for row in own] == list(range(16))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    with pytest.raises(ConfigError, match="cannot be shared by 17"):
+        Processes(0, 17).rows(16)
