@@ -33,6 +33,21 @@ def _states(trajectory: RegionTrajectory) -> Tensor:
     return states
 
 
+def _fitting(readout: Readout, width: int) -> Readout:
+    """The readout; where it cannot take states of this width, the recording is of another model."""
+
+    def fitting(x: Tensor) -> Tensor:
+        try:
+            return readout(x)
+        except RuntimeError as error:
+            raise TrajectoryError(
+                f"the recording's states, of width {width}, do not fit the readout: it is of another model "
+                f"({' '.join(str(error).split())})"
+            ) from error
+
+    return fitting
+
+
 def replay(
     policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None, keep: Keep = "current"
 ) -> LoopResult:
@@ -51,9 +66,12 @@ def replay(
         keep: as in :func:`haltkit.run_loop`.
 
     Raises:
-        TrajectoryError: the recording holds no states, skips steps, or was itself cut short by a policy.
+        TrajectoryError: the recording holds no states, skips steps, was itself cut short by a policy, or is of another
+            model than the readout.
     """
     states = _states(trajectory)
+    if readout is not None:
+        readout = _fitting(readout, states.shape[-1])
     rows = None if trajectory.outcome is None else trajectory.outcome != Outcome.ABSENT
     return run_loop(_Tape(states), states[0], policy, max_steps=len(states) - 1, readout=readout, rows=rows, keep=keep)
 

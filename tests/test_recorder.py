@@ -241,3 +241,12 @@ def test_dlr_by_hand() -> None:
 def test_scores_are_what_a_policy_would_have_measured() -> None:
     seen = scores(haltkit.policy("norm:tau=1"), recorded()["map"])
     torch.testing.assert_close(seen, recorded()["map"].step_norms())
+
+
+def test_a_recording_of_another_model_is_refused() -> None:
+    recorder = Recorder()
+    haltkit.run_loop(lambda x: x / 2, torch.ones(3, 8), haltkit.policy("fixed:steps=4"), observer=recorder)
+    region = recorder.trajectory["loop"]
+    haltkit.replay(haltkit.policy("kl:tau=0.1"), region, readout=torch.nn.Linear(8, 5))
+    with pytest.raises(TrajectoryError, match="of width 8, do not fit the readout: it is of another model"):
+        haltkit.replay(haltkit.policy("kl:tau=0.1"), region, readout=torch.nn.Linear(6, 5))
