@@ -174,7 +174,8 @@ class Frame:
             assert self._kept is not None
             return self.loop.with_state(output, self._kept)
         with torch.no_grad(), self._judging():
-            self.run.advance(x.detach())
+            if not self.run.advance_if_sound(x.detach()):
+                self.run.advance(x.detach())
         if self._kept is None or self.run.all_took:
             self._kept = x
             return output
