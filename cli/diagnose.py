@@ -35,7 +35,7 @@ def diagnose(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results, figures and claims.")] = Path(
         "diagnosis"
     ),
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens for the geometry.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens for the geometry.")] = 2048,
     loops: Annotated[int, typer.Option(min=2, help="Depth of the geometry.")] = 32,
     deep_tokens: Annotated[int, typer.Option(min=0, help="Tokens for the long run; 0 leaves it out.")] = 512,
     deep_loops: Annotated[int, typer.Option(min=16, help="Depth of the long run, whose last state is x*.")] = 128,
