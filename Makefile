@@ -5,10 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: compare test check lint types unit bench wheel format clean
+.PHONY: compare reproduction test check lint types unit bench wheel format clean
 
 compare: $(VENV)/.installed
 	$(BIN)/haltkit compare --policies accel,kl,norm --json haltkit-compare.json --plot haltkit-compare.png
+
+# The claims of the papers, judged on the bundled checkpoint: examples/reproduction.
+reproduction: $(VENV)/.installed
+	$(BIN)/haltkit compare --policies accel,kl,norm --taus paper --tokens 1024 --json examples/reproduction/compare.json
+	$(BIN)/haltkit diagnose --snapshots examples/reproduction/snapshots --grid --out examples/reproduction
 
 test: check unit wheel
 

@@ -27,7 +27,7 @@ def diagnose(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint folder, run folder, or pkg.mod:function returning a haltkit.diagnostics.plan.Case. "
+            help="Checkpoint folder, run folder, or pkg.mod:function returning a haltkit.diagnostics.Case. "
             "[default: the bundled checkpoint]",
             show_default=False,
         ),
@@ -35,7 +35,7 @@ def diagnose(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results, figures and claims.")] = Path(
         "diagnosis"
     ),
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens for the geometry.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens for the geometry.")] = 2048,
     loops: Annotated[int, typer.Option(min=2, help="Depth of the geometry.")] = 32,
     deep_tokens: Annotated[int, typer.Option(min=0, help="Tokens for the long run; 0 leaves it out.")] = 512,
     deep_loops: Annotated[int, typer.Option(min=16, help="Depth of the long run, whose last state is x*.")] = 128,
@@ -167,7 +167,7 @@ def _foreign(name: str) -> Case:
         sys.path.remove("")
     case = make()
     if not isinstance(case, Case):
-        raise ValueError(f"{name} returned a {type(case).__name__}: it must return a haltkit.diagnostics.plan.Case")
+        raise ValueError(f"{name} returned a {type(case).__name__}: it must return a haltkit.diagnostics.Case")
     case.about.setdefault("model", case.subject.name)
     return case
 
@@ -322,6 +322,8 @@ def _print_claims(console: Console, results: Mapping[str, Any], found: Sequence[
 
     table = Table(title=f"Claims, judged on {_heading(results)}", box=None, pad_edge=False, padding=(0, 1, 1, 0))
     wide = console.width >= 110
+    if not wide:
+        table.caption = f"what the untrained model measures, and every rule: {CLAIMS}"
     table.add_column("", no_wrap=True)
     table.add_column("claim", ratio=4)
     table.add_column("measured", ratio=4)

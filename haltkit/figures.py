@@ -319,7 +319,7 @@ def grid(results: Results) -> Any:
     figure, axes = _grid(1, len(injections), 4.2, 3.6)
     for panel, injection in zip(axes[0], injections, strict=True):
         values = [[by[n, injection, k]["fixed"] for k in layers] for n in norms]
-        panel.imshow(values, cmap="gray", vmin=-0.6, vmax=1, aspect="auto")
+        panel.imshow(values, cmap="gray", vmin=-1.8, vmax=1, aspect="auto")
         for i, n in enumerate(norms):
             for j, k in enumerate(layers):
                 cell = by[n, injection, k]

@@ -82,7 +82,9 @@ def grid() -> list[dict[str, Any]]:
         for injection in ("every_step", "never"):
             for layers in (1, 2, 4):
                 settled = (norm == "pre") or (injection == "every_step" and norm == "residual")
-                several = "degenerate fixed point" if injection == "never" else "cyclic fixed points"
+                several = (
+                    "cyclic fixed points" if injection == "every_step" and layers == 4 else "degenerate fixed point"
+                )
                 kind = "slider" if not settled else "fixed point" if layers == 1 else several
                 cells.append(
                     {"norm": norm, "injection": injection, "layers": layers, "fixed": float(settled), "limit": kind}
@@ -160,9 +162,19 @@ def flat_policies(found: dict[str, Any]) -> None:
         r["ce"] = 5.0
 
 
+def disagreeing_repeats(found: dict[str, Any]) -> None:
+    for r in found["comparison"]["rows"]:
+        r["ms_repeats"] = [r["ms_per_token"], 1.0 if r["policy"] == "kl" else 7.0]
+
+
 def slow_accel(found: dict[str, Any]) -> None:
     for r in rows(found, "accel"):
         r["ms_per_token"] = 9.0
+
+
+def one_layer_is_no_other_kind(found: dict[str, Any]) -> None:
+    for cell in found["grid"]:
+        cell.update(limit="fixed point" if cell["layers"] == 1 else "cyclic fixed points", fixed=1.0)
 
 
 def one_cell_type(found: dict[str, Any]) -> None:
@@ -187,6 +199,10 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("P8 net", low_dlr, NO),
     ("P9", slow_accel, NO),
     ("P10", slow_accel, NO),
+    ("P9", disagreeing_repeats, UNKNOWN),
+    ("P10", disagreeing_repeats, UNKNOWN),
+    ("P13", disagreeing_repeats, UNKNOWN),
+    ("P14", disagreeing_repeats, UNKNOWN),
     ("P11", flat_policies, NO),
     ("P12", flat_policies, UNKNOWN),
     ("P12", lambda f: [r.update(ce=5.0) for r in rows(f, "kl")], NO),
@@ -201,6 +217,7 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("M3", lambda f: regions(f, "attention")["a"].update(attention([0.5, 0.1, 0.6, 0.9])), NO),
     ("M3", lambda f: f.update(control=None), UNKNOWN),
     ("M4", one_cell_type, NO),
+    ("M4", one_layer_is_no_other_kind, NO),
     ("M5", one_cell_type, NO),
     ("M6", one_cell_type, NO),
     ("M7", lambda f: regions(f, "limits").update(a=limits(ratio=0.4)), NO),

@@ -159,8 +159,7 @@ def test_a_model_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "albert_case.py").write_text(
         "import torch\n"
         "from transformers import AlbertConfig, AlbertModel\n"
-        "from haltkit.diagnostics import Subject\n"
-        "from haltkit.diagnostics.plan import Case\n"
+        "from haltkit.diagnostics import Case, Subject\n"
         "def make():\n"
         "    config = AlbertConfig(vocab_size=50, embedding_size=16, hidden_size=32, num_hidden_layers=20,\n"
         "        num_attention_heads=4, intermediate_size=64)\n"
@@ -342,6 +341,8 @@ def test_the_page_works_in_a_browser_wide_and_narrow(diagnosed: Path, tmp_path: 
         ):
             assert time.monotonic() < deadline, hovered
             time.sleep(0.1)
+        page.evaluate("document.getElementById('close').click()")
+        assert page.evaluate("document.getElementById('tradeoff').layout.yaxis.range") == [-0.02, 0.02]
         assert page.problems == []
 
 

@@ -13,6 +13,7 @@ from haltkit.diagnostics.geometry import (
 from haltkit.diagnostics.layers import LayerStatistics, distinctness, layer_distances, record_layers
 from haltkit.diagnostics.limits import Limit, classify_limits
 from haltkit.diagnostics.pca import PCA, fit_pca
+from haltkit.diagnostics.plan import Case, Plan, run_plan
 from haltkit.diagnostics.stages import StageMatch, match_stages
 from haltkit.diagnostics.subject import Subject
 from haltkit.diagnostics.survey import (
@@ -26,9 +27,11 @@ from haltkit.diagnostics.survey import (
 __all__ = [
     "PCA",
     "BoundaryStatistics",
+    "Case",
     "DiagnosticError",
     "LayerStatistics",
     "Limit",
+    "Plan",
     "RegionStatistics",
     "StageMatch",
     "Subject",
@@ -42,6 +45,7 @@ __all__ = [
     "layer_distances",
     "match_stages",
     "record_layers",
+    "run_plan",
     "survey_attention",
     "survey_geometry",
     "survey_limits",

@@ -32,10 +32,12 @@ function tradeoff(rows) {
         `<br>${r.ms_per_token.toFixed(3)} ms/token, ${r.speedup.toFixed(2)}x`),
       hovertemplate: "%{text}<extra></extra>" };
   });
-  Plotly.newPlot("tradeoff", traces, layout({ xaxis: axis("time (ms per token)", { type: "log", nticks: 8 }),
+  Plotly.newPlot("tradeoff", traces, layout({ xaxis: axis("time (ms per token)", { type: "log", dtick: "D2" }),
     yaxis: axis("cross-entropy above full depth (nats)"),
     shapes: [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: -0.01, y1: 0.01, fillcolor: "#e8ecf1", line: { width: 0 },
       layer: "below" }] }), config);
+  $("close").addEventListener("change", (event) => Plotly.relayout("tradeoff", event.target.checked
+    ? { "yaxis.range": [-0.02, 0.02] } : { "yaxis.autorange": true }));
 }
 
 function geometry(models) {
