@@ -225,6 +225,11 @@ def train(
 
 
 def _feed(config: RunConfig, processes: Processes) -> Feed:
+    if config.data.stream:
+        from haltkit.models.stream import StreamFeed
+
+        train = config.train
+        return StreamFeed(config.data, train.batch_size, config.model.block_size, processes.rows(train.batch_size))
     data = TokenData(Path(config.data.path).expanduser(), config.data.train_split, config.model.block_size)
     _check_data(config, data)
     return ShardFeed(data, config.train.seed)
