@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, policies, prepare, train
+from haltkit.cli import compare, eval, policies, prepare, train
 
 app = typer.Typer(
     name="haltkit",
@@ -39,6 +39,7 @@ def main(
 
 
 app.command("compare")(compare.compare)
+app.command("eval")(eval.evaluate)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
