@@ -79,7 +79,9 @@ def evaluate(
     results = []
     for setting in settings if regions else settings[:1]:
         found = measure(loaded.model, batches, setting, max_loops)
-        label = "no loops" if not regions else f"{setting} loop{"s" * (setting > 1)}" if isinstance(setting, int) else setting
+        label = (
+            setting if isinstance(setting, str) else f"{setting} loop{'s' * (setting > 1)}" if regions else "no loops"
+        )
         results.append({"setting": label, "loss": found.loss, "steps": found.steps})
         table.add_row(
             Text(label), f"{found.loss:.4f}", f"{math.exp(found.loss):.1f}", *(f"{n:.1f}" for n in found.steps.values())

@@ -48,7 +48,7 @@ from haltkit.models.tokenizer import TOKENIZER_FILE
 
 __all__ = [
     "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "checkpoints",
-    "forecast", "learning_rate", "read_run_config", "train",
+    "compile_for_training", "forecast", "head_loss", "learning_rate", "read_run_config", "train",
 ]  # fmt: skip
 
 CONFIG_FILE, STATISTICS_FILE = "config.yaml", "statistics.json"
@@ -156,17 +156,17 @@ def _stop_requests() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
+def head_loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of the head on ``x``, ``(B, T, D)``, for targets ``(B, T)``."""
     return F.cross_entropy(model.readout(x).float().flatten(0, 1), targets.flatten())
 
 
-def _compile(model: LoopedGPT) -> Callable[[LoopedGPT, Tensor, Tensor], Tensor]:
+def compile_for_training(model: LoopedGPT) -> Callable[[LoopedGPT, Tensor, Tensor], Tensor]:
     """Compile each layer and each region's whole step, in place (names stay), and the loss, which is returned."""
     torch._dynamo.config.recompile_limit = 64  # one graph a region, with and without gradients
     for layer in model.layers.values():
         (layer.body if isinstance(layer, Region) else layer).compile()
-    return torch.compile(_loss)
+    return torch.compile(head_loss)
 
 
 def _check_data(config: RunConfig, data: TokenData) -> None:
@@ -241,7 +241,7 @@ def _start(config: RunConfig, folder: Path, feed: Feed, processes: Processes) ->
     processes.rows(config.train.batch_size)  # refused before anything is built
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(processes.device)
-    objective = Objective(model, _compile(model) if config.train.compile else _loss, _loss)
+    objective = Objective(model, compile_for_training(model) if config.train.compile else head_loss, head_loss)
     wrapped = wrap(objective, config.train.strategy, processes)  # FSDP replaces parameters: the optimizer comes after
     run = Run(config, folder, model, wrapped, _optimizer(model, config.optim), feed, processes)
     run.next_snapshot = config.train.snapshot_first_tokens
