@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, diagnose, generate, policies, prepare, report, train
+from haltkit.cli import compare, diagnose, eval, generate, policies, prepare, report, train
 
 app = typer.Typer(
     name="haltkit",
@@ -40,6 +40,7 @@ def main(
 
 app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
+app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)

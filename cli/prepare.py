@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,10 @@ def prepare(
         float, typer.Option(min=0, max=0.5, help="Share of documents for validation, if the source has no such split.")
     ] = 0.01,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
+    bad_documents: Annotated[
+        str,
+        typer.Option(metavar="stop|skip", help="What a document that cannot be read does; skipped ones are counted."),
+    ] = "stop",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 16_000_000,
 ) -> None:
     """Tokenize text into memory-mapped shards. Run it again to resume after an interruption."""
@@ -46,7 +51,9 @@ def prepare(
         raise ValueError(f"--tokenizer {tokenizer} contradicts --train-tokenizer {train_tokenizer}: give one of them")
     if not sources:
         sources, config = ["HuggingFaceFW/fineweb"], config or "sample-10BT"
-    source = preparing.resolve_source(sources, config, column)
+    if bad_documents not in ("stop", "skip"):
+        raise ValueError(f"--bad-documents {bad_documents}: allowed are stop and skip")
+    source = replace(preparing.resolve_source(sources, config, column), skip_bad=bad_documents == "skip")
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -73,4 +80,7 @@ def prepare(
         console.print(
             f"{split}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {len(entry['shards'])} shards"
         )
+    for split, done in manifest["progress"].items():
+        if left_out := [f"{done[kind]:,} {kind}" for kind in ("empty", "unreadable") if done.get(kind)]:
+            console.print(f"{split}: left out {' and '.join(left_out)} documents")
     console.print(f"{out}: tokenizer {manifest['tokenizer']['name']}, vocabulary {vocabulary:,}", highlight=False)

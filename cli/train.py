@@ -33,6 +33,9 @@ def train(
     auto_resume: Annotated[
         bool, typer.Option(help="Continue if --out holds a checkpoint, else start: for schedulers that run it again.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would cost, from three real steps; write nothing.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides train.max_steps.")] = None,
     anneal_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Anneal a copy of this run's last checkpoint into --out.")
@@ -77,6 +80,9 @@ def train(
         run_config = replace(run_config, data=replace(run_config.data, path=str(data)))
     if steps is not None:
         run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
+    if dry_run:
+        _forecast(console, run_config)
+        return
     resume = resume or (auto_resume and bool(training.checkpoints(out)))
     if init_from is not None and not resume:
         run_config, resume = training.continue_from(init_from, run_config, out), True
@@ -90,6 +96,55 @@ def train(
         console.print(f"Stopped and saved. Go on with: haltkit train --resume --out {out}", soft_wrap=True)
         raise typer.Exit(STOPPED[progress.signal])
     console.print(f"Done: {out / 'final'} is a checkpoint for haltkit compare --checkpoint", soft_wrap=True)
+
+
+def _forecast(console: Any, config: RunConfig) -> None:
+    """Print what a run would be."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from haltkit.models.config import region_span
+    from haltkit.models.train import forecast
+
+    found = forecast(config)
+    train, model = config.train, config.model
+    total = found.seconds * train.max_steps
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    looped = sum(last - first + 1 for first, last in map(region_span, model.regions))
+    tokens_per_second = found.tokens_per_step / found.seconds
+    for name, value in {
+        "parameters": f"{found.parameters / 1e6:.1f}M",
+        "effective depth": f"{found.effective_depth} layers ({model.n_layer} in all, {looped} of them "
+        f"{model.mean_loops} times)",
+        "operations a token": f"{found.flops.forward / 1e6:.3g} MFLOP forward, {found.flops.backward / 1e6:.3g} "
+        f"backward (through the last {train.backprop_depth} loops)",
+        "run": f"{train.max_steps:,} steps of {found.tokens_per_step:,} tokens: {found.tokens:,} tokens, "
+        f"{found.tokens * found.flops.total:.2e} FLOP",
+        "memory": f"{_size(found.state)} weights, gradients and moments, {_size(found.activations)} activations of a "
+        f"micro-step; {_size(found.peak)} at the peak of the probe, all included",
+        "a checkpoint": f"{_size(found.checkpoint)} on disk; {train.keep_checkpoints} newest and the best are kept",
+        "time": f"{found.seconds:.3g} s a step, {tokens_per_second:,.0f} tokens/s; {_duration(total)} in all, "
+        "evaluations and snapshots not counted",
+    }.items():
+        grid.add_row(Text(name), Text(value))
+    console.print(grid)
+    console.print("Estimated from three steps on this machine and the run's own loop draws. Nothing was written.")
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class _Progress:

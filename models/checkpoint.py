@@ -215,4 +215,5 @@ def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.
         raise CheckpointError(
             f"the tokenizer in {str(folder)!r} has {tokenizer.n_vocab} tokens, the model {config.vocab_size}"
         )
+    model.tokenizer, model.trained = tokenizer, trained
     return Checkpoint(model.to(dtype).eval(), config, tokenizer, trained)

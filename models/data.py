@@ -95,6 +95,11 @@ class TokenData:
             need, start, number = need - part.size, start + part.size, number + 1
         return np.concatenate(parts).astype(np.int64)
 
+    def spread(self, count: int) -> Tensor:
+        """``count`` windows, or all there are, spread evenly over the split, ``(count, length + 1)``."""
+        chosen = np.linspace(0, len(self) - 1, min(len(self), count)).astype(int)
+        return torch.from_numpy(np.stack([self.window(int(i)) for i in chosen]))
+
     def _check(self, number: int, offset: int, part: npt.NDArray[np.generic]) -> None:
         """Check the chunks that ``part`` of shard ``number`` lies in, once each, and that its tokens exist."""
         shard, entry, checked = self._shards[number], self._entries[number], self._checked[number]

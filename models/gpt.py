@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +28,8 @@ from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from haltkit.protocol import HaltingPolicy
 
 if TYPE_CHECKING:
+    import tiktoken
+
     from haltkit.models.generation import Generation
 
 __all__ = [
@@ -251,8 +255,35 @@ class AdaptiveOutput:
     outcome: dict[str, Tensor]
 
 
-class LoopedGPT(nn.Module):
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# A looped GPT
+
+A decoder-only transformer some of whose layers run many times in one forward pass, trained with
+[haltkit](https://pypi.org/project/haltkit/); `config.json` has its shape and what is known of its training.
+
+```python
+from haltkit.models.gpt import LoopedGPT
+
+model = LoopedGPT.from_pretrained("{{ repo_id | default("this/repository", true) }}")
+ids = model.tokenizer.encode_ordinary("When has a looped model thought enough?")
+```
+
+`model(tokens, loops)` runs a fixed number of loops, `model.forward_adaptive(tokens, "norm:tau=1.0")` as many as a
+halting policy asks for. Loading runs no code from this repository.
+"""
+
+
+class LoopedGPT(
+    nn.Module, ModelHubMixin, library_name="haltkit", tags=["looped-transformer"], model_card_template=MODEL_CARD
+):
     """A decoder-only transformer with looped regions; arguments as :class:`~haltkit.models.config.ModelConfig`.
+
+    ``save_pretrained(folder)``, ``from_pretrained(folder or Hub repository)`` and ``push_to_hub(repository)`` are
+    huggingface_hub's; what they write and read is a checkpoint folder (:mod:`haltkit.models.hub`). ``tokenizer`` and
+    ``trained`` (what is known of the training) travel with the model; they are None and empty for a new one.
 
     ``layers`` holds the network in order under the paper's names: ``"1"``, ``"2"``, ``"3"``, region
     ``"4"``, region ``"5-6"``, ...; ``layers.4.body`` is the module that a loop step of region 4 calls.
@@ -279,6 +310,8 @@ class LoopedGPT(nn.Module):
         noise_seed: int = 0,
     ) -> None:
         super().__init__()
+        self.tokenizer: tiktoken.Encoding | None = None
+        self.trained: dict[str, Any] = {}
         self.vocab_size, self.block_size, self.d_model = vocab_size, block_size, d_model
         self.mean_loops, self.norm_placement = mean_loops, norm_placement
         self.noise = EvaluationNoise(noise_seed, block_size, d_model)
@@ -311,6 +344,17 @@ class LoopedGPT(nn.Module):
             number = last + 1
         self.norm_f = RMSNorm(d_model, eps=RMS_EPS)
         self._init_weights(injection_init)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from haltkit.models.hub import save_folder
+
+        save_folder(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **source: Any) -> LoopedGPT:
+        from haltkit.models.hub import load_folder
+
+        return load_folder(model_id, **source).model
 
     @property
     def regions(self) -> dict[str, Region]:

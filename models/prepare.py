@@ -6,12 +6,14 @@ how many documents it covers, so an interrupted preparation goes on where the la
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import tiktoken
 
 from haltkit.models.data import MANIFEST, DataError, checksums
 from haltkit.models.files import atomic_path, write_json
-from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, load_tokenizer, train_tokenizer, write_ranks
+from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, encode, load_tokenizer, train_tokenizer, write_ranks
 
 __all__ = ["Progress", "Source", "prepare", "resolve_source"]
 
@@ -29,6 +31,10 @@ _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _TOKENIZER_SAMPLE_CHARACTERS = 200_000_000
 _BATCH_DOCUMENTS = 64
+
+
+class Unreadable(str):
+    """Stands in the place of a document that cannot be read: it has no text."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Source:
     config: str | None = None
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
     column: str = "text"
+    # Give an Unreadable for a document that is not text, a JSONL line or a text file that cannot be read.
+    skip_bad: bool = False
 
     def open(self, split: str) -> Any:
         """The split as a streamed dataset.
@@ -54,11 +62,20 @@ class Source:
                 return datasets.load_dataset(self.name, self.config, **keys)
             paths = dict(self.files)[split]
             builder = _BUILDERS[Path(paths[0]).suffix]
+            if self.skip_bad and builder != "parquet" and Path(paths[0]).suffix != ".json":
+                return _tolerant(paths, builder, self.column)
             if builder == "text":
                 keys["sample_by"] = "document"
             return datasets.load_dataset(builder, data_files={split: list(paths)}, **keys)
         except Exception as error:  # datasets and its readers raise many kinds; each means it cannot be opened
-            advice = "" if self.files else "; give a dataset on the Hub that this machine can reach, or local files"
+            where = find_fault(dict(self.files).get(split, ()))
+            advice = (
+                f": {where}"
+                if where
+                else ""
+                if self.files
+                else "; give a dataset on the Hub that this machine can reach, or local files"
+            )
             raise DataError(
                 f"cannot open {self.name!r} ({type(error).__name__}: {_first_line(error)}){advice}"
             ) from None
@@ -76,23 +93,125 @@ class Source:
         stream = self.open(split)
         rows = iter(stream.skip(skip) if skip else stream)
         for number in itertools.count(skip):
-            try:
-                row = next(rows)
-            except StopIteration:
+            text = self.next_text(rows, number, split)
+            if text is None:
                 return
-            except Exception as error:  # a reader's own exception, which names no file
-                raise DataError(
-                    f"{self.name}, split {split}, after document {number}: {type(error).__name__}: {_first_line(error)}"
-                ) from None
-            if self.column not in row:
-                raise DataError(f"no column {self.column!r} in {self.name}; there are: {', '.join(row)}")
-            text = row[self.column]
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{self.name}, split {split}, document {number}: column {self.column!r} holds "
-                    f"{type(text).__name__}, not text"
-                )
             yield text
+
+    def next_text(
+        self, rows: Iterator[dict[str, Any]], number: int, split: str = "train", *, batched: bool = False
+    ) -> str | None:
+        """The next document of an opened split, None at its end.
+
+        Args:
+            rows: as datasets gives them, or in batches of one with ``batched``.
+            number: of the document, for messages.
+
+        Raises:
+            DataError: see :meth:`texts`.
+        """
+        try:
+            row = next(rows)
+        except StopIteration:
+            return None
+        except Exception as error:  # a reader's own exception, which names no file
+            where = find_fault(dict(self.files).get(split, ()))
+            raise DataError(
+                f"{self.name}, split {split}, after document {number}: {where or describe(error)}"
+            ) from None
+        if self.column not in row:
+            if self.skip_bad and not row:
+                return Unreadable()
+            raise DataError(f"no column {self.column!r} in {self.name}; there are: {', '.join(row)}")
+        text = row[self.column][0] if batched else row[self.column]
+        if not isinstance(text, str):
+            if self.skip_bad:
+                return Unreadable()
+            raise DataError(
+                f"{self.name}, split {split}, document {number}: column {self.column!r} holds "
+                f"{type(text).__name__}, not text"
+            )
+        return text
+
+
+def _tolerant(paths: Sequence[str], builder: str, column: str) -> Any:
+    """Lines of JSONL files, or whole text files, as a dataset that gives an empty row for what cannot be read."""
+    import datasets
+
+    def rows(files: list[str]) -> Iterator[dict[str, Any]]:
+        for file in files:
+            content = Path(file).read_bytes()
+            for part in [content] if builder == "text" else filter(bytes.strip, content.split(b"\n")):
+                try:
+                    text = part.decode("utf-8") if builder == "text" else json.loads(part.decode("utf-8"))[column]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                yield {column: text if isinstance(text, str) else None}
+
+    return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": list(paths)})
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def find_fault(paths: Iterable[str]) -> str | None:
+    """Where the first of these local files that cannot be read is wrong: file, byte offset and reason."""
+    for name in paths:
+        path = Path(name)
+        try:
+            kind = _BUILDERS[path.suffix]
+            if kind == "parquet":
+                fault = _parquet_fault(path)
+            elif kind == "json":
+                fault = _json_fault(path)
+            else:
+                fault = _utf8_fault(path.read_bytes(), 0)
+        except OSError as error:
+            fault = f"{error.strerror or error}"
+        if fault:
+            return f"{path.name}{', ' if fault.startswith(('byte', 'line')) else ': '}{fault}"
+    return None
+
+
+def _utf8_fault(content: bytes, offset: int) -> str | None:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"byte {offset + error.start:,}: 0x{content[error.start]:02x} is not UTF-8 ({error.reason})"
+    return None
+
+
+def _json_fault(path: Path) -> str | None:
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if fault := _utf8_fault(line, offset):
+                return f"line {number:,}, {fault}"
+            if path.suffix == ".jsonl" and line.strip():
+                try:
+                    json.loads(line)
+                except json.JSONDecodeError as error:
+                    return f"line {number:,}, byte {offset + error.pos:,}: {error.msg}"
+            offset += len(line)
+    return None
+
+
+def _parquet_fault(path: Path) -> str | None:
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own
+        return f"{describe(error)} ({path.stat().st_size:,} bytes)"
+    for group in range(file.num_row_groups):
+        try:
+            file.read_row_group(group)
+        except Exception as error:
+            start = file.metadata.row_group(group).column(0).dictionary_page_offset
+            start = file.metadata.row_group(group).column(0).data_page_offset if start is None else start
+            return f"byte {start:,} (row group {group}): {describe(error)}"
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -164,7 +283,7 @@ class _Writer:
         self.buffers.setdefault(split, []).append(np.asarray(ids, dtype=self.dtype))
         self.pending += len(ids)
 
-    def flush(self, stage: str, documents: int, empty: int) -> None:
+    def flush(self, stage: str, documents: int, empty: int, unreadable: int) -> None:
         file = self.manifest["tokenizer"]["file"]
         if file is not None and not (self.folder / file).is_file():
             # Kept beside the data, so that a checkpoint trained on it can be read.
@@ -180,7 +299,7 @@ class _Writer:
             entry["shards"].append(shard)
             entry["tokens"] += int(tokens.size)
             entry["documents"] += len(parts)
-        self.manifest["progress"][stage] = {"documents": documents, "empty": empty}
+        self.manifest["progress"][stage] = {"documents": documents, "empty": empty, "unreadable": unreadable}
         write_json(self.folder / MANIFEST, self.manifest)
         self.buffers, self.pending = {}, 0
 
@@ -219,6 +338,8 @@ def prepare(
         "tokenizer": f"bpe-{train_vocab}" if train_vocab else str(tokenizer),
         "holdout": holdout, "shard_tokens": shard_tokens, "max_tokens": max_tokens,
     }  # fmt: skip
+    if source.skip_bad:
+        settings["bad_documents"] = "skip"
     manifest = _begin(out, settings)
     if manifest.get("complete"):
         return manifest
@@ -233,28 +354,32 @@ def prepare(
     end = encoding.encode_single_token(END_OF_TEXT)
     own_validation = "validation" in source.splits
     total = sum(entry["tokens"] for entry in manifest["splits"].values())
+    pool = ThreadPoolExecutor(2)  # tiktoken lets go of the interpreter's lock
     for stage in source.splits:
         done = manifest["progress"].get(stage, {"documents": 0, "empty": 0})
-        documents, empty = done["documents"], done["empty"]
+        documents, empty, unreadable = done["documents"], done["empty"], done.get("unreadable", 0)
         stream = source.texts(stage, skip=documents)
         while (max_tokens is None or total < max_tokens) and (
             batch := list(itertools.islice(stream, _BATCH_DOCUMENTS))
         ):
-            for text, ids in zip(batch, encoding.encode_ordinary_batch(batch, num_threads=2), strict=True):
+            for text, ids in zip(batch, pool.map(functools.partial(encode, encoding), batch), strict=True):
                 if max_tokens is not None and total >= max_tokens:
                     break
                 documents += 1
                 if not ids:
-                    empty += 1
+                    if isinstance(text, Unreadable):
+                        unreadable += 1
+                    else:
+                        empty += 1
                     continue
-                held_out = not own_validation and _held_out(text, holdout)
-                writer.add("validation" if held_out else stage, [*ids, end])
+                kept_back = not own_validation and held_out(text, holdout)
+                writer.add("validation" if kept_back else stage, [*ids, end])
                 total += len(ids) + 1
             if writer.pending >= shard_tokens:
-                writer.flush(stage, documents, empty)
+                writer.flush(stage, documents, empty, unreadable)
             report(Progress(stage, documents, total))
         if total:
-            writer.flush(stage, documents, empty)
+            writer.flush(stage, documents, empty, unreadable)
     if not total:
         raise DataError(f"{source.name} holds no text")
     manifest["complete"] = True
@@ -262,7 +387,8 @@ def prepare(
     return manifest
 
 
-def _held_out(text: str, share: float) -> bool:
+def held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the validation split: a function of its text alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < share * 2**64
 
 

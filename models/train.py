@@ -11,15 +11,15 @@ import math
 import shutil
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +35,7 @@ from haltkit.models.checkpoint import (
     save_weights,
 )
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
+from haltkit.models.cost import Spent, saved_bytes, step_flops, training_flops
 from haltkit.models.data import DataError, Feed, ShardFeed, TokenData, read_manifest
 from haltkit.models.distributed import (
     Objective,
@@ -68,7 +69,7 @@ from haltkit.models.tokenizer import TOKENIZER_FILE
 
 __all__ = [
     "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "checkpoints",
-    "continue_from", "learning_rate", "read_run_config", "train",
+    "compile_for_training", "continue_from", "forecast", "head_loss", "learning_rate", "read_run_config", "train",
 ]  # fmt: skip
 
 CONFIG_FILE, STATISTICS_FILE = "config.yaml", "statistics.json"
@@ -231,17 +232,17 @@ def _stop_requests() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
+def head_loss(model: LoopedGPT, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of the head on ``x``, ``(B, T, D)``, for targets ``(B, T)``."""
     return F.cross_entropy(model.readout(x).float().flatten(0, 1), targets.flatten())
 
 
-def _compile(model: LoopedGPT) -> Callable[[LoopedGPT, Tensor, Tensor], Tensor]:
+def compile_for_training(model: LoopedGPT) -> Callable[[LoopedGPT, Tensor, Tensor], Tensor]:
     """Compile each layer and each region's whole step, in place (names stay), and the loss, which is returned."""
     torch._dynamo.config.recompile_limit = 64  # one graph a region, with and without gradients
     for layer in model.layers.values():
         (layer.body if isinstance(layer, Region) else layer).compile()
-    return torch.compile(_loss)
+    return torch.compile(head_loss)
 
 
 def _check_data(config: RunConfig, data: TokenData) -> None:
@@ -301,6 +302,11 @@ def train(
 
 
 def _feed(config: RunConfig, processes: Processes) -> Feed:
+    if config.data.stream:
+        from haltkit.models.stream import StreamFeed
+
+        train = config.train
+        return StreamFeed(config.data, train.batch_size, config.model.block_size, processes.rows(train.batch_size))
     data = TokenData(Path(config.data.path).expanduser(), config.data.train_split, config.model.block_size)
     _check_data(config, data)
     return ShardFeed(data, config.train.seed)
@@ -311,7 +317,7 @@ def _start(config: RunConfig, folder: Path, feed: Feed, processes: Processes) ->
     processes.rows(config.train.batch_size)  # refused before anything is built
     torch.manual_seed(config.train.seed)
     model = build_model(config.model).to(processes.device)
-    objective = Objective(model, _compile(model) if config.train.compile else _loss, _loss)
+    objective = Objective(model, compile_for_training(model) if config.train.compile else head_loss, head_loss)
     wrapped = wrap(objective, config.train.strategy, processes)  # FSDP replaces parameters: the optimizer comes after
     run = Run(config, folder, model, wrapped, _optimizer(model, config.optim), feed, processes)
     run.next_snapshot = config.train.snapshot_first_tokens
@@ -443,6 +449,90 @@ class _Trainer:
         )
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would be, from its config and a few real steps.
+
+    Attributes:
+        effective_depth: layers a token passes at the mean loop count.
+        flops: operations a token, mean over the run's own loop draws.
+        activations: bytes that one micro-step of this process keeps for its backward pass; grows with the batch, the
+            length and ``backprop_depth``, not with the number of loops.
+        state: bytes of weights, gradients and optimizer moments in this process.
+        peak: bytes of the whole process at its peak so far.
+        seconds: one step (not the first, which compiles), scaled from the probe's operations to those of the mean step.
+    """
+
+    parameters: int
+    effective_depth: int
+    flops: Spent
+    activations: int
+    state: int
+    peak: int
+    seconds: float
+    tokens_per_step: int
+    tokens: int
+    checkpoint: int
+
+
+def forecast(config: RunConfig, steps: int = 3) -> Forecast:
+    """Take ``steps`` real steps on the run's own data and write nothing.
+
+    Raises:
+        ConfigError, DataError: as :func:`train`.
+    """
+    with join() as processes:
+        run = _start(config, Path(), _feed(config, processes), processes)
+        with saved_bytes(run.model.parameters()) as kept:
+            rows = processes.rows(config.train.batch_size)
+            batch = torch.from_numpy(run.feed.take(0, rows)).to(processes.device)
+            loops = dict.fromkeys(run.model.regions, config.model.mean_loops)
+            with _autocast(run):
+                loss = run.objective(
+                    batch, loops, TrainingNoise(config.train.seed, rows), config.train.backprop_depth,
+                    config.train.recompute_steps,
+                )  # fmt: skip
+        loss.backward()
+        run.optimizer.zero_grad(set_to_none=True)
+        counts = [0.0, 0.0]
+        for number in range(steps):
+            started = time.monotonic()
+            _step(run)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            counts[0] += time.monotonic() - started
+            for micro_step in range(config.train.grad_accumulation):
+                drawn = {
+                    name: loop_count(
+                        config.model.mean_loops, config.train.loop_sigma, seed=config.train.seed, step=number,
+                        micro_step=micro_step, region=name,
+                    )
+                    for name in run.model.regions
+                }  # fmt: skip
+                spent = step_flops(config.model, drawn, config.train.backprop_depth)
+                counts[1] += spent.total * config.train.batch_size * config.model.block_size
+            run.step += 1
+            run.samples += run.samples_per_step
+        flops = training_flops(config)
+        parameters = sum(local(p).numel() for p in run.model.parameters())
+        whole = sum(p.numel() for p in run.model.parameters())
+        return Forecast(
+            parameters=whole, effective_depth=run.model.effective_depth, flops=flops, activations=kept.value,
+            state=4 * 4 * parameters, peak=_peak(processes.device),
+            seconds=counts[0] / counts[1] * flops.total * run.tokens_per_step,
+            tokens_per_step=run.tokens_per_step, tokens=run.tokens_per_step * config.train.max_steps,
+            checkpoint=3 * 4 * whole,
+        )  # fmt: skip
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _fault(run: Run, loss: float, grad_norm: float) -> str | None:
     """What is wrong with a step, the same answer in every process."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -500,21 +590,15 @@ def _statistics(run: Run, weights: dict[str, Tensor], held_out: TokenData) -> di
     """Reduced loop statistics of the current weights, on a few held-out windows, in float32."""
     model = build_model(run.config.model)  # a plain one: hooks added to a compiled module do not fire
     load_weights(model, {name: weight.cpu() for name, weight in weights.items()})
-    statistics = loop_statistics(model.eval(), _spread(held_out, STATISTICS_WINDOWS)[:, :-1])
+    statistics = loop_statistics(model.eval(), held_out.spread(STATISTICS_WINDOWS)[:, :-1])
     return {"tokens_seen": run.tokens, "steps": run.step, **statistics}
-
-
-def _spread(held_out: TokenData, count: int) -> Tensor:
-    """``count`` windows spread evenly over a split, ``(count, T + 1)``."""
-    chosen = np.linspace(0, len(held_out) - 1, min(len(held_out), count)).astype(int)
-    return torch.from_numpy(np.stack([held_out.window(int(i)) for i in chosen]))
 
 
 @torch.no_grad()
 def _evaluate(run: Run, held_out: TokenData) -> dict[str, float]:
     """Together: held-out loss at each of ``eval_loops``, on windows spread evenly over the split."""
     train, processes = run.config.train, run.processes
-    windows = _spread(held_out, train.eval_batches * train.batch_size)
+    windows = held_out.spread(train.eval_batches * train.batch_size)
     batches = torch.split(windows, max(1, train.batch_size // processes.world))
     counts = train.eval_loops if run.model.regions else train.eval_loops[:1]
     sums = torch.zeros(len(counts), dtype=torch.float64)

@@ -219,7 +219,7 @@ def test_a_hub_dataset_goes_through_datasets(tmp_path: Path, monkeypatch: pytest
     assert asked[0] == (("HuggingFaceFW/fineweb", "sample-10BT"), {"split": "train", "streaming": True})
     text = small_encoding(tmp_path).decode(all_tokens(tmp_path / "out", "train"))
     assert text == f"alpha{END_OF_TEXT}beta{END_OF_TEXT}"
-    assert manifest["progress"]["train"] == {"documents": 3, "empty": 1}
+    assert manifest["progress"]["train"] == {"documents": 3, "empty": 1, "unreadable": 0}
 
 
 def test_what_prepare_refuses(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_mixed_precision_is_what_the_config_says(config: RunConfig, tmp_path: Pa
 
 def test_evaluation_windows_are_spread_over_the_split(config: RunConfig) -> None:
     held_out = TokenData(Path(config.data.path), "validation", 32)
-    chosen = training._spread(held_out, 4)
+    chosen = held_out.spread(4)
     assert torch.equal(chosen[0], torch.from_numpy(held_out.window(0)))
     assert torch.equal(chosen[-1], torch.from_numpy(held_out.window(len(held_out) - 1)))
     assert len({tuple(window.tolist()) for window in chosen}) == 4
