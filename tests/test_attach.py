@@ -594,3 +594,156 @@ def test_discover_proposes_a_description_that_verifies(model: Refiner, x: Tensor
         assert session.verify(lambda: model(x), 3, lambda k: model(x, k)).ok
     with pytest.raises(errors.AttachError, match="no loop"):
         haltkit.discover(model.head, lambda: model.head(x))
+
+
+class InPlace(nn.Linear):
+    """A body that works in the buffer that it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.tanh(super().forward(x)))
+
+
+def in_place_glue(core: nn.Module, h: Tensor) -> Tensor:
+    h = core(h)
+    h += 1
+    return h
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["norm:tau=0.05", "norm:tau=1e-30", "norm:tau=0.3,granularity=sequence"])
+def test_states_changed_in_place_are_refused_before_anything_is_measured_wrong(x: Tensor, spec: str) -> None:
+    buffered = Refiner().eval()
+    buffered.core = InPlace(WIDTH, WIDTH)
+    for model in (buffered, Refiner(in_place_glue).eval()):
+        with pytest.raises(errors.MutatedOutput, match="in place"), haltkit.attach(model, spec, body=["core"]):
+            model(x.clone())
+    # Under inference mode nobody can see it, so what is measured is a copy.
+    glued = Refiner(in_place_glue).eval()
+    states = [x.clone()]
+    for _ in range(STEPS):
+        states.append(glued.core(states[-1] + (len(states) > 1)))
+    with torch.inference_mode(), haltkit.attach(glued, "fixed:steps=100", body=["core"], observer=(seen := Recorder())):
+        glued(x.clone())
+    recorded = seen.trajectory["core"].states
+    assert recorded is not None
+    assert torch.equal(recorded, torch.stack(states))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("action", ["zero", "identity"])
+def test_actions_hold_row_by_row(x: Tensor, action: Any) -> None:
+    """A residual branch that adds nothing, or a map that changes nothing, for the rows that have halted."""
+    glue = residual if action == "zero" else (lambda core, h: torch.tanh(core(h)))
+    model = Refiner(glue).eval()
+    with haltkit.attach(model, "norm:tau=0.4", body=["core"], on_halt={"core": action}) as session:
+        out = model(x)
+    taken = session.steps
+    assert taken.min() < taken.max()
+    h = x
+    for k in range(1, STEPS + 1):
+        live = (taken >= k).unsqueeze(-1)
+        if action == "zero":
+            h = torch.where(live, glue(model.core, h), h)
+        else:
+            h = torch.tanh(torch.where(live, model.core(h), h))
+    assert torch.allclose(out, model.head(h), atol=1e-6)
+
+
+@torch.no_grad()
+def test_every_part_of_a_state_is_kept(x: Tensor) -> None:
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell = nn.LSTMCell(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, n: int = STEPS) -> Tensor:
+            h = c = torch.zeros_like(x)
+            for _ in range(n):
+                h, c = self.cell(x, (h, c))
+            return h + c
+
+    model, rows = Cells().eval(), x.flatten(0, 1)
+    with haltkit.attach(model, "norm:tau=0.05", body=["cell"], initial=None) as session:
+        out = model(rows)
+    taken = session.steps
+    assert taken.min() < taken.max()
+    expected = torch.stack([model(rows, int(k))[i] for i, k in enumerate(taken)])
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_rows_kept_from_a_pass_without_gradients_are_refused(model: Refiner, x: Tensor) -> None:
+    def run(*, grad: bool) -> Tensor:
+        h = x
+        with torch.no_grad():
+            for _ in range(5):
+                h = model.core(h)
+        for _ in range(5):
+            h = model.core(h)
+        return model.head(h)  # type: ignore[no-any-return]
+
+    model.rollout = lambda x: run(grad=True)  # type: ignore[method-assign]
+    with (
+        pytest.raises(errors.GradientLost, match="rows halted under no_grad"),
+        haltkit.attach(model, "norm:tau=0.1", body=["core"], scope=":rollout"),
+    ):
+        model.rollout(x)
+
+
+@torch.no_grad()
+def test_verify_says_what_it_cannot_know(model: Refiner, x: Tensor) -> None:
+    with haltkit.attach(model, "norm:tau=0.3", body=["core"]) as session:
+        model(x)
+        before = session.steps
+        assert not session.verify(lambda: model(x), STEPS - 1).ok  # nothing compared, nothing seen to be steady
+        assert torch.equal(session.steps, before)
+        with pytest.raises(ValueError, match="must return what is to be compared"):
+            session.verify(lambda: (model(x), 1.0)[1], 4)
+        with pytest.raises(ValueError, match="another output each time"):
+            session.verify(lambda: model(x + torch.rand(())), 4)
+    with haltkit.attach(model, None, body=["core"]) as session, pytest.raises(ValueError, match="only observes"):
+        session.verify(lambda: model(x), 4)
+    from haltkit.attachment.verify import difference
+
+    nan = torch.tensor(float("nan"))
+    assert difference((x, nan), (x, torch.tensor(1.0))) == float("inf")
+
+
+def test_descriptions_and_policies_that_would_be_ignored_are_refused(model: Refiner, x: Tensor) -> None:
+    with pytest.raises(ValueError, match="state, scope, period belong to a description by fields"):
+        haltkit.attach(model, "norm:tau=1", Loop(("core",)), period=5, state="nonsense", scope="zzz")
+    for policy in (5, Loop(("core",)), {"4": "norm:tau=1"}):
+        with pytest.raises(ValueError, match="give a spec such as"):
+            haltkit.attach(model, policy, body=["core"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no file 'none.yaml'"):
+        haltkit.attach(model, "none.yaml", body=["core"])
+    model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    with (
+        pytest.raises(errors.BodyOutsideScope, match="not a ModuleList"),
+        haltkit.attach(model, "norm:tau=1", body=["layers"]),
+    ):
+        model(x)
+    with haltkit.attach(model, "norm:tau=1", body=["core"]) as session:
+        torch.nn.utils.parametrizations.weight_norm(model.core)
+        with pytest.raises(errors.DetachOrder, match="parametrization"):
+            session.detach()
+        torch.nn.utils.parametrize.remove_parametrizations(model.core, "weight")
+    assert type(model.core) is nn.Linear
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["model first", "attached first", "core in place", "core of the original"])
+def test_other_orders_of_compiling_are_exact_too(model: Refiner, x: Tensor, order: str) -> None:
+    torch._dynamo.reset()
+    expected, body, run = model(x, 4), "core", model
+    if order == "model first":
+        run = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    elif order == "core in place":
+        model.core.compile(backend="eager")
+    elif order == "core of the original":
+        model.core = torch.compile(model.core, backend="eager")
+        body = "core._orig_mod"
+    with haltkit.attach(model, "fixed:steps=4", body=[body]):
+        if order == "attached first":
+            run = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        assert torch.equal(run(x), expected)

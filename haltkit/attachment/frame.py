@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -40,7 +42,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
     if isinstance(output, list):
         return [map_tensors(function, part) for part in output]
     if isinstance(output, dict):
-        return type(output)(**{k: map_tensors(function, v) for k, v in output.items()})
+        changed: Any = copy.copy(output)
+        for key, value in output.items():
+            changed[key] = map_tensors(function, value)
+        return changed
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        changed = copy.copy(output)
+        for field in dataclasses.fields(output):
+            object.__setattr__(changed, field.name, map_tensors(function, getattr(output, field.name)))
+        return changed
     return output
 
 
@@ -58,7 +68,8 @@ class _Recorded:
         tensors = _tensors(output)
         if any(t.is_inference() for t in tensors):
             return cls(name, map_tensors(torch.clone, output), None, torch.is_grad_enabled())
-        return cls(name, output, tuple(t._version for t in tensors), torch.is_grad_enabled())
+        # A container of its own: the model may put other tensors into the one that it was given.
+        return cls(name, map_tensors(_same, output), tuple(t._version for t in tensors), torch.is_grad_enabled())
 
     def again(self, allow_grad: bool) -> Any:
         """The output once more.
@@ -79,7 +90,11 @@ class _Recorded:
                 f"{self.name!r} ran under no_grad before the halt and would be replayed where gradients are on: the "
                 "loop would train nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
             )
-        return self.output
+        return map_tensors(_same, self.output)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Frame:
@@ -112,7 +127,8 @@ class Frame:
         self._outputs = 0
         self._ended = True
         self._x0: Tensor | None = None
-        self._kept: Tensor | None = None  # the state handed on, with its graph
+        self._kept: Any = None  # the output with the state handed on, graph and all
+        self._seen: tuple[Tensor, int] | None = None  # the newest state as it was when it was judged
         self._stopped: Tensor | None = None  # rows that had halted when this iteration began
 
     def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,13 +141,13 @@ class Frame:
         started = time.perf_counter()
         output = forward(*args, **kwargs)
         self.seconds += time.perf_counter() - started
-        if self.loop.on_halt.get(name) == "zero" and self._stopped is not None:
-            output = map_tensors(self._without_stopped, output)
         if name == self.loop.state_module:
             self._outputs += 1
             if self._outputs == self.loop.period:
                 output = self._judge(output)
                 self._ended = True
+        if self._stopped is not None:
+            output = self._act_on_stopped(name, output, args, kwargs)
         self._tape.append(_Recorded.of(name, output))
         return output
 
@@ -143,6 +159,8 @@ class Frame:
         self.kv.begins()
         if self.run is None:
             self._x0 = self.loop.initial_state(args, kwargs)
+            if self._x0 is not None and not self._x0.is_inference():
+                self._seen = self._x0, self._x0._version
             return
         self.kv.look_again()
         done = self.run.running == 0
@@ -163,7 +181,6 @@ class Frame:
                     f"{tuple(x.shape)}: say initial=, or None if x_0 cannot be had"
                 )
             self.run = self._start(start)
-            self._kept = None if self._x0 is None else self._x0
         elif x.shape != self.run.x.shape:
             raise StateShapeChanged(
                 f"the state was {tuple(self.run.x.shape)} and became {tuple(x.shape)} inside one loop: if rows are "
@@ -171,17 +188,49 @@ class Frame:
             )
         self.computed += 1
         if self.run.running == 0:  # runs on to fill a cache: every row keeps its state
-            assert self._kept is not None
-            return self.loop.with_state(output, self._kept)
+            return self._keep(output, torch.zeros_like(self.run.live))
+        if x.is_inference():
+            x = x.clone()  # what happens to the model's own cannot be seen: inference tensors count no versions
+        elif self._seen is not None and (self._seen[0]._version != self._seen[1] or self._seen[0] is x):
+            raise MutatedOutput(
+                f"the model changes the state in place after {self.loop.state_module!r} gave it (such as h += ..., or "
+                "a body that works in its own buffer), so steps cannot be measured and halted rows cannot be kept: "
+                "make that operation out of place, or describe the loop by a module that contains it"
+            )
+        self._seen = None if x.is_inference() else (x, x._version)
         with torch.no_grad(), self._judging():
             if not self.run.advance_if_sound(x.detach()):
                 self.run.advance(x.detach())
         if self._kept is None or self.run.all_took:
-            self._kept = x
+            self._kept = output
             return output
-        # Rows that have halted keep the state itself, graph and all, not what was measured of it.
-        self._kept = torch.where(self.run.took.unsqueeze(-1), x, self._kept)
-        return self.loop.with_state(output, self._kept)
+        return self._keep(output, self.run.took)
+
+    def _keep(self, output: Any, took: Tensor) -> Any:
+        """The output with the rows that did not take it as they were: the state itself, graph and all, and every other
+        tensor of the output that has these rows (an LSTM's cell, say)."""
+        new, old = _tensors(output), _tensors(self._kept)
+        if len(new) != len(old):  # its structure changes from step to step: the state alone is known to correspond
+            new, old = [self.loop.state_of(output)], [self.loop.state_of(self._kept)]
+            self._kept = self.loop.with_state(output, torch.where(took.unsqueeze(-1), new[0], old[0]))
+            return self._kept
+        if torch.is_grad_enabled() and not self.allow_grad:
+            for fresh, kept in zip(new, old, strict=True):
+                if fresh.requires_grad and not kept.requires_grad:
+                    raise GradientLost(
+                        "rows halted under no_grad and are kept where gradients are on: those rows would train "
+                        "nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
+                    )
+        before = iter(old)
+
+        def rows(tensor: Tensor) -> Tensor:
+            kept = next(before)
+            if tensor.shape[: took.ndim] != took.shape or kept.shape != tensor.shape:
+                return tensor
+            return torch.where(took.view(*took.shape, *[1] * (tensor.ndim - took.ndim)), tensor, kept)
+
+        self._kept = map_tensors(rows, output)
+        return self._kept
 
     def _watch(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         carry = self.loop.carry
@@ -189,10 +238,28 @@ class Frame:
             watched = (args[carry[1]],) if carry else (*args, *kwargs.values())
             self.inputs.append([t.detach().clone() for value in watched for t in _tensors(value)])
 
-    def _without_stopped(self, output: Tensor) -> Tensor:
-        assert self._stopped is not None
-        mask = self._stopped
-        return output.masked_fill(mask.view(*mask.shape, *[1] * (output.ndim - mask.ndim)), 0)
+    def _act_on_stopped(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``on_halt`` says, for the rows that had halted when this iteration began."""
+        action = self.loop.on_halt.get(name, "replay")
+        if action == "replay" or self._stopped is None:
+            return output
+        stopped = self._stopped
+        given = self._input(args, kwargs) if action == "identity" else None
+
+        def act(tensor: Tensor) -> Tensor:
+            mask = stopped.view(*stopped.shape, *[1] * (tensor.ndim - stopped.ndim))
+            return tensor.masked_fill(mask, 0) if given is None else torch.where(mask, given, tensor)
+
+        return map_tensors(act, output)
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a map of the state is given: the argument that the description names, or the first."""
+        where = self.loop.initial
+        if isinstance(where, str) and where in kwargs:
+            return kwargs[where]
+        if isinstance(where, int) and where < len(args):
+            return args[where]
+        return args[0] if args else next(iter(kwargs.values()))
 
     def _replay(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.check_glue:
@@ -210,6 +277,6 @@ class Frame:
             self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
         if action == "identity":
-            return args[0] if args else next(iter(kwargs.values()))
+            return self._input(args, kwargs)
         output = entry.again(self.allow_grad)
         return map_tensors(torch.zeros_like, output) if action == "zero" else output

@@ -7,9 +7,12 @@ the original's weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Overrides"]
@@ -21,6 +24,12 @@ Interceptor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], An
 def _new(cls: type[Any], *args: Any) -> Any:
     """What copyreg does for a new object, which insists on the class that the instance has just now."""
     return cls.__new__(cls, *args)
+
+
+def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Code that a compiler passes by: what it does is for Python to do, and modules compiled inside it stay so."""
+    disabled: Callable[..., Any] = torch.compiler.disable(method)
+    return disabled
 
 
 class Overrides:
@@ -81,12 +90,16 @@ class Overrides:
             return chain[index][2](lambda *a, **k: call(index + 1, base, a, k), args, kwargs)
 
         if attribute is not None:
-            return lambda *args, **kwargs: call(0, attribute, args, kwargs)
+            return _uncompiled(lambda *args, **kwargs: call(0, attribute, args, kwargs))
+
+        function = inspect.getattr_static(original, name)
+        bound = isinstance(function, (staticmethod, classmethod))
+        plain = getattr(original, name)
 
         def method(instance: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return call(0, getattr(original, name).__get__(instance), args, kwargs)
+            return call(0, plain if bound else partial(plain, instance), args, kwargs)
 
-        return method
+        return _uncompiled(method)
 
     def remove(self, owner: object) -> None:
         """Take back everything of one owner; with the last the module is what it was."""
@@ -98,5 +111,10 @@ class Overrides:
                     self.module.__dict__[name] = self.own.pop(name)
                 else:
                     delattr(self.swapped, name)
-        if not self.chains:
+        if not self.chains and type(self.module) is self.swapped:
             self.module.__class__ = self.original
+
+    @property
+    def disturbed(self) -> bool:
+        """Somebody else has changed the module's class since, for instance by parametrizing a weight."""
+        return type(self.module) is not self.swapped

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def attach(
 
     When the policy has halted every row, the remaining iterations cost next to nothing: the body's modules give
     their outputs of the last complete iteration again, and the model's output is what it gives when run with that
-    many loops. While rows are still running, halted ones keep their state. :meth:`Session.verify` proves both on
-    your model.
+    many loops: :meth:`Session.verify` proves it on your model, or tells what the description misses. While rows are
+    still running, halted ones keep their state.
 
     Per-token and per-sequence freezing from outside does not reach into the body's attention: the frozen state is
     fed again and its keys and values are recomputed from it, which differs from the canonical semantics of
@@ -106,6 +107,18 @@ def attach(
     """
     if loop is not None and body is not None:
         raise ValueError("give the loop as one value or by its fields, not both")
+    given = {
+        "state": state, "select": select, "put": put, "scope": scope or None, "reset_on": tuple(reset_on) or None,
+        "on_halt": on_halt or None, "carry": carry, "period": None if period == 1 else period,
+        "initial": None if initial == 0 and initial is not None else "given",
+    }  # fmt: skip
+    if body is None and (ignored := [name for name, value in given.items() if value is not None]):
+        raise ValueError(
+            f"{', '.join(ignored)} belong to a description by fields, which needs body=; a Loop, a saved choice and a "
+            "preset have their own"
+        )
+    if isinstance(policy, str) and policy.endswith((".yaml", ".yml")):
+        policy = Path(policy)
     if isinstance(policy, PathLike):
         from haltkit.attachment.saved import load
 
@@ -122,6 +135,8 @@ def attach(
         if isinstance(found, Native):
             if policy is None:
                 raise ValueError(f"to observe a {type(model).__name__} use haltkit.record(model), or give it a policy")
+            if kv != "refuse" or kv_stride is not None or allow_grad:
+                raise ValueError(f"a {type(model).__name__} halts itself: kv, kv_stride and allow_grad do not apply")
             native: Any = NativeSession(model, policy, found, observer)
             return native  # type: ignore[no-any-return]
         loop = found
@@ -129,6 +144,11 @@ def attach(
         from haltkit.registry import policy as build
 
         policy = build(policy)
+    if policy is not None and not (hasattr(policy, "init") and hasattr(policy, "update")):
+        raise ValueError(
+            f"policy={policy!r} is none: give a spec such as 'norm:tau=0.1', a policy, the path of a saved choice, or "
+            "None to observe"
+        )
     book = CacheBook(kv, kv_stride)
     return Session(model, policy, loop, readout=readout, observer=observer, allow_grad=allow_grad, caches=book)
 
@@ -184,8 +204,9 @@ class Session:
         self._last: Pass | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._kept: Kept | None = None
+        self._ran = False
         self.last_inputs: list[list[Tensor]] = []  # where the state enters in replayed iterations
-        self._outside = 0
+        self._outside = self._entered = 0
         self._wrapped: list[Overrides] = []
         self._watch: Watch | None = None
         self._hooks: list[RemovableHandle] = []
@@ -232,7 +253,10 @@ class Session:
         self._hooks = self._watch.hook(modules, scope)
 
     def _observed(self, x: Tensor, iterations: int) -> None:
-        self._seen = x, iterations  # the result is made when it is asked for: observing should cost next to nothing
+        self._seen, self._ran = (
+            (x, iterations),
+            True,
+        )  # the result is made when it is asked for: observing should cost next to nothing
         self.tally.observed(iterations, x.shape[:-1].numel())
 
     def _wrap(self, module: nn.Module, method: str, interceptor: Any, outside: bool) -> None:
@@ -255,6 +279,11 @@ class Session:
             DetachOrder: a session attached later still wraps one of the same modules.
         """
         for overrides in self._wrapped:
+            if overrides.disturbed:
+                raise DetachOrder(
+                    f"the class of a {type(overrides.module).__name__} was changed while the session was attached (by "
+                    "a parametrization, perhaps): take that back first, or detach before it"
+                )
             if overrides.owners()[-1] is not self:
                 raise DetachOrder(
                     f"{type(overrides.module).__name__} is also wrapped by a session that was attached later: detach "
@@ -267,13 +296,18 @@ class Session:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.detach()
-        if kind is not None or self._last is not None or self._seen is not None:
+        if kind is not None or self._ran:
             return
         if self._watch is not None and self._watch.entered:
             raise BodyOutsideScope(
                 f"{self.loop.scope or 'the model'!r} was called {self._watch.entered} times and no hook saw "
                 f"{self.loop.state_module!r} run in it. Code compiled before does not run hooks that came later: "
                 "attach first, or observe with a policy that never halts"
+            )
+        if self._entered:
+            raise BodyOutsideScope(
+                f"{self.loop.scope or 'the model'!r} was called {self._entered} times and {self.loop.body[0]!r} never "
+                "ran in it: name a module whose forward the loop calls (not a ModuleList, but its members)"
             )
         if self._outside:
             raise BodyOutsideScope(
@@ -288,6 +322,7 @@ class Session:
             return forward(*args, **kwargs)
         if self.loop.refuse is not None:
             self.loop.refuse(args, kwargs)
+        self._entered += 1
         scoped = _Scoped(self)
         token = self._frames.set((*self._frames.get(), scoped))
         finished = False
@@ -331,10 +366,19 @@ class Session:
             self._judging.reset(token)
 
     def _finished(self, done: Pass, inputs: list[list[Tensor]], kept: Kept) -> None:
-        self._last, self.last_inputs, self._kept = done, inputs, kept
+        self._last, self.last_inputs, self._kept, self._ran = done, inputs, kept, True
         self.tally.add(done.result.steps, done.result.outcome, done.computed, done.skipped, done.seconds)
 
     # --- what came of it
+
+    @property
+    def newest(self) -> tuple[Any, ...]:
+        """What is known of the newest loop, to be put back after a trial run."""
+        return self._last, self._seen, self._kept
+
+    @newest.setter
+    def newest(self, values: tuple[Any, ...]) -> None:
+        self._last, self._seen, self._kept = values
 
     @property
     def last(self) -> Pass:
@@ -351,7 +395,7 @@ class Session:
 
     @property
     def steps(self) -> Tensor:
-        """Iterations of each row in the newest loop, ``(...)`` int64."""
+        """Iterations of each row in the newest loop (of any thread), ``(...)`` int64."""
         return self.last.result.steps
 
     @property

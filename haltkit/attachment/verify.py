@@ -42,7 +42,8 @@ class Report:
     @property
     def ok(self) -> bool:
         """Everything that could be checked is exactly equal, and a halt was compared or at least seen to be steady."""
-        return self.neutral == 0 and not self.drift and not self.halted
+        seen = self.drift is not None or self.halted is not None
+        return seen and self.neutral == 0 and not self.drift and not self.halted
 
     def __str__(self) -> str:
         def verdict(value: float | None, unknown: str) -> str:
@@ -62,13 +63,18 @@ class Report:
 def difference(one: Any, other: Any) -> float:
     """The largest difference over the tensors of two outputs; 0 is bit-equal, inf another structure or shape."""
     a, b = _tensors(one), _tensors(other)
+    if not a and not b:
+        raise ValueError("run must return what is to be compared: tensors, or containers of them")
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
     gaps = [
-        0.0 if torch.equal(x, y) else float((x.double() - y.double()).abs().max()) or float("nan")
-        for x, y in zip(a, b, strict=True)
+        0.0 if torch.equal(x, y) else float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)
     ]
-    return max(gaps, default=0.0)
+    # Not equal, and yet the difference is NaN (not finite somewhere) or 0 (another dtype): no number says how much.
+    return max(
+        float("inf") if gap != gap or (gap == 0 and not torch.equal(x, y)) else gap
+        for gap, x, y in zip(gaps, a, b, strict=True)
+    )
 
 
 def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None = None) -> Report:
@@ -83,8 +89,19 @@ def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[i
     Raises:
         GlueDrift: the body's input goes on changing after the halt, so state is carried outside the described modules.
         VaryingInput: likewise, and the input does not depend on the state at all: a recurrence over a sequence.
-        ValueError: the model ran no more than ``k`` iterations.
+        ValueError: the model ran no more than ``k`` iterations, ``run`` is not deterministic or returns no tensor, or
+            the session only observes.
     """
+    if session.policy is None:
+        raise ValueError("this session only observes, and halts nothing: attach a policy to verify a halt")
+    kept = session.newest
+    try:
+        return _verify(session, run, k, run_at)
+    finally:
+        session.newest = kept
+
+
+def _verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None) -> Report:
     never = Fixed(2**31 - 1)
     with torch.no_grad():
         with session.detached():
@@ -92,6 +109,10 @@ def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[i
         with session.using(never):
             neutral = difference(run(), plain)
             loops = session.last.computed
+        if neutral:
+            with session.detached():
+                if difference(run(), plain):
+                    raise ValueError("run gives another output each time: fix its seed, and call model.eval()")
         if not 1 <= k < loops:
             raise ValueError(f"k={k}: the model runs {loops} iterations, so a halt can be forced at 1 to {loops - 1}")
         with session.using(Fixed(k), check_glue=True):

@@ -28,6 +28,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.outputs = self.k = 0
+        self.returned = False
         self.x0: Tensor | None = None
         self.x: Tensor | None = None
 
@@ -50,6 +51,7 @@ class Watch:
             scope.register_forward_pre_hook(self._enter, prepend=True),
             state.register_forward_hook(self._state),
             *[modules[path].register_forward_pre_hook(self._restart) for path in self.loop.reset_on],
+            scope.register_forward_hook(self._returned),
             scope.register_forward_hook(self._leave, always_call=True),
         ]
         if self.observer is not None:
@@ -69,7 +71,8 @@ class Watch:
 
     def _first(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls and self._calls[-1].k == self._calls[-1].outputs == 0 and self._calls[-1].x0 is None:
-            self._calls[-1].x0 = self.loop.initial_state(args, kwargs)
+            x0 = self.loop.initial_state(args, kwargs)
+            self._calls[-1].x0 = None if x0 is None else x0.detach().clone()  # the body may work in place
 
     def _state(self, _module: nn.Module, _args: Any, output: Any) -> None:
         calls = self._calls
@@ -102,7 +105,10 @@ class Watch:
             self._end(self._calls[-1])
             self._calls[-1] = _Seen()
 
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _returned(self, *_: Any) -> None:
+        self._calls[-1].returned = True
+
+    def _leave(self, *_: Any) -> None:
         seen = self._calls.pop()
-        if output is not None:  # None: the call raised
+        if seen.returned:  # otherwise the call raised
             self._end(seen)
