@@ -84,7 +84,9 @@ def compare(
     console = _console()
     if model is not None:
         _refuse_with_model(context)
-        result, about, levels, regions, loop = _own_model(console, model, specs, thresholds, granularity, repeats)
+        result, about, levels, regions, loop = _own_model(
+            console, model, specs, thresholds, granularity, repeats, save_path is not None
+        )
     else:
         result, about, levels, regions, loop = _checkpoint(
             console, specs, thresholds, checkpoint, text, max_loops, tokens, batch, granularity, repeats
@@ -166,6 +168,7 @@ def _own_model(
     thresholds: str | list[float],
     granularity: str | None,
     repeats: int,
+    save: bool,
 ) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
     """The comparison on a model that a function of the user's returns."""
     from haltkit.trial import Trial
@@ -174,6 +177,10 @@ def _own_model(
     trial = _factory(path)()
     if not isinstance(trial, Trial):
         raise ValueError(f"--model {path}: it must return a haltkit.Trial, not a {type(trial).__name__}")
+    if save and trial.loop is not None:
+        from haltkit.attachment.saved import check_savable
+
+        check_savable(trial.loop)  # before minutes are spent on measuring
     if granularity is not None:
         specs = [spec.with_key("granularity", granularity) if spec.takes("granularity") else spec for spec in specs]
     with _progress(console, f"{len(trial.samples)} samples") as tick:

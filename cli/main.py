@@ -57,7 +57,10 @@ def run() -> None:
         # the command line knows its message. Anything else is a defect, and its traceback is wanted; as it is
         # under python -X dev -m haltkit.cli ...
         message = getattr(error, "format_message", error.__str__)()
-        if sys.flags.dev_mode or not (isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")):
+        # What attaching refuses is a RuntimeError, for it comes in the middle of a model's own run.
+        refused = any(cls.__name__ == "AttachError" for cls in type(error).__mro__)
+        known = refused or isinstance(error, (ValueError, OSError)) or hasattr(error, "format_message")
+        if sys.flags.dev_mode or not known:
             raise
         print(f"haltkit: {' '.join(message.split())}", file=sys.stderr)
         code = 2

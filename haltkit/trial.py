@@ -35,7 +35,7 @@ class Trial:
     Args:
         model: with a loop inside.
         run: one pass of the model on one sample.
-        samples: what it is run on; at least two, so that there is a standard error.
+        samples: what it is run on; with one alone there is no standard error, and few verdicts.
         metric: from (output, sample) to what is lost, less is better: a number, ``(B,)`` for each sequence or
             ``(B, T)`` for each position. None: ``run`` returns that itself.
         loop: the description; None finds the preset.
@@ -57,6 +57,13 @@ class Trial:
     metric_name: str = "loss"
     item: str = "item"
     levels: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module) or not callable(self.run):
+            raise ValueError("a Trial needs a model (an nn.Module) and run, a function of one sample")
+        object.__setattr__(self, "samples", list(self.samples))
+        if not self.samples:
+            raise ValueError("a Trial needs at least one sample to run the model on")
 
     def described(self) -> tuple[Loop, Readout | None]:
         """The loop and the readout, the model's preset filling in what is not given.
@@ -85,6 +92,8 @@ class Trial:
             value = torch.tensor(float(value))
         if not isinstance(value, Tensor):
             raise ValueError(f"the metric must be a number or a tensor of them, less being better; got {type(value)}")
+        if not bool(value.isfinite().all()):
+            raise ValueError("the metric is not finite: nothing can be compared by it")
         return value.detach().reshape(1) if value.ndim == 0 else value.detach()
 
 
@@ -161,21 +170,35 @@ class _Trier:
     def observe(self, setting: Setting, output: Any, sample: Any) -> Observation:
         losses = self.trial.losses(output, sample)
         logits = None if self.trial.logits is None else self.trial.logits(output).detach()
+        if logits is not None and logits.ndim < 3:
+            raise ValueError(f"logits must be (B, T, V) or more, got {tuple(logits.shape)}")
         if self.session is None:
-            return Observation(logits, losses, {"loop": torch.full_like(losses, self.depth)}, {})
+            return Observation(logits, losses, {"loop": torch.full_like(losses, self.depths[id(sample)])}, {})
         steps, outcome = self.session.steps, self.session.outcome
         fixed = setting.loops is not None
         return Observation(logits, losses, {"loop": steps}, {} if fixed else {"loop": outcome})
 
     def look(self) -> RegionTrajectory:
-        """Run the first sample as it is, and record the loop."""
+        """Run every sample as it is to see how deep it goes, and record the loop of the first."""
         recorder = Recorder()
-        with attach(self.trial.model, None, self._hookable(), observer=recorder) as session, torch.no_grad():
-            self.trial.run(self.trial.samples[0])
-            self.depth = int(session.steps.max())
+        self.depths: dict[int, int] = {}
+        loop = self._hookable()
+        for number, sample in enumerate(self.trial.samples):
+            with (
+                attach(self.trial.model, None, loop, observer=None if number else recorder) as session,
+                torch.no_grad(),
+            ):
+                self.trial.run(sample)
+                if session.tally.loops != 1:
+                    raise ValueError(
+                        f"one run went through the loop {session.tally.loops} times: compare wants one pass a sample, "
+                        "so let run call the model once (of nested loops, take the outer one)"
+                    )
+                self.depths[id(sample)] = session.computed
         (region,) = recorder.trajectory.regions.values()
+        self.depth = max(self.depths.values())
         if self.depth < 2:
-            raise ValueError("the loop takes a single iteration on the first sample: there is nothing to halt")
+            raise ValueError("the loop takes a single iteration on every sample: there is nothing to halt")
         return region
 
     def _hookable(self) -> Loop:

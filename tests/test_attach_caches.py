@@ -191,3 +191,50 @@ def test_generate_of_hrm_text_works_in_every_mode(kv: Any) -> None:
     assert out.shape == (2, 13)
     assert session.computed + session.skipped == 4 * model.config.H_cycles
     assert (session.skipped == 0) == (kv == "freeze")
+
+
+@torch.no_grad()
+def test_a_dictionary_that_is_only_read_is_no_cache() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Reading()
+
+        def forward(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+            for _ in range(5):
+                x = self.cell(x, given)
+            return x
+
+    class Reading(nn.Module):
+        def forward(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+            return torch.tanh(x + given["c"])
+
+    model, given = Conditioned(), {"c": torch.ones(4)}
+    with haltkit.attach(model, Depths(2, 4, 1), body=["cell"]) as session:
+        for _ in range(3):
+            model(torch.zeros(2, 3, 4), given)
+        assert session.computed == 7
+        assert not session.caches._depths
+
+
+@torch.no_grad()
+def test_a_cache_inside_a_tuple_is_seen(model: RavenForCausalLM) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Unpacking()
+
+        def forward(self, x: Tensor, cache: SlotCache) -> Tensor:
+            for k in range(5):
+                x = self.cell(x, (cache, k))
+            return x
+
+    class Unpacking(nn.Module):
+        def forward(self, x: Tensor, packed: tuple[SlotCache, int]) -> Tensor:
+            keys, _ = packed[0].update(x, x, packed[1])
+            return torch.tanh(keys[:, -x.shape[1] :])
+
+    packed, cache = Packed(), SlotCache()
+    with pytest.raises(errors.KVDepthMismatch), haltkit.attach(packed, Depths(2, 4), body=["cell"]):
+        for _ in range(2):
+            packed(torch.zeros(2, 3, 4), cache)

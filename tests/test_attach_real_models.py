@@ -391,3 +391,49 @@ def test_generate_with_a_cache_while_attached() -> None:
 
     with pytest.raises(KVDepthMismatch, match="KV cache"), haltkit.attach(model, Moody()):
         model.generate(IDS, **keys)
+
+
+@torch.no_grad()
+def test_alberts_with_heads_are_known_and_those_with_several_loops_are_refused() -> None:
+    needs("transformers")
+    from transformers import AlbertConfig, AlbertForSequenceClassification, AlbertModel
+
+    from haltkit.attachment.errors import AttachError
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 50, "embedding_size": 16, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64,
+    }  # fmt: skip
+    model = AlbertForSequenceClassification(AlbertConfig(num_hidden_layers=4, **sizes)).eval()
+    run = lambda: model(IDS).logits  # noqa: E731
+    with haltkit.attach(model, "fixed:steps=2"):
+        halted = run()
+    assert torch.equal(halted, with_config(model.config, run, num_hidden_layers=2))
+    grouped = AlbertModel(AlbertConfig(num_hidden_layers=4, num_hidden_groups=2, **sizes))
+    with pytest.raises(AttachError, match="2 groups of layers, each a loop of its own"):
+        haltkit.attach(grouped, "fixed:steps=2")
+
+
+def test_a_stranger_of_a_known_name_is_told_so() -> None:
+    from haltkit.attachment.errors import AttachError
+
+    stranger = type("TinyRecursiveModel", (nn.Module,), {})()
+    with pytest.raises(AttachError, match="not the one that haltkit knows"):
+        haltkit.attach(stranger, "fixed:steps=2")
+
+
+def test_discover_tells_two_loops_apart() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(5):
+                x = self.a(x)
+            for _ in range(3):
+                x = self.c(self.b(x))
+            return x
+
+    model = Two()
+    found = haltkit.discover(model, lambda: model(torch.ones(1, 4))).candidates
+    assert [(c.body, c.iterations) for c in found] == [(("a",), 5), (("b", "c"), 3)]

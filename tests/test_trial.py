@@ -20,7 +20,7 @@ WIDTH, LOOPS = 8, 12
 FACTORY = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_trial import trial, wrong
+from test_trial import broken, functions, trial, wrong
 """
 
 
@@ -51,6 +51,14 @@ def wrong() -> int:
     return 3
 
 
+def broken() -> haltkit.Trial:
+    return trial(loop=haltkit.Loop(("bodi",)))
+
+
+def functions() -> haltkit.Trial:
+    return trial(loop=haltkit.Loop(("body",), initial=lambda args, kwargs: args[0]))
+
+
 def test_every_row_is_what_the_closed_form_says() -> None:
     result = haltkit.compare(trial(), policies="norm,accel", taus=[0.01, 0.5], repeats=2)
     sizes = [2.0**i * math.sqrt(WIDTH) for i in range(4)]
@@ -77,6 +85,26 @@ def test_every_row_is_what_the_closed_form_says() -> None:
     assert (result.metric, result.item, result.tokens, result.sequences) == ("size", "row", 12, 12)
     found = findings(result.rows, (0.1, 1.0))
     assert {f.kind for f in found} == {"ce"}
+
+
+def test_a_sample_that_goes_less_deep_counts_as_it_went() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Identity()
+
+        def forward(self, depth: int) -> Tensor:
+            x = torch.ones(1, 2)
+            for _ in range(depth):
+                x = self.body(x)
+            return x
+
+    model = Sometimes()
+    result = haltkit.compare(
+        model, lambda depth: model(depth).sum(-1), ["norm:tau=1e-9,min_steps=99"], samples=[12, 4, 4, 4],
+        loop=haltkit.Loop(("body",), initial=0), repeats=1,
+    )  # fmt: skip
+    assert result.rows[0].steps["loop"] == 6
 
 
 def test_thresholds_picked_from_scores_stop_at_their_targets() -> None:
@@ -108,6 +136,23 @@ def test_other_ways_to_say_it() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         haltkit.compare(Contracting(), lambda x: x)
+    for changes, message in (
+        ({"samples": []}, "at least one sample"),
+        ({"model": 3}, "needs a model"),
+        ({"run": None}, "run, a function of one sample"),
+    ):
+        one = trial()
+        fields = {"model": one.model, "run": one.run, "samples": one.samples, **changes}
+        with pytest.raises(ValueError, match=message):
+            haltkit.Trial(**fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not finite"):
+        haltkit.compare(trial(metric=lambda out, x: out * float("nan")), policies="norm:tau=1", repeats=1)
+    with pytest.raises(ValueError, match=r"\(B, T, V\) or more"):
+        haltkit.compare(trial(logits=lambda out: out), policies="norm:tau=1", repeats=1)
+    one = trial()
+    twice = haltkit.Trial(one.model, lambda x: one.model(one.model(x)), one.samples, one.metric, one.loop)
+    with pytest.raises(ValueError, match="went through the loop 2 times"):
+        haltkit.compare(twice, policies="norm:tau=1", repeats=1)
     with pytest.raises(ValueError, match="a number or a tensor"):
         haltkit.compare(trial(metric=lambda out, x: "good"), policies="norm:tau=1", repeats=1)
     with pytest.raises(ValueError, match="positive"):
@@ -162,6 +207,8 @@ def test_the_command_on_a_model_of_ones_own(command: Any, tmp_path: Path) -> Non
         (["--model", "nowhere:trial"], "No module named 'nowhere'"),
         (["--model", "mine:nothing"], "has no function 'nothing'"),
         (["--model", "mine:wrong"], "must return a haltkit.Trial, not a int"),
+        (["--model", "mine:broken"], "no module 'bodi' in Contracting"),
+        (["--model", "mine:functions", "--save", "c.yaml"], "holds functions (initial)"),
         (["--model", "mine:trial", "--tokens", "5"], "--tokens is for checkpoints"),
         (["--model", "mine:trial", "--save", "choice.txt"], "must end in .yaml, .yml"),
         (["--json", "a.json", "--save", "a.json"], "must end in"),

@@ -57,7 +57,9 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
     """Propose how to attach to a model, from one run of it.
 
     Modules that are called more than once are grouped under the module that calls them; the modules that a repeated
-    module calls inside itself are left out. The proposal is a starting point: ``verify`` tells whether it is right.
+    module calls inside itself are left out. The proposal is a starting point, and ``verify`` tells whether it is right:
+    what a run does not show has to be added, such as ``period`` where one module plays several roles in an iteration,
+    ``on_halt`` for accumulators, or ``reset_on`` of an inner loop.
 
     Args:
         model: any module.
@@ -98,7 +100,7 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
     groups: dict[str, list[str]] = {}
     for name, stack in calls:
         groups.setdefault(stack[-1] if stack else "", []).append(name)
-    found = [c for scope, names in groups.items() for c in [_candidate(scope, names, outputs)] if c is not None]
+    found = [c for scope, names in groups.items() for c in _candidates(scope, names, outputs)]
     # What a repeated module repeats inside itself, once a call, is not a loop of its own.
     entered = {name: sum(1 for called, _ in calls if called == name) for name in groups if name}
     found = [c for c in found if c.iterations > entered.get(c.scope, 1)]
@@ -107,15 +109,32 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
     return Discovery(tuple(sorted(found, key=lambda c: (-c.iterations, c.scope))))
 
 
-def _candidate(scope: str, names: list[str], outputs: dict[str, list[tuple[int, ...]]]) -> Candidate | None:
-    """The loop among the calls that one module makes: those of modules that it calls more than once."""
-    repeated = [name for name in names if names.count(name) > 1]
-    if not repeated:
-        return None
-    body = tuple(dict.fromkeys(repeated))
-    iterations = min(repeated.count(name) for name in body)
-    period = repeated.count(body[-1]) // iterations
+def _candidates(scope: str, names: list[str], outputs: dict[str, list[tuple[int, ...]]]) -> list[Candidate]:
+    """The loops among the calls that one module makes: those of modules that it calls more than once.
+
+    Modules whose calls take turns belong to one loop; where one set is done before the next begins, there are two.
+    """
+    spans: list[tuple[set[str], int, int]] = []  # modules of a loop, its first and its last call
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            calls = [i for i, called in enumerate(names) if called == name]
+            spans.append(({name}, calls[0], calls[-1]))
+    merged: list[tuple[set[str], int, int]] = []
+    for modules, first, last in spans:  # in the order of their first calls
+        if merged and first < merged[-1][2]:
+            before, start, end = merged[-1]
+            merged[-1] = before | modules, start, max(end, last)
+        else:
+            merged.append((modules, first, last))
+    return [_candidate(scope, [n for n in names if n in modules], outputs) for modules, _, _ in merged]
+
+
+def _candidate(scope: str, names: list[str], outputs: dict[str, list[tuple[int, ...]]]) -> Candidate:
+    """The loop that calls these modules, in this order."""
+    body = tuple(dict.fromkeys(names))
+    iterations = min(names.count(name) for name in body)
     shapes = {name: set(outputs.get(name, [])) for name in body}
     largest = max((len(shape) for sizes in shapes.values() for shape in sizes), default=0)
     states = [name for name in body if len(shapes[name]) == 1 and len(next(iter(shapes[name]))) == largest]
-    return Candidate(body, iterations, period, scope, states[-1] if states else body[-1])
+    state = states[-1] if states else body[-1]
+    return Candidate(body, iterations, names.count(state) // iterations, scope, state)

@@ -191,7 +191,7 @@ class Frame:
             return self._keep(output, torch.zeros_like(self.run.live))
         if x.is_inference():
             x = x.clone()  # what happens to the model's own cannot be seen: inference tensors count no versions
-        elif self._seen is not None and (self._seen[0]._version != self._seen[1] or self._seen[0] is x):
+        elif self._seen is not None and self._seen[0]._version != self._seen[1]:
             raise MutatedOutput(
                 f"the model changes the state in place after {self.loop.state_module!r} gave it (such as h += ..., or "
                 "a body that works in its own buffer), so steps cannot be measured and halted rows cannot be kept: "

@@ -28,13 +28,20 @@ REMEMBERED = 64  # caches; dictionaries among them are kept alive for it
 LAYER = 2  # update(keys, values, layer, ...) in every cache of the Hugging Face kind
 
 
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
-
-
 def _is_cache(value: Any) -> bool:
-    """A cache of the Hugging Face kind, or a dictionary (also one inside a dictionary) that tensors are put into."""
-    return (hasattr(value, "get_seq_length") and hasattr(value, "update")) or _holds_tensors(value)
+    """A cache of the Hugging Face kind."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def _contents(value: Any) -> dict[Any, Any]:
+    """The shapes of the tensors in a dictionary, also of one inside a dictionary."""
+    found: dict[Any, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Tensor):
+            found[key] = tuple(item.shape)
+        elif isinstance(item, dict):
+            found[key] = _contents(item)
+    return found
 
 
 def _reference(value: Any) -> Callable[[], Any]:
@@ -75,7 +82,7 @@ class CacheUse:
     def __init__(self, book: CacheBook) -> None:
         self.book = book
         self.cache: Any = None
-        self._dicts: list[dict[Any, Any]] = []  # empty ones that may turn out to be caches
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # arguments, and what they held at first
         self._own_update: Any = None  # update as the instance had it, if it had one of its own
         self._previous: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -95,19 +102,20 @@ class CacheUse:
         """Look for a cache among a body module's arguments."""
         if self.cache is not None:
             return
-        for value in (*args, *kwargs.values()):
-            if _is_cache(value):
+        given = [*args, *kwargs.values()]
+        for value in (*given, *(part for v in given if isinstance(v, (list, tuple)) for part in v)):
+            if _is_cache(value) or (isinstance(value, dict) and self.book.depth(value) is not None):
                 self._found(value)
                 return
-            if isinstance(value, dict) and not value and not any(value is known for known in self._dicts):
-                self._dicts.append(value)
+            if isinstance(value, dict) and not any(value is known for known, _ in self._dicts):
+                self._dicts.append((value, _contents(value)))
 
     def look_again(self) -> None:
-        """After an iteration: has one of the empty dictionaries been filled?"""
+        """After an iteration: a dictionary that tensors were put into, or that grew, is a cache."""
         if self.cache is None:
-            self.cache = next((d for d in self._dicts if _holds_tensors(d)), None)
-            if self.cache is not None:
-                self._found(self.cache)
+            grown = next((d for d, before in self._dicts if _contents(d) != before), None)
+            if grown is not None:
+                self._found(grown)
 
     def _found(self, cache: Any) -> None:
         self.cache = cache

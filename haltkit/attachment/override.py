@@ -28,7 +28,7 @@ def _new(cls: type[Any], *args: Any) -> Any:
 
 def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """Code that a compiler passes by: what it does is for Python to do, and modules compiled inside it stay so."""
-    disabled: Callable[..., Any] = torch.compiler.disable(method)
+    disabled: Callable[..., Any] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
     return disabled
 
 

@@ -9,10 +9,25 @@ from typing import Any
 
 from haltkit.attachment.description import Loop
 
-__all__ = ["load", "save"]
+__all__ = ["check_savable", "load", "save"]
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Loop)}
 _FUNCTIONS = ("select", "put", "refuse")
+
+
+def check_savable(loop: Loop) -> None:
+    """Whether a file can hold a description.
+
+    Raises:
+        ValueError: it holds functions.
+    """
+    functions = [name for name in _FUNCTIONS if getattr(loop, name) is not None]
+    functions += ["initial"] if callable(loop.initial) else []
+    if functions:
+        raise ValueError(
+            f"this description holds functions ({', '.join(functions)}), which a file cannot: save the spec alone "
+            "and give the description to attach as loop="
+        )
 
 
 def save(path: str | PathLike[str], spec: str, loop: Loop | None = None, about: str = "") -> None:
@@ -25,13 +40,7 @@ def save(path: str | PathLike[str], spec: str, loop: Loop | None = None, about: 
 
     values: dict[str, Any] = {"policy": spec}
     if loop is not None:
-        functions = [name for name in _FUNCTIONS if getattr(loop, name) is not None]
-        functions += ["initial"] if callable(loop.initial) else []
-        if functions:
-            raise ValueError(
-                f"this description holds functions ({', '.join(functions)}), which a file cannot: save the spec alone "
-                "and give the description to attach as loop="
-            )
+        check_savable(loop)
         described = {f.name: getattr(loop, f.name) for f in dataclasses.fields(loop) if f.name not in _FUNCTIONS}
         plain = {
             name: list(v) if isinstance(v, tuple) else dict(v) if name == "on_halt" else v
@@ -53,7 +62,7 @@ def load(path: str | PathLike[str]) -> tuple[str, Loop | None]:
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"no file {str(path)!r}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
@@ -68,6 +77,13 @@ def load(path: str | PathLike[str]) -> tuple[str, Loop | None]:
         raise ValueError(f"{str(path)!r}: loop has fields that are not known{wrong}; allowed are {', '.join(known)}")
     if "body" not in described:
         raise ValueError(f"{str(path)!r}: loop names no body")
-    if "carry" in described:
-        described["carry"] = tuple(described["carry"])
-    return values["policy"], Loop(**described)
+    try:
+        if described.get("carry") is not None:
+            described["carry"] = tuple(described["carry"])
+        loop = Loop(**described)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r}: loop cannot be read: {error}") from None
+    named = [*loop.body, loop.state_module, loop.scope, *loop.reset_on]
+    if not all(isinstance(name, str) for name in named) or not isinstance(loop.initial, (int, str, type(None))):
+        raise ValueError(f"{str(path)!r}: body, state, scope and reset_on are paths, initial a position or a name")
+    return values["policy"], loop

@@ -18,12 +18,13 @@ class Tally:
     """Counts over completed loops; safe to add to from several threads.
 
     Attributes:
+        loops: passes through the loop.
         computed, skipped: iterations that ran, and iterations that were given from the tape.
         seconds: time inside the body's modules of the iterations that ran, as the host saw it.
     """
 
     def __init__(self) -> None:
-        self.computed = self.skipped = 0
+        self.computed = self.skipped = self.loops = 0
         self.seconds = 0.0
         self._histogram: Counter[int] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -35,6 +36,7 @@ class Tally:
         with self._lock:
             if self._paused:
                 return
+            self.loops += 1
             self.computed += computed
             self.skipped += skipped
             self.seconds += seconds
@@ -45,6 +47,7 @@ class Tally:
         """A loop that nothing halts is over: all of its rows took ``steps``."""
         with self._lock:
             if not self._paused:
+                self.loops += 1
                 self.computed += steps
                 self._histogram[steps] += rows
                 self._outcomes[Outcome.BUDGET.name] += rows

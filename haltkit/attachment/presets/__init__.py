@@ -20,6 +20,11 @@ __all__ = ["PRESETS", "preset_for"]
 PRESETS = {
     "AlbertModel": "albert",
     "AlbertForMaskedLM": "albert",
+    "AlbertForMultipleChoice": "albert",
+    "AlbertForPreTraining": "albert",
+    "AlbertForQuestionAnswering": "albert",
+    "AlbertForSequenceClassification": "albert",
+    "AlbertForTokenClassification": "albert",
     "HrmTextModel": "hrm_text",
     "HrmTextForCausalLM": "hrm_text",
     "TinyRecursiveModel": "tiny_recursive_model",
@@ -40,7 +45,12 @@ def preset_for(model: nn.Module, readout: Readout | None) -> tuple[Loop | Native
     for cls in type(model).__mro__:
         if cls.__name__ in PRESETS:
             module = importlib.import_module(f"haltkit.attachment.presets.{PRESETS[cls.__name__]}")
-            loop, found = module.describe(model)
+            try:
+                loop, found = module.describe(model)
+            except AttributeError as error:
+                raise AttachError(
+                    f"this {cls.__name__} is not the one that haltkit knows ({error}): describe its loop by body=[...]"
+                ) from None
             return loop, readout or found
     from haltkit.attachment.presets import torchdeq
 
