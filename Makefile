@@ -62,6 +62,7 @@ wheel: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_policy_cost.py
 	$(BIN)/python examples/bench_attach.py
+	$(BIN)/python examples/bench_training.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

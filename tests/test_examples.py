@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
+    "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
     "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
 }
 
