@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, generate, policies, prepare, train
+from haltkit.cli import bench, compare, generate, policies, prepare, train
 
 app = typer.Typer(
     name="haltkit",
@@ -38,6 +38,7 @@ def main(
         print(context.get_help())
 
 
+app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("policies")(policies.policies)
