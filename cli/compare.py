@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -39,9 +39,17 @@ def compare(
     granularity: Annotated[
         str | None,
         typer.Option(
-            metavar="token|sequence|batch", help="Which rows decide together. [default: sequence]", show_default=False
+            metavar="token|sequence|batch", help="Which rows decide together. [default: token]", show_default=False
         ),
     ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(metavar="forward|decode", help="A pass over the text, or token by token with a cache (slow)."),
+    ] = "forward",
+    execution: Annotated[
+        str,
+        typer.Option(metavar="compact|masked", help="Compute tokens still looping, or all at every step."),
+    ] = "compact",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
@@ -72,6 +80,7 @@ def compare(
     from haltkit.models import comparing
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
+    comparing.check_mode(mode, execution)
     loaded = load_checkpoint(checkpoint or BUNDLED)
     if not loaded.model.regions:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
@@ -84,6 +93,7 @@ def compare(
         task = bar.add_task(f"{len(settings)} settings, {len(windows)} windows", total=None)
         result = comparing.compare_checkpoint(
             loaded, settings, windows, batch=batch, max_loops=max_loops, repeats=repeats,
+            mode=cast("Any", mode), execution=cast("Any", execution),
             on_tick=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     about = {
@@ -94,6 +104,8 @@ def compare(
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "max_loops": max_loops,
         "batch": batch,
+        "mode": mode,
+        "execution": execution,
     }
     found = findings(result.rows)
     _print_table(console, result, list(loaded.model.regions), about)
@@ -176,7 +188,7 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
         dropped += ("CE", "agree")
     table = Table(
         title=f"{about['model']} checkpoint, {result.tokens:,} tokens of {about['text']}, batch {about['batch']}, "
-        f"{about['device']}, {about['dtype']}",
+        f"{about['mode']}, {about['execution']}, {about['device']}, {about['dtype']}",
         caption="ms/token: median of the repeats and half their range, wall clock; delta: cross-entropy above full "
         "depth with its standard error; agree: top token as at full depth; steps: mean by region; halted: by the "
         "policy, not by the budget",

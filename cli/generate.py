@@ -67,9 +67,10 @@ def generate(
     from haltkit.models import generation
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
-    sampling = generation.Sampling(temperature, top_k, top_p, seed)
+    generation.Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
     loaded = load_checkpoint(checkpoint or BUNDLED)
     model, tokenizer = loaded.model, loaded.tokenizer
+    sampling = generation.Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab)
     prompt_ids = tokenizer.encode_ordinary(text)
     stream = generation.stream(
         model, [prompt_ids], policy or f"fixed:steps={min(model.mean_loops, max_loops)}",

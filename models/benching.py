@@ -19,7 +19,6 @@ from torch import Tensor
 import haltkit
 from haltkit.comparison import observed_taus
 from haltkit.loop import LoopRun
-from haltkit.models.cache import CacheMemory, DecodeRows
 from haltkit.models.checkpoint import Checkpoint
 from haltkit.models.generation import Decoder
 from haltkit.models.gpt import Block, LoopedGPT, Region
@@ -211,30 +210,6 @@ def forward_speed(
     ]  # fmt: skip
 
 
-def _bare_step(decoder: Decoder, tokens: Tensor, loops: int) -> Tensor:
-    """Cached decoding at a fixed depth with nothing else: no policy, no loop, nothing looked at."""
-    model, places = decoder.model, list(decoder.lengths)
-    rows = DecodeRows(places, tokens.device)
-    x = model.embed(tokens.unsqueeze(-1), rows.positions.unsqueeze(-1)).squeeze(1)
-    for name, layer in model.layers.items():
-        memories = [CacheMemory(cache, rows) for cache in decoder._caches[name]]
-        if not isinstance(layer, Region):
-            rows.k = 1
-            x = layer(x, memories[0])
-            continue
-
-        def noise(region: str, k: int, like: Tensor) -> Tensor:
-            return model.noise.at(region, k, rows.positions, like)
-
-        h = layer.initial_state(x, noise)
-        for k in range(1, loops + 1):
-            rows.k = k
-            h = layer.step(h, x, k, noise, memories)
-        x = layer.leave(h)
-    decoder.lengths = [n + 1 for n in places]
-    return model.readout(x)
-
-
 @torch.inference_mode()
 def decode_speed(
     model: LoopedGPT, ids: Tensor, specs: Sequence[str], *, start: int, max_loops: int, repeats: int
@@ -250,7 +225,7 @@ def decode_speed(
     def full() -> None:
         bare.lengths = [start] * len(ids)
         for i in range(start, ids.shape[1]):
-            _bare_step(bare, ids[:, i], max_loops)
+            bare.step_fixed(ids[:, i], dict.fromkeys(model.regions, max_loops))
 
     def run(spec: str) -> None:
         decoder = decoders[spec]
