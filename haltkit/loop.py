@@ -203,7 +203,7 @@ class LoopRun:
         state, halted, going = self._judge(new, self.live)
         total = new.sum() if doubt is None else new.sum() + doubt  # NaN and infinity survive a sum
         if total.is_cpu:  # looking costs nothing there
-            running = int(going.sum()) if math.isfinite(float(total)) else -1
+            running = int(torch.count_nonzero(going)) if math.isfinite(float(total)) else -1
         else:
             running = int(torch.where(total.isfinite(), going.sum(), -1))
         if running < 0:

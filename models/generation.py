@@ -135,7 +135,7 @@ class Decoder:
             if not isinstance(layer, Region):
                 memory = CacheMemory(caches[0], rows)
                 out = layer(x, memory)
-                if not rows.careful and memory.doubt is not None and not bool(memory.doubt.isfinite()):
+                if not rows.careful and memory.doubt is not None and not math.isfinite(float(memory.doubt)):
                     rows.careful = True
                     out = layer(x, memory)
                 x = out

@@ -191,3 +191,11 @@ def test_comparing_modes_and_executions_differ_in_time_alone(
             assert a["spec"] == b["spec"]
             assert a["steps"] == pytest.approx(b["steps"], rel=0.01)
             assert a["ce"] == pytest.approx(b["ce"], abs=1e-3)
+
+
+def test_comparing_whole_sequences_says_that_they_are_not_causal(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--checkpoint", checkpoint, "--text", text, "--policies", "norm:tau=0.1", "--max-loops", 3, "--tokens", 64]
+    assert run(monkeypatch, "compare", *args, "--repeats", 1, "--granularity", "sequence") == 0
+    assert "Non-causal" in capsys.readouterr().out
