@@ -21,7 +21,7 @@ _MEANING = {
     "overhead": "compact execution at full depth over a bare loop",
     "forward": "teacher-forced passes against full depth",
     "decode": "cached decoding against cached decoding at full depth",
-    "slowest": "against iterating until the slowest token is done",
+    "slowest": "against iterating until the slowest token is done (bare: no policy; Scripted: depths that surely differ)",
     "break-even": "share of halted rows from which leaving them behind pays within a step",
     "position": "time a token by its position",
     "layouts": "KV layouts: what they take, what they lose",
@@ -99,7 +99,8 @@ def bench(
             )
         ],
         "slowest": lambda: [
-            benching.slowest_row(model, ids[:16, :half], spec, max_loops=max_loops, repeats=repeats) for spec in chosen
+            benching.slowest_row(model, ids[:16, :half], spec, max_loops=max_loops, repeats=repeats)
+            for spec in (*chosen, f"haltkit.models.benching:Scripted:deepest={min(16, max_loops)}")
         ],
         "break-even": lambda: benching.break_even(model, (8, 32, 128, 1024), shares, repeats=2 * repeats + 1),
         "position": lambda: benching.position_cost(
@@ -194,11 +195,13 @@ def _print(console: Console, part: str, result: Any) -> None:
                 f"{row['realised']:.2f}",
             )  # fmt: skip
     elif part == "slowest":
-        grid = table("policy", "batch x tokens", "mean steps", "slowest", "over a bare loop", "over masked", "tokens/s")
+        grid = table(
+            "policy", "batch x tokens", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s"
+        )
         for row in result:
             grid.add_row(
-                row["spec"], f"{row['batch']} x {row['length']}", steps_of(row),
-                " ".join(map(str, row["slowest"].values())), f"{row['over_bare']:.2f}x", f"{row['over_masked']:.2f}x",
+                row["spec"].rpartition("benching:")[2], f"{row['batch']} x {row['length']}", steps_of(row),
+                " ".join(map(str, row["slowest"].values())), f"{row['bound']:.2f}x", f"{row['over_bare']:.2f}x", f"{row['over_masked']:.2f}x",
                 f"{row['tokens_per_second']:,.0f}",
             )  # fmt: skip
     elif part == "break-even":

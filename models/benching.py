@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ from haltkit.models.generation import Decoder
 from haltkit.models.gpt import Block, LoopedGPT, Region
 from haltkit.models.memory import CompactMemory, CompactRegionLoop, Rows
 from haltkit.offline import scores
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, granularity_of
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of
 from haltkit.registry import Spec, policy_class
 
 __all__ = [
+    "Scripted",
     "approximate_layouts",
     "break_even",
     "choose_specs",
@@ -268,6 +270,24 @@ def full_depth_overhead(model: LoopedGPT, ids: Tensor, *, loops: int, repeats: i
     return {"rows": ids.numel(), "loops": loops, **{name: ratio(times, name, "bare") - 1 for name in compact}}
 
 
+@dataclass(frozen=True)
+class Scripted:
+    """Halts every row at a depth drawn beforehand, evenly from 1 to ``deepest``: known depths that surely differ."""
+
+    deepest: int
+    seed: int = 0
+
+    formula: ClassVar[str] = "drawn depth - k"
+
+    def init(self, x0: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)  # in the rows' order, in whatever shape they come
+        return torch.randint(1, self.deepest + 1, x0.shape[:-1], generator=generator).to(x0.device)
+
+    def update(self, state: Tensor, step: LoopStep) -> tuple[Tensor, Verdict]:
+        left = state - step.k
+        return state, Verdict(left.to(torch.float32), left <= 0)
+
+
 @torch.inference_mode()
 def slowest_row(model: LoopedGPT, ids: Tensor, spec: str, *, max_loops: int, repeats: int) -> dict[str, Any]:
     """Compact execution against iterating all tokens until the slowest is done.
@@ -283,10 +303,12 @@ def slowest_row(model: LoopedGPT, ids: Tensor, spec: str, *, max_loops: int, rep
     }
     in_turns(runs, 1)
     times = in_turns(runs, repeats)
+    keys = (ids.shape[1] + 1) / 2
     return {
         "batch": len(ids),
         "length": ids.shape[1],
         "spec": spec,
+        "bound": flops(model, slowest, keys) / flops(model, _means(depths), keys),
         "steps": _means(depths),
         "slowest": slowest,
         "tokens_per_second": ids.numel() / statistics.median(times["compact"]),

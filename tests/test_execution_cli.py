@@ -142,6 +142,9 @@ def test_bench_measures_every_part(
         assert row["realised"] == pytest.approx(row["speedup"] / row["bound"])
         assert row["bound"] > 1
         assert all(1 <= mean <= 8 for mean in row["steps"].values())
+    scripted = measured["slowest"][-1]
+    assert scripted["slowest"] == {"2": 8, "3-4": 8}
+    assert scripted["bound"] > 1.2
     exact, *others = measured["layouts"]
     assert (exact["ce_change"], exact["max_logit_error"], exact["agreement"]) == (0, 0, 1)
     assert all(row["bytes_per_token"] < exact["bytes_per_token"] for row in others)
