@@ -21,7 +21,7 @@ _MEANING = {
     "overhead": "compact execution at full depth over a bare loop",
     "forward": "teacher-forced passes against full depth",
     "decode": "cached decoding against cached decoding at full depth",
-    "slowest": "against iterating until the slowest token is done (bare: no policy; Scripted: depths that surely differ)",
+    "slowest": "against iterating until the slowest token is done (bare: no policy; Scripted: drawn depths)",
     "break-even": "share of halted rows from which leaving them behind pays within a step",
     "position": "time a token by its position",
     "layouts": "KV layouts: what they take, what they lose",
@@ -34,10 +34,10 @@ def bench(
     ] = "accel,kl",
     only: Annotated[str, typer.Option(metavar="LIST", help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: the bundled one]", show_default=False)
+        Path | None, typer.Option(help="Checkpoint folder. \\[default: the bundled one]", show_default=False)
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text file. [default: the bundled held-out sample]", show_default=False)
+        Path | None, typer.Option(help="Text file. \\[default: the bundled held-out sample]", show_default=False)
     ] = None,
     max_loops: Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
@@ -195,15 +195,18 @@ def _print(console: Console, part: str, result: Any) -> None:
                 f"{row['realised']:.2f}",
             )  # fmt: skip
     elif part == "slowest":
-        grid = table(
-            "policy", "batch x tokens", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s"
-        )
+        grid = table("policy", "batch", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s")
         for row in result:
             grid.add_row(
-                row["spec"].rpartition("benching:")[2], f"{row['batch']} x {row['length']}", steps_of(row),
-                " ".join(map(str, row["slowest"].values())), f"{row['bound']:.2f}x", f"{row['over_bare']:.2f}x", f"{row['over_masked']:.2f}x",
+                row["spec"].removeprefix("haltkit.models.benching:"),
+                f"{row['batch']} x {row['length']}",
+                steps_of(row),
+                " ".join(map(str, row["slowest"].values())),
+                f"{row['bound']:.2f}x",
+                f"{row['over_bare']:.2f}x",
+                f"{row['over_masked']:.2f}x",
                 f"{row['tokens_per_second']:,.0f}",
-            )  # fmt: skip
+            )
     elif part == "break-even":
         grid = table("rows at hand", "share halted")
         for row in result:
