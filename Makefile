@@ -57,6 +57,7 @@ wheel: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_policy_cost.py
 	$(BIN)/python examples/bench_attach.py
+	$(BIN)/haltkit bench --json haltkit-bench.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -194,9 +194,7 @@ def check_mode(mode: str, execution: str) -> None:
     if execution not in ("masked", "compact"):
         raise ValueError(f"execution {execution!r}: allowed are masked, compact")
     if mode == "decode" and execution == "masked":
-        raise ValueError(
-            "mode decode has no masked execution, a token being all there is: use compact, or mode forward"
-        )
+        raise ValueError("mode decode computes a token at a time, so nothing is masked: use compact, or mode forward")
 
 
 def compare_checkpoint(
