@@ -63,6 +63,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_policy_cost.py
 	$(BIN)/python examples/bench_attach.py
 	$(BIN)/python examples/bench_training.py
+	$(BIN)/haltkit bench --json haltkit-bench.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

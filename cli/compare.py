@@ -6,7 +6,7 @@ import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -43,9 +43,17 @@ def compare(
     granularity: Annotated[
         str | None,
         typer.Option(
-            metavar="token|sequence|batch", help="Which rows decide together. [default: sequence]", show_default=False
+            metavar="token|sequence|batch", help="Which rows decide together. [default: token]", show_default=False
         ),
     ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(metavar="forward|decode", help="A pass over the text, or token by token with a cache (slow)."),
+    ] = "forward",
+    execution: Annotated[
+        str,
+        typer.Option(metavar="compact|masked", help="Compute tokens still looping, or all at every step."),
+    ] = "compact",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
@@ -89,7 +97,18 @@ def compare(
         )
     else:
         result, about, levels, regions, loop = _checkpoint(
-            console, specs, thresholds, checkpoint, text, max_loops, tokens, batch, granularity, repeats
+            console,
+            specs,
+            thresholds,
+            checkpoint,
+            text,
+            max_loops,
+            tokens,
+            batch,
+            granularity,
+            repeats,
+            mode,
+            execution,
         )
     from haltkit.comparison import findings
 
@@ -131,6 +150,8 @@ def _checkpoint(
     batch: int,
     granularity: str | None,
     repeats: int,
+    mode: str,
+    execution: str,
 ) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
     """The comparison on a checkpoint of the bundled architecture."""
 
@@ -140,6 +161,7 @@ def _checkpoint(
     from haltkit.models import comparing
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
+    comparing.check_mode(mode, execution)
     loaded = load_checkpoint(checkpoint or BUNDLED)
     if not loaded.model.regions:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
@@ -147,8 +169,9 @@ def _checkpoint(
     settings = comparing.choose_settings(loaded, specs, thresholds, max_loops, windows[:2], granularity)
     with _progress(console, f"{len(settings)} settings, {len(windows)} windows") as tick:
         result = comparing.compare_checkpoint(
-            loaded, settings, windows, batch=batch, max_loops=max_loops, repeats=repeats, on_tick=tick
-        )
+            loaded, settings, windows, batch=batch, max_loops=max_loops, repeats=repeats,
+            mode=cast("Any", mode), execution=cast("Any", execution), on_tick=tick,
+        )  # fmt: skip
     about = {
         "model": f"{checkpoint or 'bundled'} checkpoint",
         "trained": loaded.trained,
@@ -157,6 +180,8 @@ def _checkpoint(
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "max_loops": max_loops,
         "batch": batch,
+        "mode": mode,
+        "execution": execution,
     }
     return result, about, CE_LEVELS, list(loaded.model.regions), None
 
@@ -220,7 +245,7 @@ def _factory(path: str) -> Callable[[], Any]:
 
 def _refuse_with_model(context: typer.Context) -> None:
     """Options that say what a checkpoint is compared on have no meaning for a model that brings its own samples."""
-    for name in ("checkpoint", "text", "max_loops", "tokens", "batch"):
+    for name in ("checkpoint", "text", "max_loops", "tokens", "batch", "mode", "execution"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} is for checkpoints; a --model brings its own samples")
@@ -332,7 +357,7 @@ def _print_table(console: Console, result: Comparison, regions: Sequence[str], a
     nats = "delta (nats)" if result.metric == "CE" else "delta"
     titles = {"CE": result.metric, "ms/token": f"ms/{result.item}", "delta (nats)": nats}
     agree = "" if result.rows[0].agreement is None else "agree: top token as at full depth; "
-    batch = [f"batch {about['batch']}"] if "batch" in about else []
+    batch = [f"batch {about['batch']}", about["mode"], about["execution"]] if "batch" in about else []
     table = Table(
         title=", ".join([_title(result, about), *batch, about["device"], about["dtype"]]),
         caption=f"ms/{result.item}: median of the repeats and half their range, wall clock; delta: {result.metric} "

@@ -25,19 +25,19 @@ _SHADES = (
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue. [default: standard input]", show_default=False)
+        str | None, typer.Argument(help="Text to continue. \\[default: standard input]", show_default=False)
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead.")] = None,
     policy: Annotated[
         str | None,
         typer.Option(
             help="When a token has thought enough: a spec, or one a region as in '4=accel:tau=0.1;5-6=...'. "
-            "[default: the depth that the model was trained around, fixed]",
+            "\\[default: the depth that the model was trained around, fixed]",
             show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. [default: the bundled one]", show_default=False)
+        Path | None, typer.Option(help="Checkpoint folder. \\[default: the bundled one]", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
@@ -67,9 +67,10 @@ def generate(
     from haltkit.models import generation
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
-    sampling = generation.Sampling(temperature, top_k, top_p, seed)
+    generation.Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
     loaded = load_checkpoint(checkpoint or BUNDLED)
     model, tokenizer = loaded.model, loaded.tokenizer
+    sampling = generation.Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab)
     prompt_ids = tokenizer.encode_ordinary(text)
     stream = generation.stream(
         model, [prompt_ids], policy or f"fixed:steps={min(model.mean_loops, max_loops)}",

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import compare, diagnose, eval, generate, policies, prepare, report, train
+from haltkit.cli import bench, compare, diagnose, eval, generate, policies, prepare, report, train
 
 app = typer.Typer(
     name="haltkit",
@@ -38,6 +38,7 @@ def main(
         print(context.get_help())
 
 
+app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
 app.command("eval")(eval.evaluate)

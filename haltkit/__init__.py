@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from haltkit.attachment import Session as Session
     from haltkit.attachment import attach as attach
     from haltkit.attachment import discover as discover
+    from haltkit.loop import CompactBody as CompactBody
     from haltkit.loop import LoopBody as LoopBody
     from haltkit.loop import LoopObserver as LoopObserver
     from haltkit.loop import LoopResult as LoopResult
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "haltkit.attachment": ("Loop", "Session", "attach", "discover"),
-    "haltkit.loop": ("LoopBody", "LoopObserver", "LoopResult", "Outcome", "run_loop"),
+    "haltkit.loop": ("CompactBody", "LoopBody", "LoopObserver", "LoopResult", "Outcome", "run_loop"),
     "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),
     "haltkit.recorder": ("Record", "Recorder", "record"),
     "haltkit.registry": ("policy",),

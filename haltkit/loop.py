@@ -202,7 +202,10 @@ class LoopRun:
         new = self._checked(new)
         state, halted, going = self._judge(new, self.live)
         total = new.sum() if doubt is None else new.sum() + doubt  # NaN and infinity survive a sum
-        running = int(torch.where(total.isfinite(), going.sum(), -1))
+        if total.is_cpu:  # looking costs nothing there
+            running = int(torch.count_nonzero(going)) if math.isfinite(float(total)) else -1
+        else:
+            running = int(torch.where(total.isfinite(), going.sum(), -1))
         if running < 0:
             return False
         self._take(new, self.live, halted, going, running)
@@ -219,7 +222,7 @@ class LoopRun:
         """The policy's state after step ``k + 1``, the rows it halts, and those that go on; nothing is changed."""
         step = LoopStep(self.k + 1, new, self.x, live, self.readout)
         state, verdict = self.policy.update(self._state, step)
-        going = live & ~verdict.halt
+        going = live > verdict.halt  # live and not halted, in one operation
         if self._budget is not None:
             going = going & (self._budget > self.k + 1)
         return state, verdict.halt, going

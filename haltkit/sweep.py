@@ -23,7 +23,7 @@ def sweep_settings(
     readout: Readout | None,
     *,
     granularity: str | None = None,
-    default_granularity: str = "token",
+    default_granularity: str | None = None,
     targets: Sequence[int] = TARGET_STEPS,
 ) -> list[Setting]:
     """One setting for each spec that has a ``tau``, and a sweep for each of the others.
@@ -33,7 +33,7 @@ def sweep_settings(
             or the thresholds.
         recorded: the loops at full depth, to observe scores on; called only if thresholds are picked from them.
         granularity: for every policy that does not say its own; one that says another is refused. None:
-            ``default_granularity``, where a policy says nothing.
+            ``default_granularity``, where a policy says nothing; without one, each token decides for itself.
         targets: steps at which picked thresholds should stop a typical row.
 
     Raises:
@@ -42,8 +42,9 @@ def sweep_settings(
     settings: list[Setting] = []
     for spec in specs:
         label = str(replace(spec, keys=tuple((k, v) for k, v in spec.keys if k != "tau")))
-        if spec.takes("granularity") and (granularity is not None or spec.get("granularity") is None):
-            spec = spec.with_key("granularity", granularity or default_granularity)
+        wanted = granularity or (default_granularity if spec.get("granularity") is None else None)
+        if wanted is not None and spec.takes("granularity"):
+            spec = spec.with_key("granularity", wanted)
         causal = spec.get("granularity") in (None, "token")
         if not spec.takes("tau") or spec.get("tau") is not None:
             spec.build()

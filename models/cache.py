@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ class LayerCache:
         if rows.place is not None and rows.index is None and rows.writers is None:
             self.kv[slot:end, :, rows.place] = new
             return
-        sequence = rows.all_rows if rows.index is None else rows.index
+        sequence = torch.arange(len(new), device=new.device) if rows.index is None else rows.index
         if rows.writers is not None:
             sequence, new = sequence[rows.writers], new[rows.writers]
         self.kv[slot:end, sequence, rows.positions[sequence]] = new
@@ -122,21 +123,26 @@ class DecodeRows:
     """The newest token of each of ``B`` sequences, and which of them are at hand.
 
     Attributes:
-        positions: ``(B,)``; place: the same for all, or None.
+        positions: ``(B,)``, as ``places``; place: the one place of all, or None.
         index: sequences at hand, ``(n,)``; None: all. writers: of those, the ones that have not halted; None: all.
         end: one past the greatest position.
     """
 
-    def __init__(self, positions: Sequence[int], device: torch.device, *, careful: bool = False) -> None:
-        self.positions = torch.tensor(positions, device=device)
-        self.all_rows = torch.arange(len(positions), device=device)
-        self.place = positions[0] if len(set(positions)) == 1 else None
-        self.end = max(positions) + 1
+    def __init__(self, places: Sequence[int], positions: Tensor, *, careful: bool = False) -> None:
+        self.positions = positions
+        self.place = places[0] if min(places) == max(places) else None
+        self.end = max(places) + 1
         self.index: Tensor | None = None
         self.writers: Tensor | None = None
         self.careful = careful
         self.k = 1
         self._mask: Tensor | None = None
+
+    def all_at_hand(self) -> DecodeRows:
+        """The same tokens at the start of another loop."""
+        again = copy(self)
+        again.index, again.writers = None, None
+        return again
 
     def select(self, kept: Tensor) -> None:
         self.index = kept if self.index is None else self.index[kept]
@@ -145,7 +151,7 @@ class DecodeRows:
     def hold(self, halted: Tensor | None) -> None:
         self.writers = None
         if halted is not None:
-            count = len(self.all_rows) if self.index is None else len(self.index)
+            count = len(self.positions) if self.index is None else len(self.index)
             running = torch.ones(count, dtype=torch.bool, device=halted.device).index_fill_(0, halted, False)
             self.writers = running.nonzero().squeeze(-1)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,17 +15,20 @@ from torch import Tensor
 
 import haltkit
 from haltkit.comparison import Comparison, Observation, Setting, compare
+from haltkit.loop import Execution
 from haltkit.models.checkpoint import BUNDLED, Checkpoint
 from haltkit.models.data import DataError, windows
+from haltkit.models.generation import Decoder
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.policies import Fixed
-from haltkit.protocol import HaltingPolicy
+from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.registry import Spec
 from haltkit.sweep import sweep_settings
 from haltkit.trajectory import RegionTrajectory
 
-__all__ = ["FIXED_DEPTHS", "SAMPLE", "choose_settings", "compare_checkpoint", "text_windows"]
+__all__ = ["FIXED_DEPTHS", "SAMPLE", "Mode", "check_mode", "choose_settings", "compare_checkpoint", "text_windows"]
 
+Mode = Literal["forward", "decode"]
 FIXED_DEPTHS = (1, 2, 4, 8, 12, 16, 32)
 SAMPLE = BUNDLED / "sample.txt"
 
@@ -68,7 +71,7 @@ def choose_settings(
         specs: those with a ``tau`` stand for one setting, the others for a sweep.
         taus: ``paper``, ``auto`` (picked from the scores seen on ``sample``), ``both``, or the thresholds.
         sample: windows ``(N, T + 1)`` to observe scores on.
-        granularity: for every policy that does not say its own; one that says another is refused. None: sequence,
+        granularity: for every policy that does not say its own; one that says another is refused. None: token,
             where a policy says nothing.
 
     Raises:
@@ -90,9 +93,7 @@ def choose_settings(
         return list(recording.trajectory.regions.values())
 
     swept = [spec for spec in specs if spec.name != "fixed"]
-    return settings + sweep_settings(
-        swept, taus, recorded, model.readout, granularity=granularity, default_granularity="sequence"
-    )
+    return settings + sweep_settings(swept, taus, recorded, model.readout, granularity=granularity)
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,35 @@ class _Runner:
     model: LoopedGPT
     max_loops: int
     policies: Mapping[str, HaltingPolicy[Any]]  # by spec, built before anything is timed
+    mode: Mode
+    execution: Execution
 
     @torch.no_grad()
     def run(self, setting: Setting, window: Tensor) -> Tensor | AdaptiveOutput:
         inputs = window[:, :-1]
+        if self.mode == "decode":
+            return self.decode(setting, inputs)
         if setting.loops is not None:  # a fixed depth measures nothing and pays for nothing
             logits: Tensor = self.model(inputs, setting.loops)
             return logits
-        return self.model.forward_adaptive(inputs, self.policies[setting.spec], max_loops=self.max_loops)
+        return self.model.forward_adaptive(
+            inputs, self.policies[setting.spec], max_loops=self.max_loops, execution=self.execution
+        )
+
+    def decode(self, setting: Setting, inputs: Tensor) -> Tensor | AdaptiveOutput:
+        """Token by token with the exact cache, the text being given; a fixed depth with nothing but its loop."""
+        decoder = Decoder(self.model, self.policies[setting.spec], max_loops=self.max_loops)
+        first = decoder.prefill(inputs[:, :1])
+        if setting.loops is not None:
+            loops = dict.fromkeys(self.model.regions, setting.loops)
+            rest = [decoder.step_fixed(inputs[:, i], loops) for i in range(1, inputs.shape[1])]
+            return torch.stack([first.logits, *rest], 1)
+        seen = [first, *(decoder.step(inputs[:, i]) for i in range(1, inputs.shape[1]))]
+        return AdaptiveOutput(
+            torch.stack([one.logits for one in seen], 1),
+            {name: torch.stack([one.steps[name] for one in seen], 1) for name in self.model.regions},
+            {name: torch.stack([one.outcome[name] for one in seen], 1) for name in self.model.regions},
+        )
 
     def observe(self, setting: Setting, output: Tensor | AdaptiveOutput, window: Tensor) -> Observation:
         logits = output.logits if isinstance(output, AdaptiveOutput) else output
@@ -116,6 +138,20 @@ class _Runner:
             return Observation(logits, losses, output.steps, output.outcome)
         steps = {name: torch.full_like(losses, setting.loops or 0) for name in self.model.regions}
         return Observation(logits, losses, steps, {})
+
+
+def check_mode(mode: str, execution: str) -> None:
+    """Refuse an unknown mode or execution, and a pair that does not go together.
+
+    Raises:
+        ValueError: which, and what does.
+    """
+    if mode not in ("forward", "decode"):
+        raise ValueError(f"mode {mode!r}: allowed are forward, decode")
+    if execution not in ("masked", "compact"):
+        raise ValueError(f"execution {execution!r}: allowed are masked, compact")
+    if mode == "decode" and execution == "masked":
+        raise ValueError("mode decode computes a token at a time, so nothing is masked: use compact, or mode forward")
 
 
 def compare_checkpoint(
@@ -127,18 +163,32 @@ def compare_checkpoint(
     max_loops: int = 32,
     repeats: int = 3,
     timed: int = 1,
+    mode: Mode = "forward",
+    execution: Execution = "compact",
     on_tick: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare on windows ``(N, T + 1)``, ``batch`` of them at a time.
 
+    Args:
+        mode: ``forward`` is one teacher-forced pass over a window; ``decode`` takes it token by token with a cache,
+            the prompt being its first token.
+        execution: of a forward pass under a policy.
+
     Raises:
-        ValueError: a batch that does not fit.
+        ValueError: a batch that does not fit, an unknown mode or execution, or ones that cannot go together.
     """
+    check_mode(mode, execution)
     if batch < 1 or len(sequences) < batch:
         raise ValueError(f"batch={batch} does not fit {len(sequences)} windows of text: lower it or give more text")
     batches = [part for part in torch.split(sequences, batch) if len(part) == batch]
     policies = {setting.spec: haltkit.policy(setting.spec) for setting in settings}
-    runner = _Runner(checkpoint.model, max_loops, policies)
+    for spec, policy in policies.items():
+        if mode == "decode" and (granularity := granularity_of(policy)) != "token":
+            raise ValueError(
+                f"{spec!r} decides by {granularity}, and a {granularity} is not there yet while it is decoded: use "
+                "granularity=token, or mode forward"
+            )
+    runner = _Runner(checkpoint.model, max_loops, policies, mode, execution)
     with torch.inference_mode():
         runner.run(settings[0], batches[0])  # warm up before anything is timed
     return compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,7 @@ def run_once(name: str, layer: nn.Module, x: Tensor, history: History | None) ->
     rows = Rows(*x.shape[:2])
     memory = CompactMemory(rows)
     out: Tensor = layer(x.flatten(0, 1), memory)
-    if memory.doubt is not None and not bool(memory.doubt.isfinite()):
+    if memory.doubt is not None and not math.isfinite(float(memory.doubt)):
         rows.careful = True
         out = layer(x.flatten(0, 1), memory)
     if history is not None and memory.kv is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,8 +123,8 @@ class Decoder:
             raise GenerationError(f"the context of {self.capacity} tokens is full")
         model = self.model
         places = [min(n, self.capacity - 1) for n in self.lengths]
-        rows = DecodeRows(places, tokens.device, careful=self.careful)
-        positions = rows.positions
+        positions = torch.tensor(places, device=tokens.device)
+        rows = DecodeRows(places, positions, careful=self.careful)
         x = model.embed(tokens.unsqueeze(-1), positions.unsqueeze(-1)).squeeze(1)  # (B, D)
         steps: dict[str, Tensor] = {}
         outcome: dict[str, Tensor] = {}
@@ -135,14 +135,14 @@ class Decoder:
             if not isinstance(layer, Region):
                 memory = CacheMemory(caches[0], rows)
                 out = layer(x, memory)
-                if not rows.careful and memory.doubt is not None and not bool(memory.doubt.isfinite()):
+                if not rows.careful and memory.doubt is not None and not math.isfinite(float(memory.doubt)):
                     rows.careful = True
                     out = layer(x, memory)
                 x = out
                 continue
             later -= 1
             budget = share_budget(self.total_loops, spent, later, self.max_loops)
-            at_hand = DecodeRows(places, tokens.device, careful=rows.careful)
+            at_hand = rows.all_at_hand()
             memories = [CacheMemory(cache, at_hand) for cache in caches]
             result = run_loop(
                 CompactRegionLoop(layer, x, positions, model.noise, at_hand, memories),
@@ -162,6 +162,35 @@ class Decoder:
         self.lengths = [n + going for n, going in zip(self.lengths, running, strict=True)]
         return Decoded(model.readout(x), steps, outcome)
 
+    @torch.inference_mode()
+    def step_fixed(self, tokens: Tensor, loops: Mapping[str, int]) -> Tensor:
+        """Add one token a sequence at fixed loop counts, with no policy and nothing looked at; logits ``(B, V)``.
+
+        What halting is to be measured against: the same cache, and the bare loop.
+        """
+        if max(self.lengths) >= self.capacity:
+            raise GenerationError(f"the context of {self.capacity} tokens is full")
+        model = self.model
+        positions = torch.tensor(self.lengths, device=tokens.device)
+        rows = DecodeRows(self.lengths, positions, careful=self.careful)
+        x = model.embed(tokens.unsqueeze(-1), positions.unsqueeze(-1)).squeeze(1)  # (B, D)
+
+        def noise(region: str, k: int, like: Tensor) -> Tensor:
+            return model.noise.at(region, k, positions, like)
+
+        for name, layer in model.layers.items():
+            memories = [CacheMemory(cache, rows) for cache in self._caches[name]]
+            if not isinstance(layer, Region):
+                rows.k = 1
+                x = layer(x, memories[0])
+                continue
+            h = layer.initial_state(x, noise)
+            for rows.k in range(1, loops[name] + 1):
+                h = layer.step(h, x, rows.k, noise, memories)
+            x = layer.leave(h)
+        self.lengths = [n + 1 for n in self.lengths]
+        return model.readout(x)
+
     def nbytes(self) -> int:
         """Bytes of the cache that hold something."""
         return sum(cache.nbytes(self.lengths) for caches in self._caches.values() for cache in caches)
@@ -176,12 +205,14 @@ class Sampling:
         top_k: draw among so many most likely tokens only.
         top_p: draw among the fewest most likely tokens that together have at least this probability.
         seed: of the draws. Each sequence has draws of its own, whatever is in the batch beside it.
+        vocabulary: draw among so many first tokens only, where a tokenizer has fewer than the model (None: all).
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -192,6 +223,8 @@ class Sampling:
             raise GenerationError(f"top_p={self.top_p}: it must be above 0 and at most 1")
         if self.seed < 0:
             raise GenerationError(f"seed={self.seed}: it must not be negative")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise GenerationError(f"vocabulary={self.vocabulary}: it must be at least 1")
 
     def draws(self, batch: int, count: int) -> Tensor:
         """Uniform numbers for ``count`` tokens of each sequence, ``(B, count)``; row ``i`` from seed ``seed + i``."""
@@ -204,7 +237,7 @@ class Sampling:
         Raises:
             GenerationError: logits that are not finite.
         """
-        logits = signals.measured(logits)
+        logits = signals.measured(logits)[:, : self.vocabulary]
         if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
             raise GenerationError("the model's logits are not finite: there is no token to choose")
         if self.temperature == 0 or self.top_k == 1:

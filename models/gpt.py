@@ -516,6 +516,7 @@ class LoopedGPT(
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        vocabulary: int | None = None,
         stop: Sequence[int] = (),
         layout: str = "depth-indexed",
         max_loops: int = 32,
@@ -529,7 +530,7 @@ class LoopedGPT(
         Args:
             policy: as in :meth:`forward_adaptive`, deciding token by token.
             max_new_tokens: of each sequence; it also ends at a stop token or where the context is full.
-            temperature, top_k, top_p, seed: see :class:`haltkit.models.generation.Sampling`.
+            temperature, top_k, top_p, seed, vocabulary: see :class:`haltkit.models.generation.Sampling`.
             stop: token ids that end a sequence and are left out.
             layout: ``depth-indexed``, exact; or a smaller cache that is an approximation: ``last``, ``modulo:M``
                 (see :mod:`haltkit.models.cache`).
@@ -543,6 +544,6 @@ class LoopedGPT(
 
         return generate(
             self, prompts, policy, max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, layout=layout, max_loops=max_loops,
-            total_loops=total_loops,
+            sampling=Sampling(temperature, top_k, top_p, seed, vocabulary), stop=stop, layout=layout,
+            max_loops=max_loops, total_loops=total_loops,
         )  # fmt: skip

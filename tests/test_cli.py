@@ -45,7 +45,7 @@ def trained(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_help_names_every_command() -> None:
     for done in (haltkit("--help"), haltkit()):
         assert done.returncode == 0
-        for command in ("compare", "diagnose", "policies", "prepare", "report", "train"):
+        for command in ("bench", "compare", "diagnose", "eval", "generate", "policies", "prepare", "report", "train"):
             assert command in done.stdout
     assert haltkit("--version").stdout.startswith("haltkit 0.")
 
@@ -78,10 +78,10 @@ def test_prepare_then_train_then_compare(documents: Path, trained: Path, tmp_pat
         "norm tau=0.001",
         "fixed 3",
         "Conclusion",
-        "Non-causal",
         "ready to paste",
     ):
         assert word in done.stdout, word
+    assert "Non-causal" not in done.stdout  # token by token unless told otherwise
     assert (tmp_path / "c.svg").read_text().startswith("<?xml")
     written = json.loads((tmp_path / "c.json").read_text())
     assert {"model", "text", "device", "dtype", "max_loops", "rows"} <= written.keys()
@@ -99,7 +99,7 @@ def test_prepare_then_train_then_compare(documents: Path, trained: Path, tmp_pat
     for row in accel:
         assert row["steps"].keys() == {"2", "3-4"}
         assert sum(row["outcomes"].values()) == pytest.approx(1)
-        assert "granularity=sequence" in row["spec"]
+        assert "granularity" not in row["spec"]  # token by token is the default
 
 
 def test_compare_at_thresholds_and_granularity_of_ones_own(trained: Path, tmp_path: Path) -> None:
@@ -137,6 +137,13 @@ BAD = [
     (["compare", "--policies", "norm:tau=-1"], "positive, finite"),
     (["compare", "--policies", "norm:granularity=token", "--granularity", "sequence"], "contradicts"),
     (["compare", "--granularity", "word"], "allowed are token, sequence, batch"),
+    (["compare", "--mode", "word"], "allowed are forward, decode"),
+    (["compare", "--execution", "word"], "allowed are masked, compact"),
+    (["compare", "--mode", "decode", "--execution", "masked"], "nothing is masked"),
+    (
+        ["compare", "--mode", "decode", "--policies", "norm:tau=1,granularity=batch"],
+        "granularity=token, or mode forward",
+    ),
     (["compare", "--text", "no-such.txt"], "no text file 'no-such.txt'"),
     (["compare", "--text", "short.txt"], "too short"),
     (["compare", "--text", "empty.txt"], "too short"),

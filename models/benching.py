@@ -1,0 +1,448 @@
+"""The honest cost of halting: what deciding costs, what leaving rows out saves, and how much of it is theory.
+
+Everything that is compared runs in turns within each repeat, so a machine that slows down slows both sides; ratios
+are medians over the repeats of the ratio within one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import haltkit
+from haltkit.comparison import observed_taus
+from haltkit.loop import LoopRun
+from haltkit.models.checkpoint import Checkpoint
+from haltkit.models.generation import Decoder
+from haltkit.models.gpt import Block, LoopedGPT, Region
+from haltkit.models.memory import CompactMemory, CompactRegionLoop, Rows
+from haltkit.offline import scores
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of
+from haltkit.registry import Spec, policy_class
+
+__all__ = [
+    "Scripted",
+    "approximate_layouts",
+    "break_even",
+    "choose_specs",
+    "decode_speed",
+    "flops",
+    "forward_speed",
+    "full_depth_overhead",
+    "policy_cost",
+    "position_cost",
+    "slowest_row",
+]
+
+ATTENTION_CALLS = 200
+TARGET_STEPS = 6  # where thresholds are put when none is given: deep enough for depths to differ
+POLICY_COST = ("norm", "norm-rel", "accel", "accel-rel", "speed", "kl")
+Times = dict[str, list[float]]
+
+
+def clock(call: Callable[[], object]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Times:
+    """Seconds of every run, all of them in turn in each repeat, every repeat beginning with another."""
+    names = list(runs)
+    times: Times = {name: [] for name in names}
+    for number in range(repeats):
+        shift = number % len(names)
+        for name in (*names[shift:], *names[:shift]):
+            times[name].append(clock(runs[name]))
+    return times
+
+
+def ratio(times: Times, above: str, below: str) -> float:
+    """Median over the repeats of one run's time over another's."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def milliseconds(seconds: Sequence[float], tokens: int = 1) -> float:
+    return 1e3 * statistics.median(seconds) / tokens
+
+
+# What it costs in theory.
+
+
+def flops(model: LoopedGPT, steps: Mapping[str, float], keys: float) -> float:
+    """Floating-point operations of one token: matrix products and attention, those that do not loop included.
+
+    Args:
+        steps: mean body applications by region.
+        keys: how many tokens it attends to.
+    """
+    d, total = model.d_model, 2.0 * model.d_model * model.vocab_size
+    for name, layer in model.layers.items():
+        blocks = layer.body.blocks if isinstance(layer, Region) else [layer]
+        weights = sum(p.numel() for b in blocks for n, p in b.named_parameters() if p.ndim == 2)
+        adapter = layer.body.adapter if isinstance(layer, Region) else None
+        weights += 0 if adapter is None else adapter.weight.numel()
+        total += steps.get(name, 1.0) * (2.0 * weights + len(blocks) * 4.0 * d * keys)
+    return total
+
+
+def choose_specs(checkpoint: Checkpoint, specs: Sequence[Spec], windows: Tensor, max_loops: int) -> list[str]:
+    """Specs ready to run: one without a tau gets that at which a typical token takes about ``TARGET_STEPS``.
+
+    Raises:
+        ValueError: a policy that does not decide token by token, or one whose scores give no threshold.
+    """
+    chosen = []
+    regions = None
+    for spec in specs:
+        if spec.takes("tau") and spec.get("tau") is None:
+            if spec.parts:
+                raise ValueError(f"{str(spec)!r}: give each part a tau")
+            if regions is None:
+                with torch.no_grad(), haltkit.record(checkpoint.model) as recording:
+                    checkpoint.model(windows[:2, :-1], max_loops)
+                regions = list(recording.trajectory.regions.values())
+            policy = spec.with_key("tau", "1").build()
+            with torch.no_grad():
+                seen = torch.cat([scores(policy, r, readout=checkpoint.model.readout).flatten(1) for r in regions], 1)
+            written = spec.get("patience")
+            patience = int(written) if written is not None else getattr(policy_class(spec.name), "patience", 1)
+            taus = observed_taus(seen, patience, (TARGET_STEPS,))
+            if not taus:
+                raise ValueError(f"no tau for {str(spec)!r} could be picked from {max_loops} loops: give one")
+            spec = spec.with_key("tau", f"{taus[0]:g}")
+        if granularity_of(spec.build()) != "token":
+            raise ValueError(f"{str(spec)!r} does not decide token by token, which is what is measured here")
+        chosen.append(str(spec))
+    return chosen
+
+
+# What deciding costs.
+
+
+def _update(policy: HaltingPolicy[Any], state: Any, x: Tensor, x_prev: Tensor, live: Tensor, head: Readout) -> None:
+    policy.update(state, LoopStep(2, x, x_prev, live, head))
+
+
+@torch.inference_mode()
+def policy_cost(
+    widths: Sequence[int], rows: Sequence[int], vocabulary: int, *, seconds: float, dtypes: Sequence[torch.dtype]
+) -> list[dict[str, Any]]:
+    """One update of each policy over one step of a body, a transformer layer, by width, rows and dtype."""
+    results = []
+    for dtype in dtypes:
+        for width in widths:
+            torch.manual_seed(0)
+            body = Block(width, max(1, width // 64), 4, "branch").to(dtype)
+            head = torch.nn.Linear(width, vocabulary, bias=False).to(dtype)
+            for count in rows:
+                # Sequences of 256: attention over thousands of keys would flatter every policy.
+                shape = (max(1, count // 256), min(count, 256), width)
+                x_prev = torch.randn(shape).to(dtype)
+                x = body(x_prev)
+                live = torch.ones(shape[:2], dtype=torch.bool)
+                runs: dict[str, Callable[[], object]] = {"body": partial(body, x_prev)}
+                for name in POLICY_COST:
+                    policy = haltkit.policy(name, tau=1e-12)
+                    # A state from the middle of a loop.
+                    state, _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, live, head))
+                    runs[name] = partial(_update, policy, state, x, x_prev, live, head)
+                once = sum(in_turns(runs, 1)[name][0] for name in runs)  # warms up, too
+                times = in_turns(runs, max(3, min(50, int(seconds / once))))
+                results.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "width": width,
+                        "rows": count,
+                        "body_ms": milliseconds(times["body"]),
+                        "relative": {name: ratio(times, name, "body") for name in runs if name != "body"},
+                    }
+                )
+    return results
+
+
+# What leaving rows out saves.
+
+
+def _realised(
+    model: LoopedGPT, times: Times, name: str, full: str, steps: Mapping[str, float], max_loops: int, keys: float
+) -> dict[str, Any]:
+    bound = flops(model, dict.fromkeys(model.regions, max_loops), keys) / flops(model, steps, keys)
+    speedup = ratio(times, full, name)
+    return {"steps": dict(steps), "bound": bound, "speedup": speedup, "realised": speedup / bound}
+
+
+def _means(steps: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(taken.double().mean()) for name, taken in steps.items()}
+
+
+@torch.inference_mode()
+def forward_speed(
+    model: LoopedGPT, ids: Tensor, specs: Sequence[str], *, max_loops: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Compact teacher-forced passes over ``(B, T)`` against the plain model at full depth."""
+    taken: dict[str, dict[str, float]] = {}
+
+    def run(spec: str) -> None:
+        taken[spec] = _means(model.forward_adaptive(ids, spec, max_loops=max_loops, execution="compact").steps)
+
+    runs: dict[str, Callable[[], object]] = {"full": lambda: model(ids, max_loops)}
+    runs |= {spec: partial(run, spec) for spec in specs}
+    for spec in specs:
+        run(spec)
+    times = in_turns(runs, repeats)
+    keys = (ids.shape[1] + 1) / 2
+    return [
+        {
+            "mode": "forward", "batch": len(ids), "length": ids.shape[1], "spec": spec,
+            "full_ms_per_token": milliseconds(times["full"], ids.numel()),
+            "ms_per_token": milliseconds(times[spec], ids.numel()),
+            **_realised(model, times, spec, "full", taken[spec], max_loops, keys),
+        }
+        for spec in specs
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def decode_speed(
+    model: LoopedGPT, ids: Tensor, specs: Sequence[str], *, start: int, max_loops: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Cached decoding of the tokens of ``(B, T)`` from ``start`` on, against cached decoding at full depth."""
+    count = ids.shape[1] - start
+    taken: dict[str, dict[str, float]] = {}
+    decoders = {spec: Decoder(model, spec, max_loops=max_loops) for spec in specs}
+    bare = Decoder(model, f"fixed:steps={max_loops}", max_loops=max_loops)
+    for decoder in (bare, *decoders.values()):
+        decoder.prefill(ids[:, :start])
+
+    def full() -> None:
+        bare.lengths = [start] * len(ids)
+        for i in range(start, ids.shape[1]):
+            bare.step_fixed(ids[:, i], dict.fromkeys(model.regions, max_loops))
+
+    def run(spec: str) -> None:
+        decoder = decoders[spec]
+        decoder.lengths = [start] * len(ids)  # what is after it is written anew
+        steps: dict[str, float] = dict.fromkeys(model.regions, 0.0)
+        for i in range(start, ids.shape[1]):
+            for name, mean in _means(decoder.step(ids[:, i]).steps).items():
+                steps[name] += mean / count
+        taken[spec] = steps
+
+    runs: dict[str, Callable[[], object]] = {"full": full}
+    runs |= {spec: partial(run, spec) for spec in specs}
+    for spec in specs:
+        run(spec)
+    times = in_turns(runs, repeats)
+    keys = start + (count + 1) / 2
+    tokens = count * len(ids)
+    return [
+        {
+            "mode": "decode", "batch": len(ids), "length": ids.shape[1], "spec": spec,
+            "full_ms_per_token": milliseconds(times["full"], tokens),
+            "ms_per_token": milliseconds(times[spec], tokens),
+            **_realised(model, times, spec, "full", taken[spec], max_loops, keys),
+        }
+        for spec in specs
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def full_depth_overhead(model: LoopedGPT, ids: Tensor, *, loops: int, repeats: int) -> dict[str, float]:
+    """What compact execution adds where nothing halts early: to a bare loop, with no policy and with ``accel``."""
+    compact = {"compact": f"fixed:steps={loops}", "compact, accel": "accel:tau=1e-30"}
+    runs: dict[str, Callable[[], object]] = {"bare": lambda: model(ids, loops)}
+    runs |= {
+        name: partial(model.forward_adaptive, ids, spec, max_loops=loops, execution="compact")
+        for name, spec in compact.items()
+    }
+    in_turns(runs, 1)
+    times = in_turns(runs, repeats)
+    return {"rows": ids.numel(), "loops": loops, **{name: ratio(times, name, "bare") - 1 for name in compact}}
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Halts every row at a depth drawn beforehand, evenly from 1 to ``deepest``: known depths that surely differ."""
+
+    deepest: int
+    seed: int = 0
+
+    formula: ClassVar[str] = "drawn depth - k"
+
+    def init(self, x0: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)  # in the rows' order, in whatever shape they come
+        return torch.randint(1, self.deepest + 1, x0.shape[:-1], generator=generator).to(x0.device)
+
+    def update(self, state: Tensor, step: LoopStep) -> tuple[Tensor, Verdict]:
+        left = state - step.k
+        return state, Verdict(left.to(torch.float32), left <= 0)
+
+
+@torch.inference_mode()
+def slowest_row(model: LoopedGPT, ids: Tensor, spec: str, *, max_loops: int, repeats: int) -> dict[str, Any]:
+    """Compact execution against iterating all tokens until the slowest is done.
+
+    ``bare`` does that with no policy at all, ``masked`` with it; step counts of masked and compact are equal.
+    """
+    depths = model.forward_adaptive(ids, spec, max_loops=max_loops, execution="compact").steps
+    slowest = {name: int(taken.max()) for name, taken in depths.items()}
+    runs: dict[str, Callable[[], object]] = {
+        "bare": lambda: model(ids, slowest),
+        "masked": lambda: model.forward_adaptive(ids, spec, max_loops=max_loops),
+        "compact": lambda: model.forward_adaptive(ids, spec, max_loops=max_loops, execution="compact"),
+    }
+    in_turns(runs, 1)
+    times = in_turns(runs, repeats)
+    keys = (ids.shape[1] + 1) / 2
+    return {
+        "batch": len(ids),
+        "length": ids.shape[1],
+        "spec": spec,
+        "bound": flops(model, slowest, keys) / flops(model, _means(depths), keys),
+        "steps": _means(depths),
+        "slowest": slowest,
+        "tokens_per_second": ids.numel() / statistics.median(times["compact"]),
+        "over_bare": ratio(times, "bare", "compact"),
+        "over_masked": ratio(times, "masked", "compact"),
+    }
+
+
+def _leave(body: CompactRegionLoop, run: LoopRun, live: Tensor) -> None:
+    """Leave behind what is not live, and take a step."""
+    run.live, run.running = live, int(live.sum())
+    kept = run.leave(at_once=True)
+    if kept is not None:
+        body.select(kept)
+    body.step(run.x, 2, run.live)
+
+
+@torch.inference_mode()
+def break_even(model: LoopedGPT, rows: Sequence[int], shares: Sequence[float], *, repeats: int) -> list[dict[str, Any]]:
+    """From which share of halted rows on leaving them behind pays within one step, by rows at hand.
+
+    ``at``: the smallest such share among those tried; None: none of them.
+    """
+    name, region = next(iter(model.regions.items()))
+    length = min(256, model.block_size)
+    policy = haltkit.policy("accel:tau=1e-30")
+    results = []
+    for count in rows:
+        t = min(count, length)
+        b = count // t
+        e = torch.randn(b, t, model.d_model)
+
+        def prepare(b: int = b, t: int = t, e: Tensor = e) -> tuple[CompactRegionLoop, LoopRun]:
+            """A loop after its first step."""
+            at_hand = Rows(b, t)
+            memories = [CompactMemory(at_hand) for _ in region.body.blocks]
+            positions = torch.arange(t).repeat(b)
+            body = CompactRegionLoop(region, e.flatten(0, 1), positions, model.noise, at_hand, memories)
+            run = LoopRun(policy, region.initial_state(e, model.noise), execution="compact", name=name)
+            run.advance_if_sound(body.step(run.x, 1, run.live), body.doubt())
+            return body, run
+
+        found = None
+        body, run = prepare()
+        body.step(run.x, 2, run.live)
+        for share in shares:
+            stay, go = [], []
+            for _ in range(repeats):
+                body, run = prepare()
+                stay.append(clock(partial(body.step, run.x, 2, run.live)))
+                body, run = prepare()
+                live = torch.randperm(b * t, generator=torch.Generator().manual_seed(0)) >= round(share * b * t)
+                go.append(clock(partial(_leave, body, run, live)))
+            if statistics.median(g / s for g, s in zip(go, stay, strict=True)) < 1:
+                found = share
+                break
+        results.append({"rows": b * t, "at": found})
+    return results
+
+
+# The cache.
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for _ in range(ATTENTION_CALLS):
+        F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.inference_mode()
+def position_cost(
+    model: LoopedGPT, ids: Tensor, spec: str, places: Sequence[int], *, count: int, max_loops: int, repeats: int
+) -> list[dict[str, float]]:
+    """Time of a token by its position, and what of it is attention, timed alone: ``ids`` is ``(1, T)``."""
+    heads = next(layer for layer in model.layers.values() if isinstance(layer, Block)).attn.n_head
+    plain = sum(not isinstance(layer, Region) for layer in model.layers.values())
+    runs: dict[str, Callable[[], object]] = {}
+    applied: dict[int, float] = {}
+    for place in places:
+        decoder = Decoder(model, spec, max_loops=max_loops)
+        decoder.prefill(ids[:, :place])
+
+        def run(decoder: Decoder = decoder, place: int = place) -> None:
+            decoder.lengths = [place]
+            layers = 0.0
+            for i in range(place, place + count):
+                for name, taken in decoder.step(ids[:, i]).steps.items():
+                    layers += float(taken) * len(model.regions[name].body.blocks)
+            applied[place] = plain + layers / count
+
+        q = torch.randn(1, heads, 1, model.d_model // heads)
+        kv = torch.randn(1, place + count // 2, 2, heads, model.d_model // heads).permute(2, 0, 3, 1, 4)
+        runs[f"token {place}"] = run
+        runs[f"attention {place}"] = partial(_attention, q, *kv)
+        run()
+    times = in_turns(runs, repeats)
+    return [
+        {
+            "position": place,
+            "ms_per_token": milliseconds(times[f"token {place}"], count),
+            "attention_ms": milliseconds(times[f"attention {place}"], ATTENTION_CALLS) * applied[place],
+        }
+        for place in places
+    ]
+
+
+@torch.inference_mode()
+def approximate_layouts(
+    model: LoopedGPT, window: Tensor, spec: str, layouts: Sequence[str], *, max_loops: int
+) -> list[dict[str, Any]]:
+    """What each layout takes and what it loses, teacher-forced token by token over a window ``(1, T + 1)``.
+
+    The first layout is the reference. ``max_logit_error`` is the largest change of any logit, ``mean_logit_error``
+    the mean over tokens of the largest.
+    """
+    ids, targets = window[:, :-1], window[0, 1:]
+    results: list[dict[str, Any]] = []
+    reference: Tensor | None = None
+    for layout in layouts:
+        decoder = Decoder(model, spec, layout=layout, max_loops=max_loops)
+        seen = [decoder.prefill(ids[:, :1]), *(decoder.step(ids[:, i]) for i in range(1, ids.shape[1]))]
+        logits = torch.cat([one.logits for one in seen])  # (T, V)
+        ce = float(F.cross_entropy(logits, targets))
+        reference = logits if reference is None else reference
+        error = (logits - reference).abs().amax(-1)
+        results.append(
+            {
+                "layout": layout,
+                "bytes_per_token": decoder.nbytes() / ids.shape[1],
+                "steps": _means({n: torch.cat([one.steps[n] for one in seen]) for n in model.regions}),
+                "ce": ce,
+                "ce_change": ce - (results[0]["ce"] if results else ce),
+                "max_logit_error": float(error.max()),
+                "mean_logit_error": float(error.mean()),
+                "agreement": float((logits.argmax(-1) == reference.argmax(-1)).double().mean()),
+            }
+        )
+    return results
