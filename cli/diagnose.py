@@ -205,14 +205,20 @@ def _gather(
         name: run_plan(subject, case.inputs, plan, lambda: bar.advance(task)) for name, subject in subjects.items()
     }
     # Part by part, both models: an early end leaves every part that is there with its control.
-    for steps in zip(*iterators.values(), strict=False):
-        for name, (part, found) in zip(iterators, steps, strict=True):
-            bar.update(task, description=f"{part} done")
+    done = False
+    while not done:
+        for name, parts in iterators.items():
+            step = next(parts, None)
+            if step is None:
+                done = True
+                continue
+            part, found = step
+            bar.update(task, description=f"{part} of {name}")
             if not (name == "untrained" and part == "tokens"):
                 results["models"].setdefault(name, {})[part] = found
-        _save(results, out)
-        if any(found.get("partial") for _, found in steps):
-            return False
+            _save(results, out)
+            if found.get("partial"):
+                return False
     if windows is None and (snapshots or control):
         raise ValueError("--snapshots and --control are for checkpoints of the bundled model's kind")
     if windows is not None:
@@ -223,7 +229,12 @@ def _gather(
             results["checkpoints"] = diagnosing.snapshot_statistics(snapshots, windows)
             _save(results, out)
         if control is not None:
-            results["control"] = diagnosing.control_profile(control, lambda one: windows(one)[: plan.attention_windows])
+            from haltkit.diagnostics.stages import stage_numbers
+
+            profile = diagnosing.control_profile(control, lambda one: windows(one)[: plan.attention_windows])
+            results["control"] = profile
+            for survey in results["models"].values():
+                survey["stages"] = stage_numbers(survey["attention"]["regions"], profile["profiles"])
             _save(results, out)
     if grid:
         from haltkit.models.cyclic import INJECTIONS, LAYERS, NORMS, cyclic_grid
@@ -260,6 +271,10 @@ def _finish(results: dict[str, Any], out: Path, fmt: str, console: Console) -> N
         plot_comparison(_comparison_rows(results["comparison"]), path, "policies against fixed depths", fmt)
         written.append(path)
     _print_claims(console, results, found)
+    regions = (results["models"].get("trained", {}).get("geometry") or {}).get("regions") or {}
+    floors = ", ".join(f"{name}: {region['floor']:.1e}" for name, region in regions.items() if region["floor"])
+    if floors:
+        console.print(f"\nFloat floor of a step; a threshold near or below it says nothing: {floors}", highlight=False)
     console.print(f"\nresults: {out / RESULTS}\nclaims: {out / CLAIMS}", soft_wrap=True, highlight=False)
     names = ", ".join(path.name for path in sorted(written))
     console.print(f"figures in {out}: {names}", soft_wrap=True, highlight=False)
