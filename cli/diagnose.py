@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,8 @@ def diagnose(
         raise ValueError(f"--out {str(out)!r} is not a folder")
     plan = Plan(loops, deep_tokens, deep_loops, policies=specs or Plan.policies)
     case, extra = _case(model, text, tokens, seed)
+    if extra.windows is None:  # not our model: it may run no deeper than it is asked to
+        plan = replace(plan, attention_loops=min(plan.attention_loops, loops))
     snapshots = snapshots or extra.snapshots
     results: dict[str, Any] = {
         "format": FORMAT,
