@@ -94,7 +94,7 @@ def paths(results: Results) -> Any:
 def dlr(results: Results) -> Any:
     """[P] Figure 2: DLR at each boundary across checkpoints, all conventions, with the untrained control."""
     trained, untrained = (_part(results, m, "geometry").get("dlr") or {} for m in ("trained", "untrained"))
-    if not trained:
+    if not any(trained.values()):
         return None
     checkpoints = _checkpoints(results)
     figure, axes = _grid(1, len(trained), 5.2, 4.2)

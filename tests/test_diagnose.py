@@ -294,6 +294,8 @@ def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_sett
 
 def test_figures_need_only_what_they_show(tmp_path: Path) -> None:
     assert draw_figures({}, tmp_path) == []
+    begun = {"trained": {"geometry": {"regions": {}, "dlr": {"a -> b": {}}}}}  # interrupted before the first window
+    assert draw_figures({"models": begun}, tmp_path) == []
     cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "distinct": 0.5, "limit": "slider"}
     assert [p.name for p in draw_figures({"grid": [cell]}, tmp_path, "pdf")] == ["grid.pdf"]
 
