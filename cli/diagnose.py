@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,8 @@ def diagnose(
         raise ValueError(f"--out {str(out)!r} is not a folder")
     plan = Plan(loops, deep_tokens, deep_loops, policies=specs or Plan.policies)
     case, extra = _case(model, text, tokens, seed)
+    if extra.windows is None:  # not our model: it may run no deeper than it is asked to
+        plan = replace(plan, attention_loops=min(plan.attention_loops, loops))
     snapshots = snapshots or extra.snapshots
     results: dict[str, Any] = {
         "format": FORMAT,
@@ -205,14 +207,20 @@ def _gather(
         name: run_plan(subject, case.inputs, plan, lambda: bar.advance(task)) for name, subject in subjects.items()
     }
     # Part by part, both models: an early end leaves every part that is there with its control.
-    for steps in zip(*iterators.values(), strict=False):
-        for name, (part, found) in zip(iterators, steps, strict=True):
-            bar.update(task, description=f"{part} done")
+    done = False
+    while not done:
+        for name, parts in iterators.items():
+            step = next(parts, None)
+            if step is None:
+                done = True
+                continue
+            part, found = step
+            bar.update(task, description=f"{part} of {name}")
             if not (name == "untrained" and part == "tokens"):
                 results["models"].setdefault(name, {})[part] = found
-        _save(results, out)
-        if any(found.get("partial") for _, found in steps):
-            return False
+            _save(results, out)
+            if found.get("partial"):
+                return False
     if windows is None and (snapshots or control):
         raise ValueError("--snapshots and --control are for checkpoints of the bundled model's kind")
     if windows is not None:
@@ -223,7 +231,12 @@ def _gather(
             results["checkpoints"] = diagnosing.snapshot_statistics(snapshots, windows)
             _save(results, out)
         if control is not None:
-            results["control"] = diagnosing.control_profile(control, lambda one: windows(one)[: plan.attention_windows])
+            from haltkit.diagnostics.stages import stage_numbers
+
+            profile = diagnosing.control_profile(control, lambda one: windows(one)[: plan.attention_windows])
+            results["control"] = profile
+            for survey in results["models"].values():
+                survey["stages"] = stage_numbers(survey["attention"]["regions"], profile["profiles"])
             _save(results, out)
     if grid:
         from haltkit.models.cyclic import INJECTIONS, LAYERS, NORMS, cyclic_grid
@@ -260,6 +273,10 @@ def _finish(results: dict[str, Any], out: Path, fmt: str, console: Console) -> N
         plot_comparison(_comparison_rows(results["comparison"]), path, "policies against fixed depths", fmt)
         written.append(path)
     _print_claims(console, results, found)
+    regions = (results["models"].get("trained", {}).get("geometry") or {}).get("regions") or {}
+    floors = ", ".join(f"{name}: {region['floor']:.1e}" for name, region in regions.items() if region["floor"])
+    if floors:
+        console.print(f"\nFloat floor of a step; a threshold near or below it says nothing: {floors}", highlight=False)
     console.print(f"\nresults: {out / RESULTS}\nclaims: {out / CLAIMS}", soft_wrap=True, highlight=False)
     names = ", ".join(path.name for path in sorted(written))
     console.print(f"figures in {out}: {names}", soft_wrap=True, highlight=False)

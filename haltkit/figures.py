@@ -94,7 +94,7 @@ def paths(results: Results) -> Any:
 def dlr(results: Results) -> Any:
     """[P] Figure 2: DLR at each boundary across checkpoints, all conventions, with the untrained control."""
     trained, untrained = (_part(results, m, "geometry").get("dlr") or {} for m in ("trained", "untrained"))
-    if not trained:
+    if not any(trained.values()):
         return None
     checkpoints = _checkpoints(results)
     figure, axes = _grid(1, len(trained), 5.2, 4.2)
@@ -151,6 +151,10 @@ def _over_training(results: Results, signals: Sequence[tuple[str, str, bool]], l
                 if region.get("floor"):
                     panel.axhline(region["floor"], color="0.5", linewidth=0.8, linestyle="--", label="float floor")
             elif signal == "cosine":
+                if region.get("cosine_of_means"):
+                    ys = _numbers(region["cosine_of_means"])[:last]
+                    panel.plot(range(1, len(ys) + 1), ys, color="black", linestyle="--", linewidth=0.9,
+                               label="cosine of mean steps")  # fmt: skip
                 panel.set_ylim(-1.05, 1.05)
                 panel.axhspan(0.5, 0.65, color="0.9", zorder=0, label="0.5-0.65 ([P])")
                 panel.axhline(0, color="0.6", linewidth=0.6)

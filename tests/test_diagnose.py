@@ -60,7 +60,7 @@ def run_folder(data_folder: Path, tiny_config: ModelConfig, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "sample.txt"
-    path.write_text("Document 3 says that 3 and 4 make 7.\n" * 80, encoding="utf-8")
+    path.write_text("Document 3 says that 3 and 4 make 7.\n" * 14, encoding="utf-8")
     return path
 
 
@@ -188,9 +188,12 @@ def test_a_model_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert call(monkeypatch, "diagnose", "albert_case:wrong", "--out", "out") == 2
 
 
+@pytest.mark.parametrize("last", [2, 7])
 def test_ctrl_c_keeps_what_is_done(
-    run_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    last: int, run_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """At the second window of the first survey; and at the first of the untrained model's long run."""
     from haltkit.diagnostics import subject
 
     plain, calls = subject.Subject.record, 0
@@ -198,19 +201,26 @@ def test_ctrl_c_keeps_what_is_done(
     def interrupted(*args: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 7:  # both models' geometry (two windows each) is done, and the long run of the first (two)
+        if calls == last:  # two windows for each model's geometry, then two for each one's long run
             raise KeyboardInterrupt
         return plain(*args, **keywords)
 
     monkeypatch.setattr(subject.Subject, "record", interrupted)
     quick = ("--tokens", "64", "--loops", "4", "--deep-tokens", "64", "--deep-loops", "16")
     assert call(monkeypatch, "diagnose", run_folder, "--out", tmp_path, "--text", text, *quick) == 130
+    assert calls == last  # nothing was begun after it
     assert "marked partial" in capsys.readouterr().out
     found = results_of(tmp_path)
     assert found["partial"] is True
-    assert found["models"]["trained"]["geometry"]["partial"] is False
-    assert found["models"]["trained"]["limits"]["tokens"] == 64
-    assert found["models"]["untrained"]["limits"]["partial"] is True
+    models = found["models"]
+    if last == 2:
+        assert models["trained"]["geometry"]["partial"] is True
+        assert models["trained"]["geometry"]["tokens"] == 32
+        assert list(models) == ["trained"]
+    else:
+        assert models["trained"]["geometry"]["partial"] is False
+        assert models["trained"]["limits"]["tokens"] == 64
+        assert models["untrained"]["limits"]["partial"] is True
     assert (tmp_path / "figure3-steps.png").is_file()
     assert "Partial" in render_page(found)
     assert "(partial: interrupted)" in (tmp_path / "claims.md").read_text(encoding="utf-8")
@@ -256,8 +266,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
         render_page({"models": {}})
 
 
+def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_setting(
+    data_folder: Path, tiny_config: ModelConfig, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    write_checkpoint(tmp_path / "one", dataclasses.replace(tiny_config, regions=("2-5",)), 5, data_folder)
+    write_checkpoint(tmp_path / "off", dataclasses.replace(tiny_config, regions=()), 5, data_folder)
+    args = ("diagnose", tmp_path / "one", "--control", tmp_path / "off", "--out", tmp_path / "out", "--text", text)
+    assert call(monkeypatch, *args, *QUICK, "--figures", "svg") == 0
+    found = results_of(tmp_path / "out")
+    verdicts = {one["name"]: one for one in found["claims"]}
+    assert verdicts["M2"]["verdict"] == "reproduced"  # an untrained contraction settles, attention and all
+    for name in ("M1", "M3"):
+        assert verdicts[name]["verdict"] != "cannot tell at this scale", verdicts[name]["reason"]
+    assert verdicts["P8 noise"]["verdict"] == "cannot tell at this scale"  # one region has no boundary
+    stages = found["models"]["trained"]["stages"]["2-5"]
+    assert stages.keys() == {"concentration", "sink_rate", "mixing", "compression"}
+    assert len(stages["mixing"]) == 16
+    assert stages["mixing"][0].keys() == {"correlation", "shuffled_mean", "shuffled_high"}
+    assert f"pass 1: {stages['concentration'][0]['correlation']:.3g}" in (tmp_path / "out" / "claims.md").read_text(
+        encoding="utf-8"
+    )
+    assert (tmp_path / "out" / "cycles.svg").is_file()
+    assert call(monkeypatch, "report", tmp_path / "out") == 0
+
+
 def test_figures_need_only_what_they_show(tmp_path: Path) -> None:
     assert draw_figures({}, tmp_path) == []
+    begun = {"trained": {"geometry": {"regions": {}, "dlr": {"a -> b": {}}}}}  # interrupted before the first window
+    assert draw_figures({"models": begun}, tmp_path) == []
     cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "distinct": 0.5, "limit": "slider"}
     assert [p.name for p in draw_figures({"grid": [cell]}, tmp_path, "pdf")] == ["grid.pdf"]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import haltkit
 from haltkit import signals
+from haltkit.attachment import Loop
 from haltkit.diagnostics import (
     BoundaryStatistics,
     DiagnosticError,
@@ -343,6 +344,48 @@ def test_layers_that_are_not_there_or_too_large_are_refused() -> None:
     assert not subject.model.core._forward_hooks  # type: ignore[union-attr]
 
 
+class Native(nn.Module):
+    """A foreign model whose depth is its own business: twelve loops over two layers."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.twice = Halve(U), Halve(V), twice
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.stack([tokens.double(), -tokens.double()], -1)
+        for _ in range(12):
+            x = self.b(self.a(x))
+            x = self.b(x) if self.twice else x
+        return x
+
+
+def test_a_module_called_twice_an_iteration_counts_once() -> None:
+    model = Native(twice=True)
+    loop = Loop(body=("a", "b"), period=2)
+    subject = Subject.attached(model, lambda tokens, _: model(tokens), loop)
+    trajectory, layers = subject.with_layers(TOKENS, 5)
+    states = trajectory["a"].states
+    assert states is not None
+    torch.testing.assert_close(torch.stack(layers["b"]), states[1:])
+    torch.testing.assert_close(layers["a"][3], 0.5 * states[3] + model.a.shift)
+
+
+@pytest.mark.parametrize("loops", [4, 5, 6, 12])
+def test_replayed_calls_of_an_attached_model_are_no_recurrences(loops: int) -> None:
+    model = Native()
+    subject = Subject.attached(model, lambda tokens, _: model(tokens), Loop(body=("a", "b")))
+    trajectory, layers = subject.with_layers(TOKENS, loops)
+    states = trajectory["a"].states
+    assert states is not None
+    x = states[0]
+    for k in range(loops):
+        torch.testing.assert_close(layers["a"][k], 0.5 * x + model.a.shift)
+        x = 0.5 * layers["a"][k] + model.b.shift
+        torch.testing.assert_close(layers["b"][k], x)
+        torch.testing.assert_close(states[k + 1], x)
+    assert {path: len(kept) for path, kept in layers.items()} == {"a": loops, "b": loops}
+
+
 # --- attention
 
 
@@ -527,5 +570,5 @@ def test_what_cannot_be_asked_is_one_clear_line() -> None:
     with pytest.raises(DiagnosticError, match="no window"):
         survey_geometry(stubborn, TOKENS[:0], loops=3)
     outside = Subject.of_modules(model, model, {"core": "core"}, layers={"core": ("",)})
-    with pytest.raises(DiagnosticError, match="not inside the loop"):
+    with pytest.raises(DiagnosticError, match="run inside the loop"):
         survey_limits(outside, TOKENS, loops=20)

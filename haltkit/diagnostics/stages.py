@@ -7,14 +7,16 @@ it comes to when the feed-forward model's layers are shuffled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from haltkit.diagnostics.errors import DiagnosticError
+from haltkit.diagnostics.streaming import rounded
 
-__all__ = ["StageMatch", "match_stages", "profile_correlation", "resample"]
+__all__ = ["StageMatch", "match_stages", "profile_correlation", "resample", "stage_numbers"]
 
 
 def resample(profile: Sequence[float], points: int) -> list[float]:
@@ -82,3 +84,31 @@ def match_stages(
         return StageMatch(math.nan, math.nan, math.nan)
     correlation = profile_correlation(profile, control)
     return StageMatch(correlation, float(found.mean()), float(np.quantile(found, 0.95)))
+
+
+def stage_numbers(regions: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
+    """Every pass of every region of three or more layers, matched with the control in every statistic.
+
+    Args:
+        regions: as a survey of attention gives them, with ``profiles``.
+        control: the control's ``profiles``, by statistic.
+
+    Returns:
+        ``{region: {statistic: [{"correlation", "shuffled_mean", "shuffled_high"} for each pass]}}``.
+    """
+    found: dict[str, Any] = {}
+    for name, region in regions.items():
+        if len(region["layers"]) < 3:
+            continue
+        found[name] = {
+            statistic: [
+                {
+                    "correlation": rounded(match.correlation),
+                    "shuffled_mean": rounded(match.shuffled_mean),
+                    "shuffled_high": rounded(match.shuffled_high),
+                }
+                for match in (match_stages(row, control[statistic]) for row in rows)
+            ]
+            for statistic, rows in region["profiles"].items()
+        }
+    return found

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from haltkit.attachment import Loop, attach
 from haltkit.diagnostics.errors import DiagnosticError
+from haltkit.diagnostics.layers import record_layers
 from haltkit.protocol import Readout
 from haltkit.recorder import Record, Recorder, record
 from haltkit.registry import policy
 from haltkit.trajectory import Trajectory
 
-__all__ = ["Subject"]
+__all__ = ["LayerStates", "Subject"]
+
+LayerStates = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ class Subject:
             found = recorder.trajectory
         else:
             recorder = Recorder(spec or Record())
-            with attach(self.model, policy(f"fixed:steps={loops}"), loop=self.loop, observer=recorder):
-                self.run(inputs, loops)
+            recorder.metadata["iterations"] = str(self._attached(inputs, loops, recorder))
             # A fixed depth ends every row at once: nothing is left out, so outcomes say nothing.
             plain = {name: replace(region, outcome=None) for name, region in recorder.trajectory.regions.items()}
             found = Trajectory(plain, recorder.metadata)
@@ -111,10 +113,46 @@ class Subject:
         return found
 
     @torch.no_grad()
-    def at_depth(self, inputs: Tensor, loops: int) -> None:
-        """One pass at a fixed depth, for hooks that are already in place."""
-        if self.loop is None:
-            self.run(inputs, loops)
-        else:
-            with attach(self.model, policy(f"fixed:steps={loops}"), loop=self.loop):
+    def with_layers(self, inputs: Tensor, loops: int, spec: Record | None = None) -> tuple[Trajectory, LayerStates]:
+        """The trajectory and, by path, each known layer's output at every recurrence.
+
+        Raises:
+            DiagnosticError: a layer that is not inside the loop, or a loop that runs several times in one pass.
+        """
+        paths = [path for name in self.regions for path in self.layer_paths(name)]
+        with record_layers(self.model, paths) as kept:
+            trajectory = self.record(inputs, loops, spec)
+        iterations = int(trajectory.metadata.get("iterations", loops))
+        return trajectory, {path: self.by_recurrence(path, kept[path], loops, iterations) for path in paths}
+
+    def by_recurrence(self, path: str, kept: list[Tensor], loops: int, iterations: int) -> list[Tensor]:
+        """One entry a recurrence, the last of each, from what every call of a layer gave in one pass.
+
+        Args:
+            iterations: those of the model's own loop; modules that :func:`haltkit.attach` replays are called in the
+                ones after the halt too, and those calls do not count.
+
+        Raises:
+            DiagnosticError: calls that do not come to so many a recurrence.
+        """
+        rounds = iterations if self.loop is not None and path in self.loop.body else loops
+        if not kept or len(kept) % rounds:
+            raise DiagnosticError(
+                f"layer {path!r} ran {len(kept)} times in {rounds} loops: name layers that run inside the loop, and a "
+                "loop that runs once in a forward pass"
+            )
+        each = len(kept) // rounds
+        return kept[each - 1 : each * loops : each]
+
+    def at_depth(self, inputs: Tensor, loops: int) -> int:
+        """One pass at a fixed depth, for hooks that are already in place; the iterations of the model's own loop."""
+        with torch.no_grad():
+            if self.loop is None:
                 self.run(inputs, loops)
+                return loops
+            return self._attached(inputs, loops, None)
+
+    def _attached(self, inputs: Tensor, loops: int, recorder: Recorder | None) -> int:
+        with attach(self.model, policy(f"fixed:steps={loops}"), loop=self.loop, observer=recorder) as session:
+            self.run(inputs, loops)
+        return session.computed + session.skipped

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ DEEP_LOOPS = 128
 # A step of under a hundredth of the state is small; whether the state is near its limit then is another question.
 SMALL_STEP = 0.01
 Tick = Callable[[], None]
+R = TypeVar("R")
 
 
 def _each(windows: Tensor, use: Callable[[Tensor], None], tick: Tick | None) -> bool:
@@ -160,15 +161,13 @@ def survey_limits(
         ``{"loops", "tokens", "partial", "tolerance", "share", "regions": {name: ...}}``.
     """
     gathered = {name: _Limits(subject.layer_paths(name)) for name in subject.regions}
-    every = [path for one in gathered.values() for path in one.layers]
     tokens = 0
 
     def use(window: Tensor) -> None:
         nonlocal tokens
-        with record_layers(subject.model, every) as kept:
-            trajectory = subject.record(window, loops)
+        trajectory, layers = subject.with_layers(window, loops)
         for name, one in gathered.items():
-            one.add(trajectory[name], {path: _by_recurrence(path, kept[path], loops) for path in one.layers})
+            one.add(trajectory[name], {path: layers[path] for path in one.layers})
         tokens += window.numel()
 
     whole = _each(windows, use, tick)
@@ -181,14 +180,6 @@ def survey_limits(
         "small_step": SMALL_STEP,
         "regions": {name: one.summary() for name, one in gathered.items()} if tokens else {},
     }
-
-
-def _by_recurrence(path: str, kept: list[Tensor], loops: int) -> list[Tensor]:
-    """One output a recurrence, the last of each; calls after a halt (replayed ones) do not count."""
-    if len(kept) < loops:
-        raise DiagnosticError(f"layer {path!r} ran {len(kept)} times in {loops} loops: it is not inside the loop")
-    each = len(kept) // loops if len(kept) % loops == 0 else 1
-    return kept[each - 1 :: each][:loops]
 
 
 class _Attention:
@@ -252,15 +243,15 @@ def survey_attention(
     unseen = [name for name in subject.regions if name not in known]
 
     def use(window: Tensor) -> None:
-        matrices, states = _watch(subject.model, every, lambda: subject.at_depth(window[:, :tokens], loops))
+        matrices, states, iterations = _watch(subject.model, every, lambda: subject.at_depth(window[:, :tokens], loops))
         for name, one in gathered.items():
             if any(len(matrices[path]) < loops for path in one.layers):
                 if name not in unseen:
                     unseen.append(name)
                 continue
             one.add(
-                {path: _by_recurrence(path, matrices[path], loops) for path in one.layers},
-                {path: _by_recurrence(path, states[path], loops) for path in one.layers},
+                {path: subject.by_recurrence(path, matrices[path], loops, loops) for path in one.layers},
+                {path: subject.by_recurrence(path, states[path], loops, iterations) for path in one.layers},
                 loops,
             )
 
@@ -276,16 +267,16 @@ def survey_attention(
 
 
 def _watch(
-    model: nn.Module, paths: Sequence[str], run: Callable[[], object]
-) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    model: nn.Module, paths: Sequence[str], run: Callable[[], R]
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], R]:
     matrices: dict[str, list[Tensor]] = {path: [] for path in paths}
     with (
         torch.no_grad(),
         record_layers(model, paths) as states,
         capture_attention(model, paths, lambda path, a: matrices[path].append(a)),
     ):
-        run()
-    return matrices, states
+        result = run()
+    return matrices, states, result
 
 
 def survey_layers_once(
@@ -298,7 +289,7 @@ def survey_layers_once(
     """
     gathered = _Attention(layers)
     for window in windows:
-        matrices, states = _watch(model, layers, lambda window=window: run(window[None, :tokens]))  # type: ignore[misc]
+        matrices, states, _ = _watch(model, layers, lambda window=window: run(window[None, :tokens]))  # type: ignore[misc]
         missing = [path for path in layers if not matrices[path]]
         if missing:
             raise DiagnosticError(f"the attention of {missing[0]!r} cannot be seen: it is written out by hand")
@@ -323,9 +314,8 @@ def survey_paths(subject: Subject, window: Tensor, loops: int = 32, tokens: int 
     positions = torch.linspace(0, len(window) - 1, min(tokens, len(window))).round().long()
     order = list(subject.depth) or subject.regions
     once = [name for name in order if name not in subject.regions]
-    every = [path for name in subject.regions for path in subject.layer_paths(name)]
-    with record_layers(subject.model, [*once, *every]) as kept:
-        trajectory = subject.record(window[None], loops)
+    with record_layers(subject.model, once) as kept:
+        trajectory, inside = subject.with_layers(window[None], loops)
     parts = []
     for name in order:
         looped = name in subject.regions
@@ -337,7 +327,7 @@ def survey_paths(subject: Subject, window: Tensor, loops: int = 32, tokens: int 
     for name in subject.regions:
         paths = subject.layer_paths(name)
         if len(paths) > 1:
-            layers = torch.stack([torch.stack(_by_recurrence(p, kept[p], loops))[:, 0, -1] for p in paths], 1)
+            layers = torch.stack([torch.stack(inside[p])[:, 0, -1] for p in paths], 1)
             plane = fit_pca(layers)  # (K, L, D)
             cycles[name] = {
                 "layers": list(paths),
