@@ -48,7 +48,9 @@ def compare(
     ] = None,
     mode: Annotated[
         str,
-        typer.Option(metavar="forward|decode", help="A pass over the text, or token by token with a cache (slow)."),
+        typer.Option(
+            metavar="forward|decode", help="A pass over the text, or token by token with a cache (slow: few --tokens)."
+        ),
     ] = "forward",
     execution: Annotated[
         str,
