@@ -198,12 +198,11 @@ def _own_model(
     save: bool,
 ) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
     """The comparison on a model that a function of the user's returns."""
+    from haltkit.cli.factories import call_factory
     from haltkit.trial import Trial
     from haltkit.trial import compare as compare_own
 
-    trial = _factory(path)()
-    if not isinstance(trial, Trial):
-        raise ValueError(f"--model {path}: it must return a haltkit.Trial, not a {type(trial).__name__}")
+    trial: Trial = call_factory(path, Trial, f"--model {path}")
     if save and trial.loop is not None:
         from haltkit.attachment.saved import check_savable
 
@@ -222,27 +221,6 @@ def _own_model(
     full = abs(result.rows[0].ce)
     levels = trial.levels or tuple(float(f"{full * share:.2g}") for share in (0.001, 0.01, 0.05))
     return result, about, levels, ["loop"], trial.loop
-
-
-def _factory(path: str) -> Callable[[], Any]:
-    """The function that ``pkg.mod:factory`` names; modules in the current folder are found."""
-    import importlib
-    import sys
-
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"--model {path}: write it as pkg.mod:factory")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--model {path}: {error}") from None
-    finally:
-        sys.path.pop(0)
-    if not callable(getattr(found, name, None)):
-        raise ValueError(f"--model {path}: {module} has no function {name!r}")
-    factory: Callable[[], Any] = getattr(found, name)
-    return factory
 
 
 def _refuse_with_model(context: typer.Context) -> None:

@@ -154,22 +154,10 @@ def _case(model: str | None, text: Path | None, tokens: int, seed: int) -> tuple
 
 
 def _foreign(name: str) -> Case:
-    import importlib
-    import sys
-
+    from haltkit.cli.factories import call_factory
     from haltkit.diagnostics.plan import Case
 
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} is neither a folder nor pkg.mod:function: {error}") from None
-    finally:
-        sys.path.remove("")
-    case = make()
-    if not isinstance(case, Case):
-        raise ValueError(f"{name} returned a {type(case).__name__}: it must return a haltkit.diagnostics.Case")
+    case: Case = call_factory(name, Case, f"{name!r} is no folder, and as pkg.mod:function")
     case.about.setdefault("model", case.subject.name)
     return case
 

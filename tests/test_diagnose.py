@@ -246,7 +246,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (("diagnose", run_folder, *out, "--loops", "1"), "greater than or equal to 2"),
         (("diagnose", run_folder, *out, "--figures", "gif"), "allowed are png"),
         (("diagnose", run_folder, *out, "--policies", "norm"), "tau"),
-        (("diagnose", "no_such_module:make", *out), "neither a folder nor"),
+        (("diagnose", "no_such_module:make", *out), "is no folder, and as pkg.mod:function: No module named"),
         (("diagnose", run_folder, *out, "--text", tmp_path / "none.txt"), "no text file"),
         (("diagnose", run_folder, "--out", tmp_path / "odd"), "remove it"),
         (("diagnose", run_folder, "--out", loops_off / "config.json"), "is not a folder"),

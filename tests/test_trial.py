@@ -203,10 +203,11 @@ def test_the_command_on_a_model_of_ones_own(command: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "mine"], "write it as pkg.mod:factory"),
+        (["--model", "mine"], "write it as pkg.mod:function"),
         (["--model", "nowhere:trial"], "No module named 'nowhere'"),
+        (["--model", ".:x"], "relative import"),
         (["--model", "mine:nothing"], "has no function 'nothing'"),
-        (["--model", "mine:wrong"], "must return a haltkit.Trial, not a int"),
+        (["--model", "mine:wrong"], "must return a haltkit.trial.Trial, not a int"),
         (["--model", "mine:broken"], "no module 'bodi' in Contracting"),
         (["--model", "mine:functions", "--save", "c.yaml"], "holds functions (initial)"),
         (["--model", "mine:trial", "--tokens", "5"], "--tokens is for checkpoints"),
