@@ -45,6 +45,8 @@ types: $(VENV)/.installed-dev
 	ln -s $(CURDIR)/haltkit/* $(CURDIR)/models $(CURDIR)/cli build/tree/haltkit/
 	$(BIN)/mypy build/tree/haltkit
 
+# Two workers: the tests use one thread each. Say PYTEST_ARGS for anything else.
+PYTEST_ARGS ?= -n 2
 unit: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=$(if $(CI),ci,default) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
