@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_switched() -> Iterator[None]:
+    """No test, and nothing that it calls, leaves gradients or inference mode other than they were."""
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 def write_documents(path: Path, count: int = 400) -> Path:

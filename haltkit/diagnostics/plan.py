@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from haltkit.diagnostics.errors import DiagnosticError
@@ -99,6 +98,6 @@ def run_plan(
         yield name, found
         if found["partial"]:
             return
-    with torch.no_grad():
-        yield "paths", survey_paths(subject, inputs[0], plan.loops)
-        yield "tokens", survey_tokens(subject, inputs[0], plan.policies, plan.loops)
+    # Gradients are off in these, never across a yield: whoever asks would have them off too.
+    yield "paths", survey_paths(subject, inputs[0], plan.loops)
+    yield "tokens", survey_tokens(subject, inputs[0], plan.policies, plan.loops)

@@ -298,6 +298,7 @@ def survey_layers_once(
     return {"layers": summary["layers"], "profiles": {name: rows[0] for name, rows in summary["profiles"].items()}}
 
 
+@torch.no_grad()
 def survey_paths(subject: Subject, window: Tensor, loops: int = 32, tokens: int = 6) -> dict[str, Any]:
     """One sequence's states over depth and loop steps in the plane of their first two principal components.
 
