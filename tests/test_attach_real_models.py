@@ -306,8 +306,29 @@ def tiny_recursive_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], 
     return target, outputs.expand(*inputs.shape), step, lambda x: model.to_pred(x)
 
 
+def hrm_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = hrm_outer()
+    base = target.model.model
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = base.L_module.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
+    with torch.no_grad():
+        target.run()
+    hook.remove()
+    (first, *_), keys = seen[0]  # z_L + z_H, and the masks and positions that every call is given
+    keys = {name: value for name, value in keys.items() if name not in ("cycle_offset", "past_key_values")}
+    z_l = base.z_L_init.to(first).expand_as(first).clone()
+    memory = [z_l]
+
+    def step(x: Tensor) -> Tensor:
+        for _ in range(target.model.config.L_cycles):
+            memory[0] = base.L_module(memory[0] + x, **keys)
+        return base.H_module(x + memory[0], **keys)  # type: ignore[no-any-return]
+
+    return target, first - z_l, step, lambda x: target.model.lm_head(x)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("build", [albert_steps, huginn_steps, plain_steps, tiny_recursive_steps])
+@pytest.mark.parametrize("build", [albert_steps, hrm_steps, huginn_steps, plain_steps, tiny_recursive_steps])
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
 def test_rows_that_halt_keep_their_state_as_in_a_loop_of_ones_own(build: Callable[[], Any], granularity: str) -> None:
     """A loop written by hand over the model's own parts, with ``torch.where`` for the rows that have halted."""
