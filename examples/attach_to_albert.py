@@ -31,13 +31,8 @@ def main() -> None:
         print(session.verify(lambda: model(tokens).logits, 5, run_at), end="\n\n")
         model(tokens)
         print(session.summary())
-        print(
-            "step norms:",
-            [
-                round(float(n), 3)
-                for n in session.trajectory["albert.encoder.albert_layer_groups.0"].step_norms().flatten(1).mean(1)
-            ],
-        )
+        (region,) = session.trajectory.regions.values()
+        print("mean step norms:", [round(float(n), 3) for n in region.step_norms().mean((1, 2))])
 
 
 if __name__ == "__main__":

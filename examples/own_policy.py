@@ -6,10 +6,11 @@ haltkit compare --policies examples.own_policy:Cosine,norm    (from the reposito
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import haltkit
 from haltkit import LoopStep, Verdict
@@ -29,6 +30,28 @@ class Cosine:
         return None, Verdict(score, score < self.tau)
 
 
+class Step(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Looped(nn.Module):
+    """A model that loops a step 32 times, as one that is not yours would."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.step = Step(function)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(32):
+            x = self.step(x)
+        return x
+
+
 def main() -> None:
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     x0 = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
@@ -40,6 +63,20 @@ def main() -> None:
     for spec in (f"{Cosine.__module__}:Cosine:tau=1e-4", f"{Cosine.__module__}:Cosine:tau=1e-4,patience=3"):
         result = haltkit.run_loop(body, x0, haltkit.policy(spec))
         print(f"{spec}: steps {result.steps.tolist()}")
+
+    # In somebody else's model, on a recording, and in the comparison with the others:
+    model = Looped(body)
+    with torch.no_grad(), haltkit.attach(model, Cosine(1e-4), body=["step"]) as session:
+        model(x0)
+    print(f"attached: steps {session.steps.tolist()}")
+    haltkit.run_loop(body, x0, haltkit.policy("fixed:steps=32"), observer=(recorder := haltkit.Recorder()))
+    print(f"replayed: steps {haltkit.replay(Cosine(1e-4), recorder.trajectory['loop']).steps.tolist()}")
+    compared = haltkit.compare(
+        model, lambda x: (model(x) - result.x).norm(dim=-1), [f"{Cosine.__module__}:Cosine:tau=1e-4", "norm:tau=0.01"],
+        samples=[x0, 2 * x0], body=["step"], repeats=1,
+    )  # fmt: skip
+    for row in compared.rows[-2:]:
+        print(f"compared: {row.spec}: {row.steps['loop']:.1f} steps, {row.speedup:.1f}x")
 
 
 if __name__ == "__main__":
