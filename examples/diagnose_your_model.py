@@ -1,7 +1,7 @@
 """Look into the loop of a model that is not ours: numbers here, and with one command everything else.
 
 python examples/diagnose_your_model.py
-cd examples && haltkit diagnose diagnose_your_model:case --out /tmp/universal && haltkit report /tmp/universal
+cd examples && haltkit diagnose diagnose_your_model:case --out universal && haltkit report universal
 """
 
 from __future__ import annotations
