@@ -24,6 +24,7 @@ __all__ = [
     "curvature",
     "delta_loop_ratio",
     "difference",
+    "finite",
     "kl_divergence",
     "log_probabilities",
     "measured",
@@ -41,6 +42,14 @@ KLDirection = Literal["current_previous", "previous_current"]
 def measured(x: Tensor) -> Tensor:
     """``x`` in the precision of measurement: float64 as it is, everything else as float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def finite(x: Tensor) -> Tensor:
+    """Rows whose entries are all finite, ``(..., D)`` to ``(...)``; the maximum propagates NaN.
+
+    (``vector_norm`` with ``ord=inf`` says the same, ten times as slowly on a CPU.)
+    """
+    return measured(x).abs().amax(-1) < torch.inf
 
 
 def difference(x: Tensor, x_prev: Tensor) -> Tensor:

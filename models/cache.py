@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haltkit import signals
+
 __all__ = ["CacheMemory", "DecodeRows", "LayerCache", "Layout", "parse_layout"]
 
 
@@ -191,7 +193,7 @@ class CacheMemory:
             q = q.new_zeros(batch, d).index_copy_(0, index, q)
         broken = None
         if rows.careful:
-            broken = ~(torch.linalg.vector_norm(kv, ord=torch.inf, dim=-1) < torch.inf)  # (B, T)
+            broken = ~signals.finite(kv)  # (B, T)
             kv = kv.masked_fill(broken.unsqueeze(-1), 0.0)
             hidden = torch.zeros(broken.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(broken, -math.inf)
             mask = hidden[:, None, None, :] if mask is None else mask + hidden[:, None, None, :]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haltkit import signals
 from haltkit.models.draws import EvaluationNoise
 from haltkit.models.gpt import LayerMemory, Noise, Region, attend, split_heads
 
@@ -47,8 +48,7 @@ class MaskedMemory:
             live = self.live[:, None, :, None]
             k, v = torch.where(live, k, self._keys), torch.where(live, v, self._values)
         self._keys, self._values = k, v
-        size = torch.linalg.vector_norm(torch.cat([k, v], -1), ord=torch.inf, dim=-1)  # (B, H, T)
-        broken = ~(size < torch.inf).all(1)  # (B, T)
+        broken = ~(signals.finite(k) & signals.finite(v)).all(1)  # (B, T)
         if not broken.any():
             return k, v, None
         hole = broken[:, None, :, None]
@@ -176,8 +176,7 @@ class CompactMemory:
         kv = self.kv.view(rows.batch, rows.length, 2, n_head, -1)  # (B, T, 2, H, D/H)
         broken = None
         if rows.careful:
-            size = torch.linalg.vector_norm(self.kv, ord=torch.inf, dim=-1)
-            broken = ~(size < torch.inf).view(rows.batch, rows.length)  # (B, T)
+            broken = ~signals.finite(self.kv).view(rows.batch, rows.length)  # (B, T)
             kv = kv.masked_fill(broken[:, :, None, None, None], 0.0)
         q = qkv[:, :d]
         if rows.index is None:

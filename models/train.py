@@ -140,7 +140,7 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
         raise RunError(f"{str(out)!r} exists already: choose another folder")
     if steps < 1:
         raise RunError(f"an anneal takes at least 1 step, got {steps}")
-    step = int(json.loads((newest / "progress.json").read_text(encoding="utf-8"))["step"])
+    step = int(json.loads((newest / PROGRESS).read_text(encoding="utf-8"))["step"])
     # From the rate that the run has reached: annealing must never raise it.
     reached = learning_rate(step, config.train.max_steps, config.optim)
     low = min(1.0, config.optim.lr * config.optim.min_lr_ratio / reached)
@@ -154,8 +154,8 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
         copy = partial / "checkpoints" / newest.name
         shutil.copytree(newest, copy)
         if data is not None:  # it was asked for: the position in the old data says nothing about the new
-            progress = json.loads((copy / "progress.json").read_text(encoding="utf-8"))
-            write_json(copy / "progress.json", {**progress, "data": None})
+            progress = json.loads((copy / PROGRESS).read_text(encoding="utf-8"))
+            write_json(copy / PROGRESS, {**progress, "data": None})
     return config
 
 
