@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haltkit.cli.compare import _console, _writable
+from haltkit.cli.terminal import check_writable, make_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def bench(
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"--only {only}: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     specs = parse_spec_list(policies)
-    _writable(json_path)
+    check_writable(json_path)
 
     import torch
 
@@ -116,7 +116,7 @@ def bench(
             model, windows[:1, : half + 1], first, LAYOUTS, max_loops=max_loops
         ),
     }
-    console = _console()
+    console = make_console()
     about = {
         "model": str(checkpoint) if checkpoint else "bundled",
         "text": str(text) if text else "bundled sample",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from haltkit.cli.terminal import check_writable, make_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -85,13 +86,13 @@ def compare(
 
     specs = parse_spec_list(policies)
     thresholds = _thresholds(taus)
-    _writable(json_path)
-    _writable(plot_path, ("png", "svg", "pdf"))
-    _writable(save_path, ("yaml", "yml"))
+    check_writable(json_path)
+    check_writable(plot_path, ("png", "svg", "pdf"))
+    check_writable(save_path, ("yaml", "yml"))
     places = [path.resolve() for path in (json_path, plot_path, save_path) if path is not None]
     if len(set(places)) < len(places):
         raise ValueError(f"--json, --plot and --save name the same file more than once: {', '.join(map(str, places))}")
-    console = _console()
+    console = make_console()
     if model is not None:
         _refuse_with_model(context)
         result, about, levels, regions, loop = _own_model(
@@ -271,15 +272,6 @@ def _winner(found: Sequence[Finding], levels: Sequence[float]) -> Row | None:
     return min(rows, key=lambda row: row.ms_per_token, default=None)
 
 
-def _console() -> Console:
-    """A console as wide as the terminal; a pipe or a file has room for every column."""
-    import sys
-
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
 def _thresholds(taus: str) -> str | list[float]:
     if taus in ("paper", "auto", "both"):
         return taus
@@ -293,22 +285,6 @@ def _thresholds(taus: str) -> str | list[float]:
             raise ValueError(f"--taus {taus}: {item!r} is neither a number nor one of paper, auto, both") from None
         check_tau(values[-1])
     return values
-
-
-def _writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse a place that cannot be written to before minutes are spent on measuring."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    if path.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"cannot write {str(path)!r}: it is not a regular file")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ValueError(f"cannot write {str(path)!r}: permission denied")
-    if suffixes and path.suffix[1:].lower() not in suffixes:
-        raise ValueError(f"cannot draw {str(path)!r}: the name must end in .{', .'.join(suffixes)}")
 
 
 def _finite(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from haltkit.cli.terminal import make_console
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -65,7 +67,6 @@ def diagnose(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from haltkit.cli.compare import _console
     from haltkit.diagnostics.plan import Plan
 
     if figures not in ("png", "svg", "pdf"):
@@ -89,7 +90,7 @@ def diagnose(
         "comparison": _comparison(out / COMPARISON),
     }
     out.mkdir(parents=True, exist_ok=True)
-    console = _console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     interrupted = False
     with Progress(*columns, console=console, transient=True) as bar:

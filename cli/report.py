@@ -16,11 +16,11 @@ def report(
     ] = None,
 ) -> None:
     """Make one HTML page that opens from disk: trade-off, paths, signals, claims, and the text by steps taken."""
-    from haltkit.cli.compare import _writable
+    from haltkit.cli.terminal import check_writable
 
     results = _results(folder)
     path = out or folder / "report.html"
-    _writable(path, ("html",))
+    check_writable(path, ("html",))
 
     from haltkit.models.files import atomic_path
     from haltkit.report import render_page

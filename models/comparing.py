@@ -17,7 +17,7 @@ import haltkit
 from haltkit.comparison import Comparison, Observation, Setting, compare
 from haltkit.loop import Execution
 from haltkit.models.checkpoint import BUNDLED, Checkpoint
-from haltkit.models.data import DataError, windows
+from haltkit.models.data import DataError, read_text, windows
 from haltkit.models.generation import Decoder
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
 from haltkit.policies import Fixed
@@ -42,12 +42,7 @@ def text_windows(checkpoint: Checkpoint, path: Path, tokens: int) -> Tensor:
     Raises:
         DataError: no such file, not UTF-8 text, or shorter than one window.
     """
-    if not path.is_file():
-        raise DataError(f"no text file {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
     length = checkpoint.config.block_size
     try:
         found = windows(checkpoint.tokenizer.encode_ordinary(text), length)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from haltkit.models.distributed import Processes
 
 __all__ = [
-    "CHUNK", "MANIFEST", "DataError", "Feed", "ShardFeed", "TokenData", "checksums", "read_manifest", "windows",
+    "CHUNK", "MANIFEST", "DataError", "Feed", "ShardFeed", "TokenData", "checksums", "read_manifest", "read_text",
+    "windows",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -218,6 +219,20 @@ class ShardFeed:
                     "resumed, the run would not see the samples it would have seen. Resume with the data, seed and "
                     "block_size that it began with; to go on over other data, anneal from it with --data"
                 )
+
+
+def read_text(path: Path, what: str = "text") -> str:
+    """The whole of a UTF-8 file that a user named.
+
+    Raises:
+        DataError: no such file, or not UTF-8; ``what`` says what it was to be.
+    """
+    if not path.is_file():
+        raise DataError(f"no {what} file {str(path)!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not UTF-8 text (byte {error.start})") from None
 
 
 def windows(tokens: npt.ArrayLike, length: int) -> Tensor:

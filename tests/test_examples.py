@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from haltkit.models.config import load_config
+from haltkit.models.train import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
@@ -28,3 +33,29 @@ def test_example(path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
+
+
+def test_what_run_folders_know_is_collected(data_folder: Path, tmp_path: Path) -> None:
+    config = load_config("tiny")
+    config = replace(config, data=replace(config.data, path=str(data_folder)))
+    config = replace(config, train=replace(config.train, max_steps=2, snapshot_first_tokens=1))
+    off = replace(config, model=replace(config.model, regions=()))
+    assert train(config, tmp_path / "run")
+    assert train(off, tmp_path / "control")
+    script = EXAMPLES / "reproduction" / "collect.py"
+    folders = ["run", "--control", "control", "--release", "run", "--out", "out"]
+    command = [sys.executable, "-W", "error", str(script), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    rows = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["rows"]
+    runs = [row["run"] for row in rows]
+    assert runs == ["looped"] * runs.count("looped") + ["release (annealed)"] + ["control"] * runs.count("control")
+    assert min(runs.count("looped"), runs.count("control")) >= 1
+    last = [row for row in rows if row["run"] == "looped"][-1]
+    snapshot = tmp_path / "out" / "snapshots" / f"tokens-{last['tokens']:010d}.json"
+    # The same weights, measured when they were written and now: bf16 as committed against float32 as trained.
+    written, measured = (json.loads(p.read_text()) for p in (snapshot, snapshot.with_name("release.json")))
+    assert written["tokens_seen"] == measured["tokens_seen"] == last["tokens"]
+    for name, region in written["regions"].items():
+        assert measured["regions"][name]["step_norm_mean"][:3] == pytest.approx(region["step_norm_mean"][:3], rel=0.02)
