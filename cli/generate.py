@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import tiktoken
     from rich.console import Console
 
+_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # of Unicode's bidirectional controls
 # Steps up to which a shade is used, coldest first; beyond the last, the hottest.
 _SHADES = (
     (1, "color(33)"), (2, "color(44)"), (3, "color(42)"), (4, "color(76)"), (6, "color(148)"), (8, "color(220)"),
@@ -100,12 +102,15 @@ def generate(
         "stop": "a stop token",
         "length": "--max-new-tokens",
         "context": f"the model's context of {model.block_size} tokens is full",
+        "nonfinite": "the model's logits are not finite",
         "interrupted": "interrupted",
     }[reason or "interrupted"]
     summary = (
         f"{writer.count} tokens in {ended - started:.1f} s{pace}; mean steps by region {mean or 'none'}; ended: {why}"
     )
     print(summary, file=sys.stderr)
+    if reason == "nonfinite":
+        raise typer.Exit(1)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -114,12 +119,9 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         text = prompt
     elif file is not None:
-        if not file.is_file():
-            raise ValueError(f"no prompt file {str(file)!r}")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{str(file)!r} is not UTF-8 text (byte {error.start})") from None
+        from haltkit.models.data import read_text
+
+        text = read_text(file, "prompt")
     elif sys.stdin.isatty():
         raise ValueError("no prompt: give it as an argument, with --file, or on standard input")
     else:
@@ -138,6 +140,16 @@ def _stops(tokenizer: tiktoken.Encoding, texts: Sequence[str]) -> list[int]:
             raise ValueError(f"--stop {text!r} is {len(ids)} tokens of this model's tokenizer, and must be one")
         found += ids
     return found
+
+
+def _harmless(piece: str) -> str:
+    """What a model writes must not steer the terminal: controls and changes of direction are replaced."""
+    steering = {"Cc", "Cs"}
+    return "".join(
+        "�" if (unicodedata.category(c) in steering and c not in "\n\t") or unicodedata.bidirectional(c) in _DIRECTIONS
+        else c
+        for c in piece
+    )  # fmt: skip
 
 
 def _shade(steps: float) -> str:
@@ -159,8 +171,8 @@ class _Writer:
 
     def add(self, token: int, steps: dict[str, int]) -> None:
         piece = self.bytes.decode(self.tokenizer.decode_single_token_bytes(token))
-        # What a model writes must not steer the terminal.
-        piece = "".join(c if c in "\n\t" or c.isprintable() else "�" for c in piece)
+        if self.console.is_terminal:
+            piece = _harmless(piece)
         self.pieces.append(piece)
         for name, count in steps.items():
             self.steps.setdefault(name, []).append(count)
@@ -170,9 +182,10 @@ class _Writer:
     def _write(self, piece: str, style: str, numbers: str) -> None:
         from rich.text import Text
 
-        if self.show_depth and not self.console.is_terminal:
-            piece += numbers
-        self.console.print(Text(piece, style=style), end="", soft_wrap=True)
+        if self.console.is_terminal:
+            self.console.print(Text(piece, style=style), end="", soft_wrap=True)
+        else:  # byte for byte what the model wrote
+            self.console.file.write(piece + numbers if self.show_depth else piece)
         self.console.file.flush()
 
     def close(self) -> None:

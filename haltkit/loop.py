@@ -153,11 +153,14 @@ class LoopRun:
         for what, given in (("rows", rows), ("budget", budget)):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{what} has shape {tuple(given.shape)}; the state's rows are {tuple(shape)}")
+        if budget is not None and bool((budget < 1).any()):
+            raise ValueError(f"budget={int(budget.min())} for some row: a loop takes at least 1 step")
         self.policy, self.readout, self.keep, self.observer, self.name = policy, readout, keep, observer, name
         self._compact = execution == "compact"
         self._shape = shape
         # The first dimension at hand is what compact execution shrinks: single rows, or sequences that halt as one.
         at_hand, granularity = tuple(shape), granularity_of(policy)
+        self._together = granularity == "world"
         self._shrinks = self._compact and (granularity == "token" or (granularity == "sequence" and len(shape) > 1))
         if self._shrinks:
             at_hand = (math.prod(shape),) if granularity == "token" else (math.prod(shape[:-1]), shape[-1])
@@ -200,12 +203,13 @@ class LoopRun:
             ValueError: the state's shape has changed.
         """
         new = self._checked(new)
-        state, halted, going = self._judge(new, self.live)
         total = new.sum() if doubt is None else new.sum() + doubt  # NaN and infinity survive a sum
-        if total.is_cpu:  # looking costs nothing there
-            running = int(torch.count_nonzero(going)) if math.isfinite(float(total)) else -1
-        else:
-            running = int(torch.where(total.isfinite(), going.sum(), -1))
+        # Looking costs nothing on a CPU; where processes decide together each must judge a step exactly once.
+        first = total.is_cpu or self._together
+        if first and not math.isfinite(float(total)):
+            return False
+        state, halted, going = self._judge(new, self.live)
+        running = int(torch.count_nonzero(going) if first else torch.where(total.isfinite(), going.sum(), -1))
         if running < 0:
             return False
         self._take(new, self.live, halted, going, running)

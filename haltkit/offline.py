@@ -25,11 +25,17 @@ class _Tape:
 
 def _states(trajectory: RegionTrajectory) -> Tensor:
     states = trajectory._consecutive_states()
-    early = trajectory.steps < trajectory.max_steps
-    if trajectory.outcome is not None and bool((early & (trajectory.outcome != Outcome.ABSENT)).any()):
+    if trajectory.outcome is None:
+        return states
+    broken = trajectory.outcome == Outcome.NONFINITE
+    early = (trajectory.steps < trajectory.max_steps) & ~broken & (trajectory.outcome != Outcome.ABSENT)
+    if bool(early.any()):
         raise TrajectoryError(
             "some rows of this recording halted early, so their later states are unknown: record at a fixed depth"
         )
+    if bool(broken.any()):  # such a row is recorded at its last finite state, and is to stop being finite again
+        k = torch.arange(len(states), device=states.device).view(-1, *[1] * broken.ndim)
+        states = states.masked_fill((broken & (k >= trajectory.steps)).unsqueeze(-1), torch.nan)
     return states
 
 
@@ -39,6 +45,8 @@ def _fitting(readout: Readout, width: int) -> Readout:
     def fitting(x: Tensor) -> Tensor:
         try:
             return readout(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise TrajectoryError(
                 f"the recording's states, of width {width}, do not fit the readout: it is of another model "

@@ -253,6 +253,7 @@ def _same_number(written: str, value: object) -> bool:
 
 
 _NAME = re.compile(r"[\w.-]+(:[A-Za-z_]\w*)?")
+_REGION = re.compile(r"[\w.-]+=[A-Za-z_]")  # 4=accel:...
 _KEY = re.compile(r"(?P<key>[A-Za-z_]\w*)=(?P<value>[^=:]+)")
 # In a list, what can only go on the spec before it: key=value, perhaps closing one region's spec.
 _CONTINUATION = re.compile(r"[A-Za-z_]\w*=[^=:|()]+")
@@ -280,6 +281,11 @@ def parse_spec(text: str) -> Spec:
         attribute, colon, keys = keys.partition(":")
         name = f"{name}:{attribute}"
     if not _NAME.fullmatch(name):
+        if _REGION.match(text):
+            raise ValueError(
+                f"{text!r} gives one region a policy of its own, and here one is for all of them; forward_adaptive "
+                "and 'haltkit generate' take one for each"
+            )
         raise ValueError(f"{text!r} is not a policy spec: write name:key=value,key=value, as in accel:tau=1e-3")
     policy_class(name)
     return Spec(name, _parse_keys(keys, text) if colon else ())

@@ -6,13 +6,14 @@ step ``min(k, K_j)``. A *layout* says which of them are kept:
 =================  ==================================================================================================
 ``depth-indexed``  all: exact. A slot for every step up to the deepest so far; a token fills the slots beyond its own
                    last step with that step's.
-``last``           those of the last step ``K_j`` alone: memory like a model without loops. A token at step ``k``
+``last``           those of the last step ``K_j`` alone: the cache of a model without loops. A token at step ``k``
                    reads what others had computed *after* they halted, not at step ``k``.
 ``modulo:M``       ``M`` slots, step ``k`` in slot ``(k - 1) mod M``, the newest step winning: the KV-cache sharing of
                    arXiv 2502.05171 (section 6.2). A token at step ``k`` reads the newest step of the same residue.
 =================  ==================================================================================================
 
-The last two are other functions, near the exact one where keys change little from step to step.
+The last two are other functions, near the exact one where keys change little from step to step. While a prompt is
+read, a region's keys and values of every step are held until the region ends, whatever the layout.
 """
 
 from __future__ import annotations

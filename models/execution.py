@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +15,24 @@ from haltkit.models.memory import CompactMemory, CompactRegionLoop, MaskedMemory
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import policy_for_regions
 
-__all__ = ["History", "Policies", "run_adaptive", "run_policies", "share_budget"]
+__all__ = ["Keeper", "Policies", "run_adaptive", "run_policies", "share_budget"]
 
 Policies = str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]]
 
 
-@dataclass
-class History:
-    """What a pass computed on its way, for a cache to keep.
+class Keeper(Protocol):
+    """Told of the keys and values of each layer when a pass leaves it; nobody else holds them any longer."""
 
-    Attributes:
-        layers: by the layer's name, for each of its blocks the keys and values after every step,
-            ``(B * T, 2D)`` each; one step where nothing loops.
-        steps: ``K_j`` by region, ``(B, T)``.
-        careful: something was not finite.
-    """
+    def keep(self, name: str, blocks: Sequence[Sequence[Tensor]], steps: Tensor | None, careful: bool) -> None:
+        """Take what a layer computed.
 
-    layers: dict[str, list[list[Tensor]]] = field(default_factory=dict)
-    steps: dict[str, Tensor] = field(default_factory=dict)
-    careful: bool = False
+        Args:
+            blocks: for each of its blocks the keys and values after every step, ``(B * T, 2D)`` each; one step where
+                nothing loops.
+            steps: ``K_j``, ``(B, T)``; None: nothing loops.
+            careful: something was not finite.
+        """
+        ...
 
 
 def share_budget(total: int | None, spent: Tensor | None, later: int, max_loops: int) -> Tensor | None:
@@ -93,11 +91,11 @@ def run_policies(
     keep: Keep = "current",
     observer: LoopObserver | None = None,
     execution: Execution = "masked",
-    history: History | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Everything but the head: the last layer's output ``(B, T, D)``, and steps and outcome by region.
 
-    ``history`` is filled in compact execution.
+    ``keeper`` is told of keys and values in compact execution.
 
     Raises:
         ValueError: budgets that leave a region without a step, padding before a token, an unknown execution.
@@ -119,7 +117,7 @@ def run_policies(
             later -= 1
             budget = share_budget(total_loops, spent, later, budgets[name])
             rows_at_hand = Rows(*tokens.shape)
-            memories = [CompactMemory(rows_at_hand, history=history is not None) for _ in layer.body.blocks]
+            memories = [CompactMemory(rows_at_hand, history=keeper is not None) for _ in layer.body.blocks]
             result = run_loop(
                 CompactRegionLoop(layer, x.flatten(0, 1), positions, model.noise, rows_at_hand, memories)
                 if compact
@@ -137,18 +135,16 @@ def run_policies(
             )
             x, steps[name], outcome[name] = layer.leave(result.x), result.steps, result.outcome
             spent = steps[name] if spent is None else spent + steps[name]
-            if history is not None:
-                history.layers[name] = [memory.history or [] for memory in memories]
-                history.steps[name] = result.steps
-                history.careful |= rows_at_hand.careful
+            if keeper is not None:
+                keeper.keep(name, [memory.history or [] for memory in memories], result.steps, rows_at_hand.careful)
         elif compact:
-            x = run_once(name, layer, x, history)
+            x = run_once(name, layer, x, keeper)
         else:
             x = layer(x, MaskedMemory())  # a token that is not finite must not reach earlier ones here either
     return x, steps, outcome
 
 
-def run_once(name: str, layer: nn.Module, x: Tensor, history: History | None) -> Tensor:
+def run_once(name: str, layer: nn.Module, x: Tensor, keeper: Keeper | None) -> Tensor:
     """A layer that does not loop, over all tokens ``(B, T, D)``; with care only where it is needed."""
     rows = Rows(*x.shape[:2])
     memory = CompactMemory(rows)
@@ -156,7 +152,6 @@ def run_once(name: str, layer: nn.Module, x: Tensor, history: History | None) ->
     if memory.doubt is not None and not math.isfinite(float(memory.doubt)):
         rows.careful = True
         out = layer(x.flatten(0, 1), memory)
-    if history is not None and memory.kv is not None:
-        history.layers[name] = [[memory.kv]]
-        history.careful |= rows.careful
+    if keeper is not None and memory.kv is not None:
+        keeper.keep(name, [[memory.kv]], None, rows.careful)
     return out.view_as(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,19 +13,28 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.loop import run_loop
 from haltkit.models.cache import CacheMemory, DecodeRows, LayerCache, parse_layout
-from haltkit.models.execution import History, Policies, check_budget, run_policies, share_budget
+from haltkit.models.execution import Policies, check_budget, run_policies, share_budget
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.memory import CompactRegionLoop
-from haltkit.protocol import granularity_of
+from haltkit.policies import Fixed
+from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.registry import policy_for_regions
+from haltkit.wrappers import MinSteps
 
 __all__ = ["Decoded", "Decoder", "Emission", "Generation", "GenerationError", "Sampling", "generate", "stream"]
 
-Reason = Literal["stop", "length", "context"]
+Reason = Literal["stop", "length", "context", "nonfinite"]
 
 
 class GenerationError(ValueError):
     """Prompts, policies or settings that text cannot be generated from."""
+
+
+def _least_steps(policy: HaltingPolicy[Any]) -> int:
+    """Steps that a policy takes whatever it measures, as far as its own fields say."""
+    least = policy.steps if isinstance(policy, (Fixed, MinSteps)) else 1
+    inner = getattr(policy, "policy", None)
+    return least if inner is None else max(least, _least_steps(inner))
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Decoder:
         capacity: longest sequence, at most the model's context (None: that).
 
     Raises:
-        GenerationError: a policy that decides for more than a token.
+        GenerationError: a policy that decides for more than a token, or takes more steps than ``max_loops``.
         ValueError: a bad spec, layout or budget.
     """
 
@@ -57,11 +66,11 @@ class Decoder:
         policy: Policies,
         *,
         layout: str = "depth-indexed",
-        max_loops: int = 32,
+        max_loops: int | Mapping[str, int] = 32,
         total_loops: int | None = None,
         capacity: int | None = None,
     ) -> None:
-        check_budget(model, max_loops, total_loops)
+        self.max_loops = check_budget(model, max_loops, total_loops)  # by region
         self.model, self.layout = model, parse_layout(layout)
         self.policies = policy_for_regions(policy, list(model.regions))
         for region, one in self.policies.items():
@@ -70,7 +79,12 @@ class Decoder:
                     f"region {region}: a policy with granularity={granularity} cannot decode token by token, because "
                     "other tokens' loops are over: use granularity=token, or forward_adaptive on the whole text"
                 )
-        self.max_loops, self.total_loops = max_loops, total_loops
+            if (least := _least_steps(one)) > self.max_loops[region]:
+                raise GenerationError(
+                    f"region {region}: the policy takes at least {least} steps and max_loops is "
+                    f"{self.max_loops[region]}: raise max_loops, or ask for fewer steps"
+                )
+        self.total_loops = total_loops
         self.capacity = model.block_size if capacity is None else min(capacity, model.block_size)
         self.lengths: list[int] = []
         self.careful = False
@@ -81,29 +95,25 @@ class Decoder:
         """Take the prompts, ``(B, T)`` padded at the end to the longest of ``lengths``; compact, then cached.
 
         The logits, steps and outcomes are those of each prompt's last token.
+
+        Raises:
+            GenerationError: prompts longer than the context, or ``lengths`` that are not theirs.
         """
         batch, longest = tokens.shape
         self.lengths = [longest] * batch if lengths is None else list(lengths)
+        if len(self.lengths) != batch or not all(1 <= n <= longest for n in self.lengths):
+            raise GenerationError(f"lengths {self.lengths}: one for each of {batch} prompts, from 1 to {longest}")
         if longest > self.capacity:
             raise GenerationError(f"{longest} tokens do not fit the context of {self.capacity}")
         ends = torch.tensor(self.lengths, device=tokens.device)
         rows = None
         if min(self.lengths) < longest:
             rows = torch.arange(longest, device=tokens.device) < ends.unsqueeze(-1)
-        history = History()
+        self._caches, self.careful = {}, False
         x, steps, outcome = run_policies(
             self.model, tokens, self.policies, max_loops=self.max_loops, total_loops=self.total_loops, rows=rows,
-            execution="compact", history=history,
+            execution="compact", keeper=self,
         )  # fmt: skip
-        self.careful = history.careful
-        for name, blocks in history.layers.items():
-            taken = history.steps.get(name)
-            layout = self.layout if taken is not None else parse_layout("last")
-            self._caches[name] = []
-            for after in blocks:
-                cache = LayerCache(layout, batch, self.capacity, after[0].shape[-1], x)
-                cache.fill(after, taken, longest)
-                self._caches[name].append(cache)
         last = (torch.arange(batch, device=x.device), ends - 1)
         return Decoded(
             self.model.readout(x[last]),
@@ -111,13 +121,26 @@ class Decoder:
             {name: ended[last] for name, ended in outcome.items()},
         )
 
+    def keep(self, name: str, blocks: Sequence[Sequence[Tensor]], steps: Tensor | None, careful: bool) -> None:
+        """Cache what the prompts' layer ``name`` computed, as the layout says: see :class:`Keeper`."""
+        layout = self.layout if steps is not None else parse_layout("last")
+        self._caches[name] = []
+        for after in blocks:
+            batch = len(self.lengths)
+            cache = LayerCache(layout, batch, self.capacity, after[0].shape[-1], after[0])
+            cache.fill(after, steps, len(after[0]) // batch)
+            self._caches[name].append(cache)
+        self.careful |= careful
+
     @torch.inference_mode()
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Decoded:
         """Add one token a sequence, ``(B,)``. Sequences that are not ``active``, ``(B,)`` bool, do not loop or grow.
 
         Raises:
-            GenerationError: a sequence is at the end of its context.
+            GenerationError: a sequence is at the end of its context, or there is no prompt yet.
         """
+        if not self.lengths:
+            raise GenerationError("the cache is empty: give it a prompt with prefill first")
         running = [True] * len(self.lengths) if active is None else active.tolist()
         if any(going and n >= self.capacity for going, n in zip(running, self.lengths, strict=True)):
             raise GenerationError(f"the context of {self.capacity} tokens is full")
@@ -141,14 +164,14 @@ class Decoder:
                 x = out
                 continue
             later -= 1
-            budget = share_budget(self.total_loops, spent, later, self.max_loops)
+            budget = share_budget(self.total_loops, spent, later, self.max_loops[name])
             at_hand = rows.all_at_hand()
             memories = [CacheMemory(cache, at_hand) for cache in caches]
             result = run_loop(
                 CompactRegionLoop(layer, x, positions, model.noise, at_hand, memories),
                 layer.initial_state(x, lambda region, k, like: model.noise.at(region, k, positions, like)),
                 self.policies[name],
-                max_steps=self.max_loops,
+                max_steps=self.max_loops[name],
                 readout=model.readout,
                 rows=active,
                 name=name,
@@ -221,14 +244,14 @@ class Sampling:
             raise GenerationError(f"top_k={self.top_k}: it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p={self.top_p}: it must be above 0 and at most 1")
-        if self.seed < 0:
-            raise GenerationError(f"seed={self.seed}: it must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise GenerationError(f"seed={self.seed}: it must be 0 or more and below 2**63")
         if self.vocabulary is not None and self.vocabulary < 1:
             raise GenerationError(f"vocabulary={self.vocabulary}: it must be at least 1")
 
     def draws(self, batch: int, count: int) -> Tensor:
         """Uniform numbers for ``count`` tokens of each sequence, ``(B, count)``; row ``i`` from seed ``seed + i``."""
-        each = [torch.Generator().manual_seed(self.seed + i) for i in range(batch)]
+        each = [torch.Generator().manual_seed((self.seed + i) % 2**63) for i in range(batch)]
         return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in each])
 
     def choose(self, logits: Tensor, u: Tensor) -> Tensor:
@@ -239,17 +262,18 @@ class Sampling:
         """
         logits = signals.measured(logits)[:, : self.vocabulary]
         if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
-            raise GenerationError("the model's logits are not finite: there is no token to choose")
+            bad = [i + 1 for i, sound in enumerate(logits.isfinite().all(-1).tolist()) if not sound]
+            raise GenerationError(f"logits of sequence {bad[0]} are not finite: there is no token to choose")
         if self.temperature == 0 or self.top_k == 1:
             return logits.argmax(-1)
-        # Before dividing: a small temperature must not overflow.
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # Before dividing, and in float64, where every temperature has a value: a small one must not overflow.
+        scaled = (logits - logits.amax(-1, keepdim=True)).double() / self.temperature
         if self.top_k is None and self.top_p is None:
-            probabilities, tokens = scaled.double().softmax(-1), None
+            probabilities, tokens = scaled.softmax(-1), None
         else:
             count = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
             scaled, tokens = scaled.topk(count, -1)  # the most likely first
-            probabilities = scaled.double().softmax(-1)
+            probabilities = scaled.softmax(-1)
             if self.top_p is not None:  # a token stays if those before it do not reach top_p
                 before = probabilities.cumsum(-1) - probabilities
                 probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
@@ -264,7 +288,7 @@ class Emission:
     """One new token a sequence.
 
     Attributes:
-        tokens: an id each; None for a sequence that had finished.
+        tokens: an id each; None for a sequence that had finished, or whose logits are not finite.
         steps: by region, the steps that the model took to come to it.
         finished: why the sequence is finished with this token, or None. A stop token is given but is not text.
     """
@@ -293,6 +317,8 @@ def check_prompts(model: LoopedGPT, prompts: Sequence[Sequence[int]]) -> None:
         raise GenerationError("no prompt")
     for i, prompt in enumerate(prompts):
         where = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not all(isinstance(t, int) for t in prompt):
+            raise GenerationError(f"{where} is not a list of token ids (integers), as tokenizer.encode gives")
         if not prompt:
             raise GenerationError(f"{where} is empty: give at least one token")
         if len(prompt) >= model.block_size:
@@ -313,13 +339,15 @@ def stream(
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     layout: str = "depth-indexed",
-    max_loops: int = 32,
+    max_loops: int | Mapping[str, int] = 32,
     total_loops: int | None = None,
 ) -> Iterator[Emission]:
     """Generate, giving each token as soon as it is there; arguments as :meth:`LoopedGPT.generate`."""
     check_prompts(model, prompts)
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+    if unknown := [token for token in stop if not 0 <= token < model.vocab_size]:
+        raise GenerationError(f"stop token {unknown[0]} is outside the vocabulary of {model.vocab_size}")
     sampling = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -342,18 +370,23 @@ def _stream(
     draws = sampling.draws(len(prompts), count)
     active = [True] * len(prompts)
     for i in range(count):
-        chosen = sampling.choose(seen.logits, draws[:, i])
+        # What a sequence comes to when its numbers break, or after its end, is no other sequence's concern.
+        sound = signals.finite(seen.logits)  # (B,)
+        chosen = sampling.choose(seen.logits.masked_fill(~sound.unsqueeze(-1), 0.0), draws[:, i])
         ids: list[int] = chosen.tolist()
+        broken = (~sound).tolist()
         finished: list[Reason | None] = [None] * len(ids)
         for b, token in enumerate(ids):
-            if token in stop:
+            if broken[b]:
+                finished[b] = "nonfinite"
+            elif token in stop:
                 finished[b] = "stop"
             elif i + 1 == count:
                 finished[b] = "length"
             elif lengths[b] + i + 1 >= model.block_size:
                 finished[b] = "context"
         yield Emission(
-            [token if going else None for token, going in zip(ids, active, strict=True)],
+            [token if going and not bad else None for token, going, bad in zip(ids, active, broken, strict=True)],
             {name: steps.tolist() for name, steps in seen.steps.items()},
             [reason if going else None for reason, going in zip(finished, active, strict=True)],
         )
@@ -372,7 +405,7 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     layout: str = "depth-indexed",
-    max_loops: int = 32,
+    max_loops: int | Mapping[str, int] = 32,
     total_loops: int | None = None,
 ) -> Generation:
     """:meth:`~haltkit.models.gpt.LoopedGPT.generate`."""

@@ -519,7 +519,7 @@ class LoopedGPT(
         vocabulary: int | None = None,
         stop: Sequence[int] = (),
         layout: str = "depth-indexed",
-        max_loops: int = 32,
+        max_loops: int | Mapping[str, int] = 32,
         total_loops: int | None = None,
     ) -> Generation:
         """Continue prompts (token ids, of any lengths), each token looping until its policies halt it.

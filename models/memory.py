@@ -173,16 +173,16 @@ class CompactMemory:
         self.doubt = qkv.sum()
         self._store(qkv[:, d:])
         assert self.kv is not None
-        kv = self.kv.view(rows.batch, rows.length, 2, n_head, -1)  # (B, T, 2, H, D/H)
+        kv = self.kv.view(rows.batch, rows.length, 2, n_head, d // n_head)  # (B, T, 2, H, D/H)
         broken = None
         if rows.careful:
             broken = ~signals.finite(self.kv).view(rows.batch, rows.length)  # (B, T)
             kv = kv.masked_fill(broken[:, :, None, None, None], 0.0)
         q = qkv[:, :d]
         if rows.index is None:
-            q = q.view(rows.batch, rows.length, n_head, -1).transpose(1, 2)
+            q = q.view(rows.batch, rows.length, n_head, d // n_head).transpose(1, 2)
             k, v = kv.permute(2, 0, 3, 1, 4)
-            return attend(q, k, v, broken).transpose(1, 2).reshape(-1, d)
+            return attend(q, k, v, broken).transpose(1, 2).reshape(len(qkv), d)
         slot, present, mask = rows.padding(qkv)
         if present is not None:
             kv = kv.index_select(0, present)
@@ -191,7 +191,7 @@ class CompactMemory:
             mask = mask.masked_fill(hidden[:, None, None, :], -math.inf)
         lines, _, width, _ = mask.shape
         padded = q.new_zeros(lines * width, d).index_copy_(0, slot, q)
-        q = padded.view(lines, width, n_head, -1).transpose(1, 2)
+        q = padded.view(lines, width, n_head, d // n_head).transpose(1, 2)
         k, v = kv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (S, H, L, D/H)
         y = y.transpose(1, 2).reshape(lines * width, d).index_select(0, slot)

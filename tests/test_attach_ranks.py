@@ -45,6 +45,43 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def work_with_a_broken_row(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    found: list[int] = []
+    for execution in ("masked", "compact"):
+        for pool in ("mean", "max"):
+            taken = 0
+
+            def body(x: Tensor) -> Tensor:
+                nonlocal taken
+                taken += 1
+                broken = torch.zeros(len(x), 1, dtype=torch.bool)
+                broken[1] = rank == 0 and taken >= 2
+                return (x / 2).masked_fill(broken, torch.nan)
+
+            policy = haltkit.policy(f"norm:tau=0.05,granularity=world,pool={pool}")
+            x0 = (1 + rank) * torch.ones(3, 4)
+            haltkit.run_loop(body, x0, policy, execution=execution)  # type: ignore[arg-type]
+            found.append(taken)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
+@pytest.mark.filterwarnings("ignore")  # spawned processes import under other filters
+def test_a_row_that_breaks_on_one_rank_leaves_the_ranks_in_step(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work_with_a_broken_row, args=(port, str(tmp_path)), nprocs=RANKS, join=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    assert first == second
+    assert first[:2] == first[2:]  # masked and compact
+    # Rank 1's rows move by 2 / 2^k * 2 each: under 0.05 from step 7 on; the mean with rank 0's halves, one step sooner.
+    assert first[:2] == [7, 7]
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
 @pytest.mark.filterwarnings("ignore")  # spawned processes import under other filters
 def test_a_region_halts_together_on_all_ranks(tmp_path: Path) -> None:

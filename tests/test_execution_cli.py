@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from haltkit.cli import main as entry
+from haltkit.cli.generate import _Writer
 from haltkit.models import benching
 from haltkit.models.checkpoint import build_model, load_checkpoint, save_checkpoint
 from haltkit.models.config import ModelConfig
@@ -75,6 +77,25 @@ def test_generate_writes_the_continuation_and_tells_the_depth(
     assert "steps in region 2, 3-4" in shown
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_generated_is_written_as_it_is_but_never_steers_a_terminal(data_folder: Path, terminal: bool) -> None:
+    text = "a\tb\u00a0c\u3000d\u200de\r\n\x1b[31m\u202eé"
+    tokenizer = load_tokenizer(data_folder)
+    out = io.StringIO()
+    writer = _Writer(Console(file=out, force_terminal=terminal, no_color=True, width=200), tokenizer, False)
+    for token in tokenizer.encode_ordinary(text):
+        writer.add(token, {})
+    writer.close()
+    written = out.getvalue()
+    if not terminal:
+        assert written == text + "\n"
+    else:
+        assert "\x1b" not in written
+        assert "\u202e" not in written
+        assert "\r" not in written
+        assert "b\u00a0c\u3000d\u200de" in written
+
+
 def test_generate_says_that_the_context_is_full(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +118,7 @@ def test_generate_says_that_the_context_is_full(
         (["x", "--total-loops", "1"], "the model has 2 regions"),
         (["x", "--stop", "two tokens at least"], "must be one"),
         (["word " * 200], "context 32: shorten it"),
+        (["x", "--policy", "fixed:steps=50"], "at least 50 steps and max_loops is 32"),
     ],
 )
 def test_generate_refuses_in_one_line(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import haltkit
 from haltkit import loop
 from haltkit.loop import Outcome
+from haltkit.models.benching import Scripted
 from haltkit.models.cache import parse_layout
 from haltkit.models.checkpoint import build_model
 from haltkit.models.config import ModelConfig
@@ -108,6 +110,40 @@ def test_all_executions_are_one_function_in_float64(
     check_all(models[torch.float64], spec, ids, lengths, total, 1e-10)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"injection": "first_step"}, {"injection": "never", "initial_state": "input"}, {"initial_state": "zero"},
+        {"noise": "every_step"}, {"state_norm": False}, {"exit_norm": True}, {"norm_placement": "residual"},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)  # fmt: skip
+def test_all_executions_are_one_function_for_every_choice_of_the_recipe(
+    tiny_config: ModelConfig, changes: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(replace(tiny_config, **changes)).double().eval()
+    lengths = [9, 4, 12]
+    ids, real = batch_of(1, lengths)
+    scores: list[Tensor] = []
+    listening: Any = Listening(haltkit.policy("norm:tau=1e-9"), scores)
+    model.forward_adaptive(ids, listening, max_loops=MAX_LOOPS, rows=real)
+    for k in (2, 4):  # half of the tokens halt there, at the latest; tau between two scores, not on one
+        middle = scores[k - 1].sort().values[len(scores[k - 1]) // 2 :][:2]
+        spec = f"norm:tau={float(middle.mean())}"
+        depths = model.forward_adaptive(ids, spec, max_loops=MAX_LOOPS, rows=real).steps["2"][real]
+        assert depths.unique().numel() > 1  # otherwise nothing is left behind
+        check_all(model, spec, ids, lengths, None, 1e-10)
+    for execution in ("masked", "compact"):  # the other state that a token may hand on
+        found = model.forward_adaptive(
+            ids, spec, max_loops=MAX_LOOPS, rows=real, keep="previous", execution=execution  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert torch.equal(found.steps["2"][real], depths)
+        if execution == "masked":
+            previous = found
+    same(previous, found, real, 1e-10)
+
+
 def gap(scores: list[Tensor], tau: float) -> bool:
     """Whether no score lies within a relative distance of 1e-3 of tau."""
     seen = torch.cat([s[s.isfinite()] for s in scores])
@@ -160,6 +196,11 @@ def test_pooled_policies_are_masked_and_compact_alike(
         ids, spec, max_loops=MAX_LOOPS, total_loops=total, rows=real, execution="compact"
     )  # fmt: skip
     same(masked, compact, real, 1e-10)
+    if total is None and "batch" not in spec:
+        alone = model.forward_adaptive(ids[:1, : lengths[0]], spec, max_loops=MAX_LOOPS, execution="compact")
+        for name, steps in alone.steps.items():
+            assert torch.equal(compact.steps[name][0, : lengths[0]], steps[0])
+        torch.testing.assert_close(compact.logits[0, : lengths[0]], alone.logits[0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", ["norm:tau=0.08", "accel:tau=0.05"])
@@ -175,6 +216,10 @@ def test_bfloat16_agrees_at_forced_depths(
         masked = model.forward_adaptive(ids, f"fixed:steps={depth}", rows=real)
         compact = model.forward_adaptive(ids, f"fixed:steps={depth}", rows=real, execution="compact")
         same(masked, compact, real, 0.15)
+    drawn = Scripted(MAX_LOOPS, seed=1)  # tokens leave one by one
+    masked = model.forward_adaptive(ids, drawn, rows=real, max_loops=MAX_LOOPS)
+    assert masked.steps["2"][real].unique().numel() > 3
+    same(masked, model.forward_adaptive(ids, drawn, rows=real, max_loops=MAX_LOOPS, execution="compact"), real, 0.15)
     free = [
         model.forward_adaptive(ids, spec, rows=real, max_loops=MAX_LOOPS, execution=e) for e in ("masked", "compact")
     ]  # type: ignore[arg-type]
@@ -349,6 +394,15 @@ def test_what_cannot_go_together_is_refused_by_name(models: dict[torch.dtype, Lo
         parse_layout("modulo:0")
     with pytest.raises(ValueError, match="allowed are 'masked' and 'compact'"):
         model.forward_adaptive(ids, "norm:tau=1", execution="cached")  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="at least 50 steps and max_loops is 32"):
+        Decoder(model, "2=norm:tau=1;3-4=norm:tau=1,min_steps=50")
+    with pytest.raises(GenerationError, match="prefill first"):
+        Decoder(model, "norm:tau=1").step(ids[:, 0])
+    for lengths in ([0, 4], [5, 4], [4]):
+        with pytest.raises(GenerationError, match="one for each of 2 prompts, from 1 to 4"):
+            Decoder(model, "norm:tau=1").prefill(ids, lengths)
+    with pytest.raises(ValueError, match="budget=0 for some row"):
+        haltkit.run_loop(lambda x: x, x0, policy, budget=torch.tensor([1, 0, 2]))
     with pytest.raises(ValueError, match="padding must be at the end"):
         model.forward_adaptive(ids, "norm:tau=1", rows=torch.tensor([[False, True, True, True]] * 2))
 
@@ -497,6 +551,43 @@ def test_a_text_ends_at_a_stop_token_or_where_the_context_is_full(models: dict[t
     assert stopped.tokens[1] == free.tokens[1][:other]  # one that goes on is not disturbed by one that has ended
 
 
+@torch.no_grad()
+def test_a_sequence_whose_logits_break_ends_alone(models: dict[torch.dtype, LoopedGPT]) -> None:
+    model, prompts = models[torch.float64], [[5, 7, 9], [3, 8]]
+    free = model.generate(prompts, "norm:tau=0.1", max_new_tokens=8, seed=1)
+    count = 0
+
+    def spoil(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        bad = torch.zeros(len(output), dtype=torch.bool)
+        bad[0] = count == 4  # the fourth token of the first text
+        return output.masked_fill(bad.unsqueeze(-1), math.nan)
+
+    handle = model.norm_f.register_forward_hook(spoil)
+    try:
+        made = model.generate(prompts, "norm:tau=0.1", max_new_tokens=8, seed=1)
+    finally:
+        handle.remove()
+    assert made.finished == ["nonfinite", "length"]
+    assert made.tokens == [free.tokens[0][:3], free.tokens[1]]
+
+
+@torch.no_grad()
+def test_budgets_by_region_reach_every_token_that_is_generated(models: dict[torch.dtype, LoopedGPT]) -> None:
+    made = models[torch.float64].generate([[5, 7]], "norm:tau=1e-30", max_new_tokens=3, max_loops={"2": 3, "3-4": 5})
+    assert made.steps == {"2": [[3, 3, 3]], "3-4": [[5, 5, 5]]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4)])
+def test_nothing_to_compute_is_no_error(models: dict[torch.dtype, LoopedGPT], shape: tuple[int, int]) -> None:
+    ids = torch.zeros(shape, dtype=torch.long)
+    for execution in ("masked", "compact"):
+        out = models[torch.float64].forward_adaptive(ids, "norm:tau=1", execution=execution)  # type: ignore[arg-type]
+        assert out.logits.shape == (*shape, 512)
+
+
 def test_sampling_draws_from_the_distribution_it_says() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
@@ -507,7 +598,7 @@ def test_sampling_draws_from_the_distribution_it_says() -> None:
         (Sampling(top_p=0.7), torch.tensor([2.0, 1.0, -math.inf, -math.inf]).softmax(-1)),
         (Sampling(top_p=0.6), torch.tensor([1.0, 0, 0, 0])),
         (Sampling(temperature=0), torch.tensor([1.0, 0, 0, 0])),
-        (Sampling(temperature=1e-30), torch.tensor([1.0, 0, 0, 0])),
+        (Sampling(temperature=1e-300), torch.tensor([1.0, 0, 0, 0])),
         (Sampling(top_k=1), torch.tensor([1.0, 0, 0, 0])),
     ):
         share = torch.bincount(sampling.choose(logits, u), minlength=4) / 4000
@@ -530,7 +621,12 @@ def test_sampling_draws_from_the_distribution_it_says() -> None:
         ([[1]], {"top_k": 0}, "top_k=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0"),
         ([[1]], {"seed": -1}, "seed=-1"),
+        ([[1]], {"seed": 2**63}, r"below 2\*\*63"),
         ([[1]], {"max_loops": 0}, "max_loops=0"),
+        ([[1]], {"stop": [512]}, "stop token 512 is outside"),
+        ([[1.5]], {}, "not a list of token ids"),
+        ([1, 2], {}, "prompt 1 is not a list of token ids"),
+        (["text"], {}, "not a list of token ids"),
     ],
 )
 def test_generation_refuses_what_it_cannot_do(

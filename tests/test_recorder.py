@@ -93,6 +93,27 @@ def test_padding_does_not_stop_a_replay() -> None:
     assert torch.equal(replayed.outcome, live.outcome)
 
 
+@pytest.mark.parametrize("tau", [0.05, 0.3, 5.0])
+def test_a_row_that_stopped_being_finite_does_so_again_in_a_replay(tau: float) -> None:
+    def run(policy: str, recorder: Recorder | None = None) -> haltkit.LoopResult:
+        k = 0
+
+        def breaks(x: Tensor) -> Tensor:
+            nonlocal k
+            k += 1
+            return wiggle(x).index_fill(0, torch.tensor([1]), torch.inf) if k == 3 else wiggle(x)
+
+        return haltkit.run_loop(breaks, X0, haltkit.policy(policy), max_steps=8, observer=recorder, name="map")
+
+    recorder = Recorder()
+    run("fixed:steps=8", recorder)
+    replayed = haltkit.replay(haltkit.policy(f"norm:tau={tau}"), recorder.trajectory["map"])
+    live = run(f"norm:tau={tau}")
+    assert torch.equal(replayed.steps, live.steps)
+    assert torch.equal(replayed.outcome, live.outcome)
+    assert torch.equal(replayed.x, live.x)
+
+
 def test_every_nth_step_and_what_then_cannot_be_asked() -> None:
     region = recorded(Record(every=3))["map"]
     assert region.recorded.tolist() == [0, 3, 6]

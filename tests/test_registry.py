@@ -49,6 +49,13 @@ def test_specs_build_what_they_say() -> None:
     assert nested == Patience(AllOf((StepNorm(1.0), AnyOf((StepNorm(2.0), Fixed(3))))), 2)
 
 
+def test_a_policy_for_one_region_is_none_for_all() -> None:
+    with pytest.raises(ValueError, match="is for all of them; forward_adaptive"):
+        parse_spec_list("4=accel:tau=1;5-6=norm:tau=1")
+    with pytest.raises(ValueError, match="not a policy spec"):
+        parse_spec("accel tau")
+
+
 def test_a_class_of_ones_own_by_its_place() -> None:
     assert haltkit.policy("test_registry:Nervous") == Nervous()
     assert haltkit.policy("test_registry:Nervous:calm=true,mood=fine,min_steps=3") == MinSteps(Nervous(True, "fine"), 3)
