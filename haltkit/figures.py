@@ -327,7 +327,7 @@ def grid(results: Results) -> Any:
         for i, n in enumerate(norms):
             for j, k in enumerate(layers):
                 cell = by[n, injection, k]
-                least = "" if cell["distinct"] is None else f"\ncos {cell['distinct']:.3f}"
+                least = "" if cell["least_cosine"] is None else f"\ncos {cell['least_cosine']:.4f}"
                 kind = cell["limit"].replace(" fixed", "\nfixed")
                 panel.text(j, i, f"{kind}\n{cell['fixed']:.0%} fixed{least}", ha="center", va="center", fontsize=7)
         panel.set_xticks(range(len(layers)), [f"{k} layer{'s' * (k > 1)}" for k in layers])

@@ -15,11 +15,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from haltkit.diagnostics.layers import distinctness, record_layers
+from haltkit.diagnostics.layers import are_distinct, distinctness, record_layers
 from haltkit.diagnostics.limits import classify_limits, limit_counts
 from haltkit.models.gpt import LoopedGPT
 
-__all__ = ["DISTINCT", "INJECTIONS", "LAYERS", "NORMS", "cyclic_grid", "untrained_block"]
+__all__ = ["INJECTIONS", "LAYERS", "NORMS", "cyclic_grid", "untrained_block"]
 
 # pre: x + f(n(x)). branch: x + n(f(n(x))), Ouro's. residual: n(x + f(n(x))), Huginn's. branch+state: branch, and a
 # norm without gain on the state at the end of each recurrence, as the bundled model has it.
@@ -28,16 +28,13 @@ Injection = Literal["every_step", "first_step", "never"]
 NORMS = get_args(Norm)
 INJECTIONS = get_args(Injection)
 LAYERS = (1, 2, 4)
-# Layers whose fixed points are at a least cosine above this rest at one point: the cycle is degenerate.
-DISTINCT = 0.95
 
 
 def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int = 64, tokens: int = 24) -> LoopedGPT:
     """A model that is one looped block of random weights (from torch's global generator).
 
-    Without injection the loop starts at its input, which it would not see otherwise. The scale of the branches is set
-    by the number of layers alone: dividing it by a loop count too, as is done for training, makes every layer's share
-    so small that all cycles look degenerate.
+    Without injection the loop starts at its input, which it would not see otherwise. The scale of the branches is that
+    of training, set by the number of layers and the default loop count.
     """
     model = LoopedGPT(
         vocab_size=256,
@@ -45,7 +42,6 @@ def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int
         n_layer=layers,
         n_head=4,
         d_model=width,
-        mean_loops=1,
         regions=(f"1-{layers}" if layers > 1 else "1",),
         norm_placement="residual" if norm == "residual" else "branch",
         state_norm=norm == "branch+state",
@@ -72,13 +68,14 @@ def cyclic_grid(
 
     Returns:
         a cell each: ``norm``, ``injection``, ``layers``, ``counts`` of tokens by limit type, ``fixed`` (share at a
-        fixed point), ``distinct`` (mean least cosine between the layers' states after the last recurrence; None for
-        one layer) and ``limit``: the type of most tokens, fixed points of several layers being ``cyclic fixed
-        points`` or, above a cosine of 0.95, a ``degenerate fixed point``.
+        fixed point), ``least_cosine`` (mean, between the layers' states after the last recurrence) and ``distinct``
+        (share of tokens with distinct fixed points; both None for one layer) and ``limit``: the type of most tokens,
+        fixed points of several layers being ``cyclic fixed points`` or a ``degenerate fixed point``.
     """
     cells = []
     for norm, injection, layers in itertools.product(NORMS, INJECTIONS, LAYERS):
         counts: Counter[str] = Counter()
+        cosines: list[Tensor] = []
         distinct: list[Tensor] = []
         for seed in range(seeds):
             with torch.random.fork_rng(devices=[]):
@@ -91,13 +88,15 @@ def cyclic_grid(
                 region.unroll(model.embed(ids), loops, model.noise)
             counts.update(limit_counts(classify_limits(torch.stack(kept[paths[-1]]))[0]))
             if layers > 1:
-                distinct.append(distinctness([kept[path][-1] for path in paths]).flatten())
+                ends = [kept[path][-1] for path in paths]
+                cosines.append(distinctness(ends).flatten())
+                distinct.append(are_distinct([kept[path][loops // 2 - 1] for path in paths], ends).flatten())
             if tick is not None:
                 tick()
-        least = float(torch.cat(distinct).mean()) if distinct else None
+        share = float(torch.cat(distinct).double().mean()) if distinct else None
         most = counts.most_common(1)[0][0]
-        if most == "fixed point" and least is not None:
-            most = "cyclic fixed points" if least <= DISTINCT else "degenerate fixed point"
+        if most == "fixed point" and share is not None:
+            most = "cyclic fixed points" if share > 0.5 else "degenerate fixed point"
         cells.append(
             {
                 "norm": norm,
@@ -105,7 +104,8 @@ def cyclic_grid(
                 "layers": layers,
                 "counts": dict(counts),
                 "fixed": round(counts["fixed point"] / sum(counts.values()), 4),
-                "distinct": None if least is None else round(least, 4),
+                "least_cosine": round(float(torch.cat(cosines).mean()), 7) if cosines else None,
+                "distinct": None if share is None else round(share, 4),
                 "limit": most,
             }
         )

@@ -58,7 +58,8 @@ def layer_counts(fixed: int = 100) -> dict[str, int]:
 
 def limits(layers: int = 4, ratio: float = 50.0) -> dict[str, Any]:
     return {
-        "limits": {"cosine": layer_counts()}, "distinct": {"mean": 0.3, "std": 0.1} if layers > 1 else None,
+        "limits": {"cosine": layer_counts()}, "least_cosine": {"mean": 0.97, "std": 0.01} if layers > 1 else None,
+        "distinct": 1.0 if layers > 1 else None,
         "layers": {f"layer {i}": {} for i in range(layers)},
         "layer_limits": {f"layer {i}": layer_counts() for i in range(layers)},
         "distance_over_small_step": {"mean": ratio, "std": 1.0},
@@ -210,7 +211,7 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("P14", slow_accel, NO),
     ("M1", two_layers, UNKNOWN),
     ("M1", lambda f: regions(f, "limits")["a"]["layer_limits"].update({"layer 2": layer_counts(80)}), NO),
-    ("M1", lambda f: regions(f, "limits")["a"]["distinct"].update(mean=0.99), NO),
+    ("M1", lambda f: regions(f, "limits")["a"].update(distinct=0.9), NO),
     ("M1", lambda f: regions(f, "limits").update(b=limits()), UNKNOWN),  # two regions are not that paper's setting
     ("M2", lambda f: regions(f, "attention")["a"].update(successive=[[1.0] * 4] * 15), NO),
     ("M2", two_layers, UNKNOWN),

@@ -296,7 +296,7 @@ def test_figures_need_only_what_they_show(tmp_path: Path) -> None:
     assert draw_figures({}, tmp_path) == []
     begun = {"trained": {"geometry": {"regions": {}, "dlr": {"a -> b": {}}}}}  # interrupted before the first window
     assert draw_figures({"models": begun}, tmp_path) == []
-    cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "distinct": 0.5, "limit": "slider"}
+    cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "least_cosine": 0.5, "limit": "slider"}
     assert [p.name for p in draw_figures({"grid": [cell]}, tmp_path, "pdf")] == ["grid.pdf"]
 
 
@@ -323,6 +323,10 @@ def test_the_grid_has_every_cell_and_counts_every_token(monkeypatch: pytest.Monk
         assert sum(cell["counts"].values()) == 2 * 24
         assert (cell["distinct"] is None) == (cell["layers"] == 1)
     assert cells == cyclic.cyclic_grid(seeds=2, loops=16, sequences=1)  # drawn from the seeds alone
+    # Every layer's share is small, and stays: several points at a cosine near 1, where a bound on it would see one.
+    small = next(c for c in cells if (c["norm"], c["injection"], c["layers"]) == ("pre", "every_step", 2))
+    assert small["least_cosine"] > 0.99
+    assert small["limit"] == "cyclic fixed points"
     injected = [cell for cell in cells if cell["injection"] == "every_step"]
     assert all(cell["fixed"] == 1 for cell in injected)
 

@@ -22,6 +22,7 @@ from haltkit.diagnostics import (
     Limit,
     RegionStatistics,
     Subject,
+    are_distinct,
     classify_limits,
     contraction_rates,
     curvatures,
@@ -324,8 +325,8 @@ def test_each_layer_of_a_cycle_has_its_own_fixed_point() -> None:
     statistics = LayerStatistics()
     statistics.add(kept)
     expected = float(torch.cosine_similarity(first, second, dim=0))
-    assert statistics.summary()["distinct"]["mean"] == pytest.approx(expected, rel=1e-4)
-    assert expected < 0.95
+    assert statistics.summary()["least_cosine"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert statistics.summary()["distinct"] == 1
 
 
 def test_a_degenerate_cycle_and_one_layer() -> None:
@@ -333,6 +334,39 @@ def test_a_degenerate_cycle_and_one_layer() -> None:
     torch.testing.assert_close(distinctness([point, 2 * point, point]), torch.ones(3))
     with pytest.raises(DiagnosticError, match="no cycle"):
         distinctness([point])
+    with pytest.raises(DiagnosticError, match="no cycle"):
+        are_distinct([point], [point])
+
+
+def two_layers(first: Step, second: Step, x: Tensor, loops: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Both layers' states half way and at the end."""
+    states = []
+    for _ in range(loops):
+        y = first(x)
+        x = second(y)
+        states.append([y, x])
+    return states[loops // 2 - 1], states[-1]
+
+
+def test_fixed_points_are_distinct_if_what_layers_add_does_not_vanish() -> None:
+    start = torch.tensor([[1.0, 2.0, -1.0]])
+    small = torch.tensor([0.0, 0.01, 0.0])
+
+    # At one point a hundredth of the way apart: the cosine is above any bound that [M]'s figures suggest, and stays.
+    half, end = two_layers(lambda x: 0.5 * x + 0.5 * start + small, lambda x: x - small, start, 128)
+    assert float(distinctness(end)) > 0.99999
+    assert are_distinct(half, end).tolist() == [True]
+    # Each layer moves the state by half as much every time, to one point.
+    target = torch.tensor([[3.0, -1.0, 2.0]])
+    half, end = two_layers(lambda x: x + 0.1 * (target - x), lambda x: x + 0.1 * (target - x), start, 32)
+    assert are_distinct(half, end).tolist() == [False]
+    # The same until nothing but rounding is left, which does not shrink.
+    half, end = two_layers(lambda x: x + 0.1 * (target - x), lambda x: target + 1.1 * (x - target) * 0.9, start, 512)
+    assert are_distinct(half, end).tolist() == [False]
+    # Layers that add what they always add, to a state that grows without bound: their share vanishes as 1 / t.
+    half, end = two_layers(lambda x: x + target, lambda x: x + target.roll(1), start, 128)
+    assert float(distinctness(end)) > 0.9999
+    assert are_distinct(half, end).tolist() == [False]
 
 
 def test_layers_that_are_not_there_or_too_large_are_refused() -> None:
@@ -518,7 +552,7 @@ def test_surveys_of_a_cycle_say_what_is_known_of_it() -> None:
     assert deep["limits"]["distance"]["fixed point"] == 12
     # d_k = 0.75 * 4 / 3 ... : the distance left after a step of a contraction by r is r / (1 - r) of the step
     assert deep["distance_over_small_step"]["mean"] == pytest.approx(0.25 / 0.75, rel=1e-3)
-    assert deep["distinct"]["mean"] < 0.95
+    assert deep["distinct"] == 1
     paths = survey_paths(subject, TOKENS[0], loops=10, tokens=3)
     assert sum(paths["explained"]) == pytest.approx(1, abs=1e-4)
     assert [len(segment["points"]) for segment in paths["segments"]] == [3]
