@@ -43,6 +43,11 @@ def _grid(rows: int, columns: int, width: float = 3.4, height: float = 2.9) -> t
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _drawable(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
+    """Points whose coordinates are known: a state that is not finite has none."""
+    return [[x, y] for x, y in points if x is not None and y is not None]
+
+
 def paths(results: Results) -> Any:
     """[P] Figure 1: one sequence's states over depth and loop steps; loops lighter to darker; and a close look."""
     found = _part(results, "trained", "paths")
@@ -54,13 +59,18 @@ def paths(results: Results) -> Any:
     whole, close = axes[0]
     loops = [s for s in found["segments"] if s["loop"]]
     maps = ["Blues", "Oranges", "Greens", "Purples", "Reds", "Greys"]
-    late: list[list[float]] = []
+    late: Sequence[Sequence[float]] = []
+    close_up = None
     for token, position in enumerate(found["positions"]):
-        stream = [point for segment in found["segments"] for point in segment["points"][token]]
+        stream = [point for segment in found["segments"] for point in _drawable(segment["points"][token])]
+        if not stream:
+            continue
         for panel in (whole, close):
             panel.plot(*zip(*stream, strict=True), color="0.8", linewidth=0.6, zorder=1)
         for i, segment in enumerate(loops):
-            points = segment["points"][token]
+            points = _drawable(segment["points"][token])
+            if not points:
+                continue
             shades = colormaps[maps[i % len(maps)]](
                 [0.25 + 0.7 * k / max(1, len(points) - 1) for k in range(len(points))]
             )
@@ -69,7 +79,7 @@ def paths(results: Results) -> Any:
                     *zip(*points, strict=True), c=shades, s=14, marker=_MARKERS[i % 8], zorder=2, linewidths=0
                 )
             if i == len(loops) - 1:
-                late = points[1:]  # of the last token: the close look
+                late, close_up = points[1:] or points, position  # of the last token that has any
         end = stream[-1]
         whole.annotate(
             f"{position}", end, fontsize=7, color="0.3", xytext=(3, 3), textcoords="offset points",
@@ -78,6 +88,8 @@ def paths(results: Results) -> Any:
         whole.scatter(
             [], [], color=colormaps[maps[i % len(maps)]](0.8), marker=_MARKERS[i % 8], label=f"region {segment['name']}"
         )
+    if not late:  # nothing of it is finite
+        return None
     xs, ys = zip(*late, strict=True)
     for low, high, limit in ((min(xs), max(xs), close.set_xlim), (min(ys), max(ys), close.set_ylim)):
         margin = 0.25 * (high - low) + 1e-9
@@ -85,7 +97,7 @@ def paths(results: Results) -> Any:
     first, second = found["explained"]
     names = {"xlabel": f"component 1 ({first:.0%} of the variance)", "ylabel": f"component 2 ({second:.0%})"}
     whole.set(title="states over depth and loop steps, by position", **names)
-    close.set(title=f"closer: region {loops[-1]['name']}, position {found['positions'][-1]}", **names)
+    close.set(title=f"closer: region {loops[-1]['name']}, position {close_up}", **names)
     whole.indicate_inset_zoom(close, edgecolor="0.4")
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
@@ -296,11 +308,12 @@ def cycles(results: Results) -> Any:
     figure, axes = _grid(len(models), len(found), 4.6, 3.8)
     for row, (model, regions) in zip(axes, models, strict=True):
         for panel, (name, cycle) in zip(row, regions.items(), strict=True):
-            stream = [point for recurrence in cycle["points"] for point in recurrence]
+            recurrences = [one for one in cycle["points"] if len(_drawable(one)) == len(one)]
+            stream = [point for recurrence in recurrences for point in recurrence]
             panel.plot(*zip(*stream, strict=True), color="0.8", linewidth=0.7, zorder=1)
-            passes = len(cycle["points"])
+            passes = len(recurrences)
             for i in range(len(cycle["layers"])):
-                own = [recurrence[i] for recurrence in cycle["points"]]
+                own = [recurrence[i] for recurrence in recurrences]
                 shades = [f"{0.8 - 0.8 * t / passes:.2f}" for t in range(passes)]
                 panel.scatter(*zip(*own, strict=True), c=shades, marker=_MARKERS[i % 8], s=18, zorder=2)
                 panel.scatter([], [], color="black", marker=_MARKERS[i % 8], label=f"layer {i + 1}")

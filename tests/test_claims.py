@@ -17,8 +17,9 @@ K = 32
 
 
 def region(
-    rate: float = 0.5, cosine: float = 0.55, curvature: float = 2.0, spread: float = 0.1, least: float = 0.0
-) -> dict[str, Any]:
+    rate: float = 0.5, cosine: float = 0.55, curvature: float = 2.0, spread: float = 0.1, least: float = 0.0,
+    nonfinite: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """A loop whose steps shrink by ``rate`` down to ``least``, at a constant angle and curvature."""
     return {
         "step_norm_mean": [max(10 * rate**k, least) for k in range(K)],
@@ -27,6 +28,7 @@ def region(
         "cosine_std": [None, *[spread] * (K - 1)],
         "curvature_mean": [None, *[curvature] * (K - 1)],
         "floor": 1e-6,
+        "nonfinite": nonfinite,
     }
 
 
@@ -104,11 +106,15 @@ def results() -> dict[str, Any]:
         "limits": {"regions": {"a": limits()}},
         "attention": {"regions": {"a": attention(resample(CONTROL, 4))}},
     }  # fmt: skip
-    untrained = copy.deepcopy(trained)
-    untrained["geometry"]["dlr"] = dlr(1.5)
+    untrained = {
+        "geometry": {"regions": {"a": region(0.9, cosine=-0.3)}, "dlr": dlr(1.5)},
+        "limits": {"regions": {"a": {**limits(ratio=0.4), "distinct": 0.0}}},
+        "attention": {"regions": {"a": {**attention([0.5, 0.1, 0.6, 0.9]), "successive": [[1.0] * 4] * 15}}},
+    }  # fmt: skip
+    untrained["geometry"]["regions"]["a"]["curvature_mean"] = [None, *[1.3**k for k in range(31)]]
     return {
         "about": {"tokens_seen": 3e8}, "models": {"trained": trained, "untrained": untrained}, "checkpoints": checkpoints,
-        "comparison": comparison(), "grid": grid(), "control": {"profiles": {"concentration": CONTROL}},
+        "comparison": comparison(), "grid": grid(), "control": {"tokens_seen": 3e8, "profiles": {"concentration": CONTROL}},
     }  # fmt: skip
 
 
@@ -119,6 +125,7 @@ def verdicts(found: dict[str, Any]) -> dict[str, str]:
 def test_everything_as_the_papers_say_is_reproduced() -> None:
     found = judge(results())
     assert {f.name: (f.verdict, f.reason) for f in found if f.verdict != YES} == {}
+    assert not any("untrained model has it" in f.reason for f in found)
     json.dumps([finding.to_dict() for finding in found], allow_nan=False)
 
 
@@ -193,6 +200,11 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("P3", lambda f: f.update(checkpoints=f["checkpoints"][:3]), UNKNOWN),
     ("P4", change(rate=0.5), NO),
     ("P4", change(rate=0.9), NO),  # still shrinking
+    ("P4", change(rate=1.0), NO),  # a slider: at no small value
+    ("P4", change(rate=1.2), NO),  # growing
+    ("P4", lambda f: regions(f)["a"].update(step_norm_mean=[10.0 * 0.5**k for k in range(24)] + [1e-3] * 8), NO),
+    ("P4", lambda f: regions(f)["a"].update(step_norm_mean=[0.9] + [0.0] * 31), NO),  # x -> 0.1 x + 1 lands on its limit
+    ("P5", change(curvature=0.0), UNKNOWN),
     ("P5", lambda f: regions(f)["a"].update(curvature_mean=[None, *[1.3**k for k in range(31)]]), NO),
     ("P6", all_checkpoints_alike, NO),
     ("P7", all_checkpoints_alike, NO),
@@ -217,12 +229,37 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("M2", two_layers, UNKNOWN),
     ("M3", lambda f: regions(f, "attention")["a"].update(attention([0.5, 0.1, 0.6, 0.9])), NO),
     ("M3", lambda f: f.update(control=None), UNKNOWN),
+    ("M3", lambda f: f["control"].update(tokens_seen=1.9e6), UNKNOWN),
+    *((name, lambda f: f["about"].update(tokens_seen=1.9e6), UNKNOWN) for name in ("M1", "M2", "M3")),
+    *((name, lambda f: f["about"].pop("tokens_seen"), UNKNOWN) for name in ("M1", "M2", "M3")),
     ("M4", one_cell_type, NO),
     ("M4", one_layer_is_no_other_kind, NO),
     ("M5", one_cell_type, NO),
     ("M6", one_cell_type, NO),
     ("M7", lambda f: regions(f, "limits").update(a=limits(ratio=0.4)), NO),
 ]  # fmt: skip
+
+
+def test_states_that_stopped_being_finite_tell_nothing_in_whatever_region_they_are() -> None:
+    for order in (["a", "b"], ["b", "a"]):
+        found = results()
+        for part in ("geometry", "limits"):
+            inside = regions(found, part)
+            broken = {**inside["a"], "nonfinite": 3}
+            found["models"]["trained"][part]["regions"] = {n: {"a": inside["a"], "b": broken}[n] for n in order}
+        judged = {f.name: f for f in judge(found)}
+        for name in ("P1", "P2", "P4", "P5", "P8 net", "M7"):
+            assert (judged[name].verdict, judged[name].reason) == (UNKNOWN, "states stopped being finite"), name
+
+
+def test_numbers_that_are_not_there_are_no_error() -> None:
+    found = results()
+    found["models"]["trained"]["geometry"]["dlr"] = {"a -> b": {"noise": {"mean": None, "std": None, "median": None}}}
+    regions(found, "limits")["a"].update(distinct=None)
+    regions(found, "attention")["a"]["successive"][7] = [None] * 4
+    judged = {f.name: f for f in judge(found)}
+    for name in ("P8 noise", "M1", "M2"):
+        assert (judged[name].verdict, judged[name].reason) == (UNKNOWN, "states stopped being finite"), name
 
 
 @pytest.mark.parametrize(("name", "spoil", "verdict"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -240,5 +277,13 @@ def test_every_claim_has_a_case_against_it_and_a_rule() -> None:
 
 def test_what_the_untrained_model_shares_is_said() -> None:
     found = results()
-    found["models"]["untrained"]["geometry"]["dlr"] = dlr(9.0)
-    assert "untrained model has it too" in next(f.reason for f in judge(found) if f.name == "P8 noise")
+    found["models"]["untrained"] = copy.deepcopy(found["models"]["trained"])
+    shared = {f.name for f in judge(found) if f.reason.endswith("the untrained model has it too")}
+    assert shared == {"P1", "P2", "P4", "P5", "M1", "M2", "M3", "M7"} | {n for n in verdicts(found) if n[:3] == "P8 "}
+
+
+def test_the_stages_of_the_untrained_model_stand_beside() -> None:
+    found = results()
+    stages = next(f for f in judge(found) if f.name == "M3")
+    assert stages.untrained.keys() == stages.measured.keys()
+    assert stages.untrained["pass 1"].value < stages.measured["pass 1"].value

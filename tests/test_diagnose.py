@@ -271,13 +271,15 @@ def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_sett
 ) -> None:
     import dataclasses
 
-    write_checkpoint(tmp_path / "one", dataclasses.replace(tiny_config, regions=("2-5",)), 5, data_folder)
-    write_checkpoint(tmp_path / "off", dataclasses.replace(tiny_config, regions=()), 5, data_folder)
+    seen = 3_000_000  # so it says
+    write_checkpoint(tmp_path / "one", dataclasses.replace(tiny_config, regions=("2-5",)), seen, data_folder)
+    write_checkpoint(tmp_path / "off", dataclasses.replace(tiny_config, regions=()), seen, data_folder)
     args = ("diagnose", tmp_path / "one", "--control", tmp_path / "off", "--out", tmp_path / "out", "--text", text)
     assert call(monkeypatch, *args, *QUICK, "--figures", "svg") == 0
     found = results_of(tmp_path / "out")
     verdicts = {one["name"]: one for one in found["claims"]}
     assert verdicts["M2"]["verdict"] == "reproduced"  # an untrained contraction settles, attention and all
+    assert verdicts["M2"]["reason"] == "the untrained model has it too"
     for name in ("M1", "M3"):
         assert verdicts[name]["verdict"] != "cannot tell at this scale", verdicts[name]["reason"]
     assert verdicts["P8 noise"]["verdict"] == "cannot tell at this scale"  # one region has no boundary

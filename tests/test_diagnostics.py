@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from haltkit.diagnostics import (
     DiagnosticError,
     LayerStatistics,
     Limit,
+    Plan,
     RegionStatistics,
     Subject,
     are_distinct,
@@ -33,6 +36,7 @@ from haltkit.diagnostics import (
     layer_distances,
     match_stages,
     record_layers,
+    run_plan,
     survey_attention,
     survey_geometry,
     survey_limits,
@@ -41,11 +45,13 @@ from haltkit.diagnostics import (
     turning_angles,
 )
 from haltkit.diagnostics import attention as att
+from haltkit.diagnostics.claims import judge
 from haltkit.diagnostics.limits import errors_to_last, limit_counts
 from haltkit.diagnostics.stages import profile_correlation, resample
 from haltkit.diagnostics.streaming import LogHistogram, Moments, Series
+from haltkit.figures import paths
 from haltkit.recorder import Record, Recorder
-from haltkit.trajectory import RegionTrajectory
+from haltkit.trajectory import RegionTrajectory, TrajectoryError, delta_loop_ratios
 
 Step = Callable[[Tensor], Tensor]
 
@@ -109,6 +115,9 @@ def test_contraction_rates_stop_at_the_floor() -> None:
 def test_first_below_wants_it_to_last() -> None:
     values = torch.tensor([[1.0, 5.0], [0.1, 5.0], [2.0, 5.0], [0.1, 5.0], [0.1, 5.0]])
     assert first_below(values, 0.5).tolist() == [4, 6]
+    nan = torch.nan
+    halted = torch.tensor([[nan, 1.0, 5.0], [nan, 0.1, 5.0], [nan, nan, nan]])
+    assert first_below(halted, 0.5).tolist() == [4, 2, 4]  # what has no value never settled
 
 
 def test_rounding_floor_is_what_a_rounding_moves() -> None:
@@ -179,6 +188,48 @@ def test_dlr_in_every_convention_is_the_jump_over_the_mean_step() -> None:
     net = (after.last - before.last).norm(dim=-1).mean() / 0.25
     assert found["net"]["mean"] == pytest.approx(float(net), rel=1e-4)
     assert found["noise"]["std"] == pytest.approx(0, abs=1e-9)
+
+
+def test_rows_that_stop_being_finite_are_counted_and_are_no_halted_rows() -> None:
+    start = torch.tensor([[1e30, 1.0], [1.0, 1.0]])
+    over = recorded(lambda x: torch.where(x > 1e20, x * 1e10, 0.5 * x), start, steps=6)
+    plain = recorded(contraction().step, contraction().start, steps=6)
+    statistics = RegionStatistics()
+    statistics.add(over)
+    statistics.add(plain)
+    assert (statistics.summary()["nonfinite"], statistics.summary()["tokens"]) == (1, 4)
+    without_outcome = replace(over, outcome=None, last=over.last * torch.tensor([[torch.inf], [1.0]]))
+    again = RegionStatistics()
+    again.add(without_outcome)
+    assert again.summary()["nonfinite"] == 1
+    found = delta_loop_ratios(over, plain)["noise"]
+    assert found.isnan().tolist() == [True, False]
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halted = recorded(wiggle, rows, policy="norm:tau=0.3")
+    with pytest.raises(TrajectoryError, match="no policy"):
+        delta_loop_ratios(halted, halted)
+
+
+class Grow(nn.Module):
+    """Overflows where the first entry is positive, halves elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[..., :1] > 0, torch.inf, 0.5 * x)
+
+
+def test_a_model_that_overflows_is_told_of_and_drawn_as_far_as_it_goes() -> None:
+    model = Looped(Core(Grow(), Grow()))
+    subject = Subject.of_modules(model, model, {"core": "core"}, layers={"core": ("core.layers.0", "core.layers.1")})
+    tokens = torch.tensor([[1, -1, 2, -2, -3, 3]])
+    parts = dict(run_plan(subject, tokens, Plan(loops=24, deep_loops=32, policies=())))
+    assert parts["geometry"]["regions"]["core"]["nonfinite"] == 3
+    limits = parts["limits"]["regions"]["core"]
+    assert limits["nonfinite"] == 3
+    assert limits["settled_at"]["mean"] > 16  # three that never do, and three on the way to zero
+    json.dumps(parts, allow_nan=False)
+    results = {"models": {"trained": parts}}
+    assert paths(results) is not None
+    assert {f.verdict for f in judge(results)} == {"cannot tell at this scale"}
 
 
 # --- streaming
@@ -436,6 +487,16 @@ def test_attention_statistics_of_known_matrices() -> None:
     assert float(att.sink_rate(torch.cat([one[:1], uniform]))) == pytest.approx(0.25)
     with pytest.raises(DiagnosticError, match="longer window"):
         att.column_concentration(torch.ones(1, 1, 1))
+
+
+def test_attention_and_states_that_overflow_have_no_numbers_and_are_no_error() -> None:
+    model = Looped(Core(Grow(), Attends()))
+    subject = Subject.of_modules(model, model, {"core": "core"}, layers={"core": ("core.layers.1",)})
+    found = survey_attention(subject, TOKENS, loops=12)["regions"]["core"]
+    assert found["profiles"]["compression"][-1] == [None]
+    assert found["successive"][-1] == [None]
+    geometry = survey_geometry(subject, TOKENS, loops=12)["regions"]["core"]  # not a number from a step on, in all rows
+    assert geometry["nonfinite"] == TOKENS.numel()
 
 
 def test_residual_compression_counts_directions() -> None:

@@ -22,7 +22,7 @@ from haltkit.diagnostics.attention import (
     residual_compression,
 )
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.geometry import BoundaryStatistics, RegionStatistics, distances, first_below
+from haltkit.diagnostics.geometry import BoundaryStatistics, RegionStatistics, distances, first_below, nonfinite_rows
 from haltkit.diagnostics.layers import LayerStatistics, record_layers
 from haltkit.diagnostics.limits import SHARE, TOLERANCE, Limit, Measure, classify_limits, limit_counts
 from haltkit.diagnostics.pca import fit_pca
@@ -106,11 +106,13 @@ class _Limits:
         self.periods: Counter[int] = Counter()
         self.inside = LayerStatistics()
         self.small, self.settled = Moments(), Moments()
+        self.nonfinite = 0
 
     def add(self, region: RegionTrajectory, layers: Mapping[str, list[Tensor]]) -> None:
         states = region._consecutive_states()[1:]
         found = distances(region)
         sizes = signals.norm(region.last)
+        self.nonfinite += nonfinite_rows(region)
         self.distance.add(found)
         self.relative.add(found / sizes)
         self.settled.add(first_below(found / sizes, TOLERANCE).reshape(1, -1))
@@ -132,6 +134,7 @@ class _Limits:
         return {
             **self.distance.summary("distance"),
             **self.relative.summary("relative_distance"),
+            "nonfinite": self.nonfinite,
             "limits": {measure: dict(counter) for measure, counter in self.counts.items()},
             "periods": {str(period): count for period, count in sorted(self.periods.items())},
             "settled_at": number(self.settled),
@@ -329,7 +332,10 @@ def survey_paths(subject: Subject, window: Tensor, loops: int = 32, tokens: int 
         paths = subject.layer_paths(name)
         if len(paths) > 1:
             layers = torch.stack([torch.stack(inside[p])[:, 0, -1] for p in paths], 1)
-            plane = fit_pca(layers)  # (K, L, D)
+            known = layers[layers.isfinite().all(-1)]  # of (K, L, D)
+            if len(known) <= 2:
+                continue  # no plane goes through so few
+            plane = fit_pca(known)
             cycles[name] = {
                 "layers": list(paths),
                 "explained": [rounded(v) for v in plane.explained],
