@@ -332,17 +332,19 @@ def grid(results: Results) -> Any:
     if not cells:
         return None
     norms, injections, layers = (list(dict.fromkeys(c[key] for c in cells)) for key in ("norm", "injection", "layers"))
-    by = {(c["norm"], c["injection"], c["layers"]): c for c in cells}
-    figure, axes = _grid(1, len(injections), 4.2, 3.6)
+    figure, axes = _grid(1, len(injections), 4.6, 0.9 + 0.8 * len(norms))
     for panel, injection in zip(axes[0], injections, strict=True):
-        values = [[by[n, injection, k]["fixed"] for k in layers] for n in norms]
+        values = [[math.nan] * len(layers) for _ in norms]  # a grid that was cut short lacks some
+        for cell in cells:
+            if cell["injection"] != injection:
+                continue
+            i, j = norms.index(cell["norm"]), layers.index(cell["layers"])
+            values[i][j] = cell["fixed"]["cosine"]
+            kind = cell["limit"].replace(", ", ",\n").replace(" fixed", "\nfixed")
+            numbers = f"{cell['fixed']['cosine']:.0%} fixed, norm x{cell['growth']:.2f}"
+            least = "" if cell["least_cosine"] is None else f"\ncos {cell['least_cosine']:.4f}"
+            panel.text(j, i, f"{kind}\n{numbers}{least}", ha="center", va="center", fontsize=6)
         panel.imshow(values, cmap="gray", vmin=-1.8, vmax=1, aspect="auto")
-        for i, n in enumerate(norms):
-            for j, k in enumerate(layers):
-                cell = by[n, injection, k]
-                least = "" if cell["least_cosine"] is None else f"\ncos {cell['least_cosine']:.4f}"
-                kind = cell["limit"].replace(" fixed", "\nfixed")
-                panel.text(j, i, f"{kind}\n{cell['fixed']:.0%} fixed{least}", ha="center", va="center", fontsize=7)
         panel.set_xticks(range(len(layers)), [f"{k} layer{'s' * (k > 1)}" for k in layers])
         panel.set_yticks(range(len(norms)), norms)
         panel.set(title=f"input injected: {injection.replace('_', ' ')}")

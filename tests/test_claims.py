@@ -78,20 +78,23 @@ def attention(profile: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cell_of(kind: str) -> dict[str, Any]:
+    share = float("fixed" in kind)
+    return {"limit": kind, "fixed": {"cosine": share, "distance": share}, "seeds": [{"limit": kind}] * 3}
+
+
 def grid() -> list[dict[str, Any]]:
-    """As [M] has it: injection settles all but branch, without it only pre-norm rests, at one point."""
+    """As [M] has it: injection settles all but Ouro's, without it only pre-norm rests, at one point."""
     cells = []
-    for norm in ("pre", "branch", "residual"):
+    for norm in ("pre", "branch", "residual", "branch+state"):
         for injection in ("every_step", "never"):
             for layers in (1, 2, 4):
-                settled = (norm == "pre") or (injection == "every_step" and norm == "residual")
+                settled = norm == "pre" or (injection == "every_step" and norm != "branch+state")
                 several = (
                     "cyclic fixed points" if injection == "every_step" and layers == 4 else "degenerate fixed point"
                 )
                 kind = "slider" if not settled else "fixed point" if layers == 1 else several
-                cells.append(
-                    {"norm": norm, "injection": injection, "layers": layers, "fixed": float(settled), "limit": kind}
-                )
+                cells.append({"norm": norm, "injection": injection, "layers": layers, **cell_of(kind)})
     return cells
 
 
@@ -182,12 +185,35 @@ def slow_accel(found: dict[str, Any]) -> None:
 
 def one_layer_is_no_other_kind(found: dict[str, Any]) -> None:
     for cell in found["grid"]:
-        cell.update(limit="fixed point" if cell["layers"] == 1 else "cyclic fixed points", fixed=1.0)
+        cell.update(cell_of("fixed point" if cell["layers"] == 1 else "cyclic fixed points"))
 
 
 def one_cell_type(found: dict[str, Any]) -> None:
     for cell in found["grid"]:
-        cell.update(limit="fixed point", fixed=1.0)
+        cell.update(cell_of("fixed point"))
+
+
+def seeds_that_disagree(found: dict[str, Any]) -> None:
+    """The cells differ as before by what most seeds say, but one seed says otherwise each time."""
+    for cell in found["grid"]:
+        cell["seeds"] = [*cell["seeds"][:2], {"limit": "unknown"}]
+
+
+def one_pair_in_many(found: dict[str, Any]) -> None:
+    one_cell_type(found)
+    found["grid"][0].update(cell_of("slider"))
+
+
+def ouros_norm_settles(found: dict[str, Any]) -> None:
+    for cell in found["grid"]:
+        if cell["norm"] == "branch+state" and cell["injection"] == "every_step":
+            cell.update(cell_of("cyclic fixed points"))
+
+
+def branch_alone_wanders(found: dict[str, Any]) -> None:
+    for cell in found["grid"]:
+        if cell["norm"] == "branch":
+            cell.update(cell_of("slider"))
 
 
 CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
@@ -234,7 +260,13 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     *((name, lambda f: f["about"].pop("tokens_seen"), UNKNOWN) for name in ("M1", "M2", "M3")),
     ("M4", one_cell_type, NO),
     ("M4", one_layer_is_no_other_kind, NO),
+    ("M4", seeds_that_disagree, NO),
+    ("M4", one_pair_in_many, NO),
+    *((name, lambda f: f["grid"].pop(), UNKNOWN) for name in ("M4", "M5", "M6")),  # cut short
     ("M5", one_cell_type, NO),
+    ("M5", ouros_norm_settles, NO),
+    ("M5", branch_alone_wanders, YES),  # not a placement of that paper
+    ("M6", seeds_that_disagree, NO),
     ("M6", one_cell_type, NO),
     ("M7", lambda f: regions(f, "limits").update(a=limits(ratio=0.4)), NO),
 ]  # fmt: skip

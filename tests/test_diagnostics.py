@@ -46,7 +46,7 @@ from haltkit.diagnostics import (
 )
 from haltkit.diagnostics import attention as att
 from haltkit.diagnostics.claims import judge
-from haltkit.diagnostics.limits import errors_to_last, limit_counts
+from haltkit.diagnostics.limits import errors_to_last, limit_counts, norm_growth
 from haltkit.diagnostics.stages import profile_correlation, resample
 from haltkit.diagnostics.streaming import LogHistogram, Moments, Series
 from haltkit.figures import paths
@@ -295,6 +295,12 @@ def test_limit_types_of_known_maps() -> None:
     assert limit(diverger(1.2).step, diverger().start, "distance") == (Limit.SLIDER, 0)
     # A direction is all that a cosine sees: one that grows along a line rests.
     assert limit(diverger().step, diverger().start, "cosine") == (Limit.FIXED_POINT, 0)
+
+
+def test_a_norm_that_grows_is_seen() -> None:
+    start = torch.tensor([[1.0, 0.5]]).double()
+    assert float(norm_growth(states_of(lambda x: x + start, start, 64))) == pytest.approx(65 / 33)
+    assert float(norm_growth(states_of(turn(40), start))) == pytest.approx(1)
 
 
 def test_noise_has_no_limit_and_neither_has_nan() -> None:

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -533,54 +534,69 @@ def _stages_repeat(results: Results) -> Answer:
 
 
 AXES = ("norm", "injection", "layers")
+NO_GRID = "the grid of untrained models was not run to its end: give --grid"
+# [M]'s placements: pre-norm, Huginn's (residual) and Ouro's (branch+state).
+SETTLE = ("pre, every_step", "residual, every_step", "pre, never")
+WANDER = ("branch+state, every_step", "residual, never", "branch+state, never")
+
+
+def _whole_grid(results: Results) -> Sequence[Mapping[str, Any]]:
+    """The grid's cells; none of a grid that was cut short, whose shares would be of other models."""
+    grid = results.get("grid") or []
+    return grid if len(grid) == math.prod(len({cell[axis] for cell in grid}) for axis in AXES) else []
+
+
+def _same_limit(cell: Mapping[str, Any]) -> str | None:
+    """The limit that all seeds of a cell agree on; None if they do not."""
+    kinds = {one["limit"] for one in cell["seeds"]}
+    return kinds.pop() if len(kinds) == 1 and kinds != {"mixed"} else None
 
 
 def _differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two cells of the grid have another limit. A block of one layer rests, but has no cycle to rest in."""
-    kinds = [cell["limit"] for cell in (a, b)]
+    """Whether two cells of the grid have another limit, in every seed.
+
+    A block of one layer rests, but has no cycle to rest in.
+    """
+    kinds = [_same_limit(cell) for cell in (a, b)]
     if min(a["layers"], b["layers"]) == 1:
-        kinds = ["fixed point" if "fixed point" in kind else kind for kind in kinds]
-    return bool(kinds[0] != kinds[1])
+        kinds = ["fixed point" if kind and "fixed point" in kind else kind for kind in kinds]
+    return None not in kinds and kinds[0] != kinds[1]
 
 
 def _axes_govern(results: Results) -> Answer:
-    grid = results.get("grid")
-    if not grid:
-        return _cannot("the grid of untrained models was not run: give --grid")
+    grid = _whole_grid(results)
     measured = {}
     for axis in AXES:
         rest = [a for a in AXES if a != axis]
-        changes, pairs = 0, 0
-        for a, b in itertools.combinations(grid, 2):
-            if a[axis] != b[axis] and all(a[k] == b[k] for k in rest):
-                pairs += 1
-                changes += _differ(a, b)
-        measured[f"{axis}: share of pairs that differ"] = Value(changes / pairs if pairs else math.nan)
-    return Answer(YES if all(v.value > 0 for v in measured.values()) else NO, {}, measured, "untrained models")
+        pairs = [
+            _differ(a, b)
+            for a, b in itertools.combinations(grid, 2)
+            if a[axis] != b[axis] and all(a[k] == b[k] for k in rest)
+        ]
+        if not pairs:
+            return _cannot(NO_GRID)
+        measured[f"{axis}: share of pairs that differ"] = Value(sum(pairs) / len(pairs))
+    return Answer(YES if min(v.value for v in measured.values()) >= 0.1 else NO, {}, measured, "untrained models")
 
 
 def _injection_settles(results: Results) -> Answer:
-    grid = results.get("grid")
-    if not grid:
-        return _cannot("the grid of untrained models was not run: give --grid")
-    shares = {}
-    for norm in dict.fromkeys(cell["norm"] for cell in grid):
-        for injection in ("every_step", "never"):
-            cells = [c["fixed"] for c in grid if c["norm"] == norm and c["injection"] == injection]
-            shares[f"{norm}, {injection}"] = Value(float(np.mean(cells)))
-    with_injection = [shares[f"{n}, every_step"].value for n in ("pre", "residual") if f"{n}, every_step" in shares]
-    without = [shares[f"{n}, never"].value for n in ("residual", "branch") if f"{n}, never" in shares]
-    pre = shares.get("pre, never", Value(math.nan)).value
-    good = min(with_injection) >= 0.9 and max(without) <= 0.5 and pre >= 0.9
-    return Answer(YES if good else NO, {}, shares, "share of tokens at a fixed point")
+    fixed: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in _whole_grid(results):
+        fixed.setdefault(f"{cell['norm']}, {cell['injection']}", []).append(cell["fixed"])
+    shares = {name: fmean(one["cosine"] for one in cells) for name, cells in fixed.items()}
+    if not {*SETTLE, *WANDER} <= shares.keys():
+        return _cannot(NO_GRID)
+    shown = {name: Value(share) for name, share in shares.items()}
+    shown |= {f"{name}, by distance": Value(fmean(c["distance"] for c in cells)) for name, cells in fixed.items()}
+    wrong = [n for n in SETTLE if shares[n] < 0.9] + [n for n in WANDER if shares[n] > 0.5]
+    return Answer(NO if wrong else YES, {}, shown, "otherwise in " + "; ".join(wrong) if wrong else "untrained models")
 
 
 def _without_training(results: Results) -> Answer:
-    grid = results.get("grid")
-    if not grid:
-        return _cannot("the grid of untrained models was not run: give --grid")
-    cycles = [c for c in grid if c["layers"] > 1]
-    share = sum(c["limit"] == "cyclic fixed points" for c in cycles) / len(cycles)
+    cycles = [c for c in _whole_grid(results) if c["layers"] > 1]
+    if not cycles:
+        return _cannot(NO_GRID)
+    share = sum(_same_limit(c) == "cyclic fixed points" for c in cycles) / len(cycles)
     return Answer(YES if share > 0 else NO, {}, {"share of cells with two or more layers": Value(share)})
 
 
@@ -644,13 +660,17 @@ CLAIMS: tuple[Claim, ...] = (
           "correlation of column-sum concentration over relative depth with the loops-off control",
           f"{_SETTING}, the control's too: above 95% of layer-shuffled controls in half of the passes", _stages_repeat),
     Claim("M4", "[M]", "Block size, input injection and norm placement govern the cycle",
-          "share of pairs of untrained models, differing in one of them only, whose limit differs",
-          "above 0 for each of the three", _axes_govern),
-    Claim("M5", "[M]", "Injection settles every norm placement but Ouro's (branch); without it only pre-norm settles",
-          "share of tokens at a fixed point, untrained models",
-          "injected pre and residual >= 0.9; without: pre >= 0.9, residual and branch <= 0.5", _injection_settles),
+          "share of pairs of untrained models, differing in one of them only, whose limit (by cosine, and whether the "
+          "norm grows) differs in all seeds",
+          "at least 0.1 for each of the three", _axes_govern),
+    Claim("M5", "[M]",
+          "Injection settles every norm placement but Ouro's (branch+state); without it only pre-norm settles",
+          "share of tokens at a fixed point, untrained models, by cosine (what distance says stands beside)",
+          "injected: pre and residual >= 0.9, branch+state <= 0.5; without: pre >= 0.9, residual and branch+state "
+          "<= 0.5; branch alone is in neither", _injection_settles),
     Claim("M6", "[M]", "Cyclic fixed points appear without being trained for",
-          "share of untrained cells of two or more layers with distinct fixed points", "above 0", _without_training),
+          "share of untrained cells of two or more layers with distinct fixed points (by cosine, and no growing norm) "
+          "in all seeds", "above 0", _without_training),
     Claim("M7", "[M]", "A small step is not a fixed point", "‖x_k - x*‖ / ‖d_k‖ at the first step under 1% of ‖x_k‖",
           "at least 10 in some region", _small_steps),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
 
-__all__ = ["SHARE", "TOLERANCE", "Limit", "Measure", "classify_limits", "errors_to_last", "limit_counts"]
+__all__ = ["SHARE", "TOLERANCE", "Limit", "Measure", "classify_limits", "errors_to_last", "limit_counts", "norm_growth"]
 
 TOLERANCE, SHARE = 0.05, 0.9
 Measure = Literal["cosine", "distance"]
@@ -42,6 +42,11 @@ def errors_to_last(states: Tensor, measure: Measure = "cosine") -> Tensor:
     if measure == "distance":
         return signals.norm(signals.difference(states, states[-1])) / signals.norm(states[-1])
     raise ValueError(f"measure={measure!r}: allowed are 'cosine' and 'distance'")
+
+
+def norm_growth(states: Tensor) -> Tensor:
+    """``||x_K|| / ||x_{K/2}||``, states ``(K, ..., D)`` to ``(...)``: one that rests in direction may still grow."""
+    return signals.norm(states[-1]) / signals.norm(states[len(states) // 2 - 1])
 
 
 def classify_limits(

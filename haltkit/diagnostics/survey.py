@@ -24,7 +24,7 @@ from haltkit.diagnostics.attention import (
 from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.geometry import BoundaryStatistics, RegionStatistics, distances, first_below, nonfinite_rows
 from haltkit.diagnostics.layers import LayerStatistics, record_layers
-from haltkit.diagnostics.limits import SHARE, TOLERANCE, Limit, Measure, classify_limits, limit_counts
+from haltkit.diagnostics.limits import SHARE, TOLERANCE, Limit, Measure, classify_limits, limit_counts, norm_growth
 from haltkit.diagnostics.pca import fit_pca
 from haltkit.diagnostics.streaming import Moments, Series, rounded
 from haltkit.diagnostics.subject import Subject
@@ -105,7 +105,7 @@ class _Limits:
         self.layer_counts: dict[str, Counter[str]] = {path: Counter() for path in layers}
         self.periods: Counter[int] = Counter()
         self.inside = LayerStatistics()
-        self.small, self.settled = Moments(), Moments()
+        self.small, self.settled, self.growth = Moments(), Moments(), Moments()
         self.nonfinite = 0
 
     def add(self, region: RegionTrajectory, layers: Mapping[str, list[Tensor]]) -> None:
@@ -115,6 +115,7 @@ class _Limits:
         self.nonfinite += nonfinite_rows(region)
         self.distance.add(found)
         self.relative.add(found / sizes)
+        self.growth.add(norm_growth(states).reshape(1, -1))
         self.settled.add(first_below(found / sizes, TOLERANCE).reshape(1, -1))
         for measure, counter in self.counts.items():
             kind, periods = classify_limits(states, measure=measure)
@@ -138,6 +139,7 @@ class _Limits:
             "limits": {measure: dict(counter) for measure, counter in self.counts.items()},
             "periods": {str(period): count for period, count in sorted(self.periods.items())},
             "settled_at": number(self.settled),
+            "norm_growth": number(self.growth),
             "distance_over_small_step": number(self.small),
             "layer_limits": {path: dict(counter) for path, counter in self.layer_counts.items()},
             **self.inside.summary(),
