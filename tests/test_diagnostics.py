@@ -297,6 +297,17 @@ def test_limit_types_of_known_maps() -> None:
     assert limit(diverger().step, diverger().start, "cosine") == (Limit.FIXED_POINT, 0)
 
 
+@pytest.mark.parametrize("period", [2, 3, 5, 19, 20, 26, 28, 30, 31, 40, 50])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_the_period_of_an_orbit(period: int, noise: float) -> None:
+    start = torch.tensor([[1.0, 0.5]]).double()
+    states = states_of(turn(360 / period), start, 128 if period < 32 else 256)
+    states = states + noise * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    kind, found = classify_limits(states)
+    assert Limit(int(kind[0])) == Limit.ORBIT
+    assert int(found[0]) == pytest.approx(period, abs=0 if noise == 0 else 1)
+
+
 def test_a_norm_that_grows_is_seen() -> None:
     start = torch.tensor([[1.0, 0.5]]).double()
     assert float(norm_growth(states_of(lambda x: x + start, start, 64))) == pytest.approx(65 / 33)
