@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from haltkit.models.diagnosing import Snapshot
 
 RESULTS, CLAIMS, COMPARISON = "diagnose.json", "claims.md", "compare.json"
-FORMAT = "haltkit-diagnose-1"
+FORMAT = "haltkit-diagnose-2"
 
 
 def diagnose(
@@ -182,6 +182,10 @@ def _foreign(name: str) -> Case:
 
     case: Case = call_factory(name, Case, f"{name!r} is no folder, and as pkg.mod:function")
     case.about.setdefault("model", case.subject.name)
+    try:
+        json.dumps(case.about, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the 'about' of {name!r} goes into JSON, so give plain values: {error}") from None
     return case
 
 

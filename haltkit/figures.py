@@ -256,6 +256,36 @@ def attention(results: Results) -> Any:
     return figure
 
 
+def layers(results: Results) -> Any:
+    """[M] Figures 3 and 4: how each layer inside moves, and how far it is from its own limit, attention included."""
+    found = _part(results, "trained", "limits").get("regions") or {}
+    found = {name: region for name, region in found.items() if region.get("layers")}
+    if not found:
+        return None
+    labels = ("‖x_t - x_{t-1}‖", "‖x_t - x*‖ / ‖x*‖", "attention to the last one's")
+    figure, axes = _grid(len(labels), len(found))
+    for model, style in (("trained", "-"), ("untrained", ":")):
+        inside = _part(results, model, "limits").get("regions") or {}
+        attention = _part(results, model, "attention").get("regions") or {}
+        for column, name in enumerate(found):
+            states = (inside.get(name) or {}).get("layers") or {}
+            curves = [[one[f"{key}_mean"] for one in states.values()] for key in ("difference", "relative")]
+            curves.append([list(ys) for ys in zip(*attention.get(name, {}).get("to_last", ()), strict=True)])
+            for panel, lines in zip(axes[:, column], curves, strict=True):
+                for i, ys in enumerate(lines):
+                    label = model if len(lines) == 1 else f"layer {i + 1}, {model}"
+                    # What is zero, as the last distance is by definition, has no place on these axes.
+                    known = [(t, y) for t, y in enumerate(ys, 1) if y]
+                    panel.plot(*zip(*known, strict=True) if known else ([], []), linestyle=style,
+                               color=f"{0.7 * i / max(1, len(lines) - 1):.2f}", label=label)  # fmt: skip
+    for row, label in zip(axes, labels, strict=True):
+        for panel, name in zip(row, found, strict=True):
+            panel.set(xscale="log", yscale="log", xlabel="recurrence t", ylabel=label, title=f"region {name}")
+    for panel in axes[0]:
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def _rows(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
     return [_numbers(row) for row in rows]
 
@@ -358,6 +388,7 @@ FIGURES: Mapping[str, Callable[[Results], Any]] = {
     "figure5-angles": angles,
     "curvature": bends,
     "limits": limits,
+    "layers": layers,
     "attention": attention,
     "stages": stages,
     "cycles": cycles,

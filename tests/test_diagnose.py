@@ -298,7 +298,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "def make():\n"
         "    model = torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
         "    subject = Subject.of_modules(model, model, {'core': '0'})\n"
-        "    return Case(subject, torch.zeros(2, 8, dtype=torch.long))\n",
+        "    return Case(subject, torch.zeros(2, 8, dtype=torch.long))\n"
+        "def flat():\n    return Case(make().subject, torch.zeros(8, dtype=torch.long))\n"
+        "def odd():\n    case = make()\n    case.about['where'] = case\n    return case\n",
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -310,6 +312,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (("diagnose", run_folder, *out, "--snapshots", stored, "--loops", "6"), "give --loops 32"),
         (("diagnose", run_folder, *out, "--snapshots", tmp_path), "without looped regions"),
         (("diagnose", "foreign_case:make", *out, "--control", loops_off), "are for checkpoints"),
+        (("diagnose", "foreign_case:flat", *out), "hold no windows"),
+        (("diagnose", "foreign_case:odd", *out), "give plain values"),
         (("diagnose", "foreign_case:make", *out, "--snapshots", stored), "are for checkpoints"),
         (("diagnose", loops_off, *out), "without looped regions"),
         (("diagnose", tmp_path / "empty", *out), "neither a checkpoint"),
@@ -356,10 +360,11 @@ def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_sett
     assert stages.keys() == {"concentration", "sink_rate", "mixing", "compression"}
     assert len(stages["mixing"]) == 16
     assert stages["mixing"][0].keys() == {"correlation", "shuffled_mean", "shuffled_high"}
-    assert f"pass 1: {stages['concentration'][0]['correlation']:.3g}" in (tmp_path / "out" / "claims.md").read_text(
+    assert f"first pass: {stages['concentration'][0]['correlation']:.3g}" in (tmp_path / "out" / "claims.md").read_text(
         encoding="utf-8"
     )
     assert (tmp_path / "out" / "cycles.svg").is_file()
+    assert "layer 4, untrained" in (tmp_path / "out" / "layers.svg").read_text(encoding="utf-8")  # a label, as comment
     assert call(monkeypatch, "report", tmp_path / "out") == 0
 
 

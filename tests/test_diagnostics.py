@@ -19,6 +19,7 @@ from haltkit import signals
 from haltkit.attachment import Loop
 from haltkit.diagnostics import (
     BoundaryStatistics,
+    Case,
     DiagnosticError,
     LayerStatistics,
     Limit,
@@ -576,6 +577,14 @@ def test_attention_settles_with_the_states_and_shows_the_cycle() -> None:
     assert region["successive"][-1][0] < 0.1 * region["successive"][0][0]
     assert region["successive"][0][0] == pytest.approx(float(frobenius[0, 2]), rel=1e-2)
     assert len(region["profiles"]["mixing"]) == 12
+    last = region["to_last"]
+    assert (len(last), last[-1]) == (12, [0, 0])
+    assert last[3][1] == pytest.approx(float(frobenius[2 * 3 + 1, 2 * 11 + 1]), rel=1e-2)
+    _, layers = subject.with_layers(TOKENS, 12)
+    moved = [float((layers[path][5] - layers[path][4]).norm(dim=-1).mean()) for path in (paths[1], paths[3])]
+    assert region["moved"][4] == pytest.approx(moved, rel=1e-3)
+    # Two windows' passes agree to four digits long before they are the same.
+    assert len(str(region["profiles"]["mixing"][0][0])) > 6
     blind = Subject.of_modules(model, model, {"core": "core"}, layers={"core": paths})
     assert survey_attention(blind, TOKENS, loops=3)["unseen"] == ["core"]  # Halve does not attend
 
@@ -674,6 +683,8 @@ def test_memory_of_a_survey_does_not_grow_with_the_text() -> None:
 
 def test_what_cannot_be_asked_is_one_clear_line() -> None:
     model = Looped(Core(Halve(U)))
+    with pytest.raises(DiagnosticError, match=r"shape \(12,\) hold no windows.*inputs\[None\]"):
+        Case(cycle(), TOKENS.flatten())
     with pytest.raises(DiagnosticError, match="no looped region"):
         Subject.of_modules(model, model, {})
     stubborn = Subject.of_modules(model, lambda tokens, loops: model(tokens, 3), {"core": "core"})

@@ -146,6 +146,7 @@ def frobenius_distances(matrices: Sequence[Tensor]) -> Tensor:
     square = rows.square().sum(-1)
     # Of squares, so that pairs need no T * T each; what rounding leaves below zero is zero.
     gram = square[:, :, None] + square[:, None, :] - 2 * rows @ rows.transpose(1, 2)
+    gram.diagonal(dim1=1, dim2=2).zero_()
     return gram.clamp_min(0).sqrt().mean(0)
 
 

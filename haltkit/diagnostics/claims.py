@@ -443,17 +443,18 @@ def _gain(results: Results) -> Answer:
 # --- [M]
 
 
-def _cycle_regions(results: Results, model: str = "trained") -> dict[str, Mapping[str, Any]]:
-    """Regions in [M]'s setting: the model's only one, of four or more layers."""
-    regions = _regions(results, model, "limits")
-    return {n: r for n, r in regions.items() if len(regions) == 1 and len(r.get("layers") or {}) >= 4}
+def _cycle_region(results: Results, part: str) -> str | None:
+    """The region in [M]'s setting: the model's only one, of four or more layers seen in this part of the results."""
+    regions = _regions(results, "trained", part)
+    alone = len(_regions(results) or regions) == 1
+    return next((name for name, r in regions.items() if alone and len(r.get("layers") or ()) >= 4), None)
 
 
-def _setting(results: Results) -> str:
-    regions = _regions(results, "trained", "limits")
+def _setting(results: Results, part: str) -> str:
+    regions = _regions(results, "trained", part)
     if not regions:
-        return "no long run (128 loops) was made"
-    shape = ", ".join(f"{name}: {max(1, len(r.get('layers') or {}))}" for name, r in regions.items())
+        return "no long run (128 loops) was made" if part == "limits" else "attention was not seen"
+    shape = ", ".join(f"{name}: {max(1, len(r.get('layers') or ()))}" for name, r in regions.items())
     return f"[M] is about one region of four or more layers; layers by region here are {shape}"
 
 
@@ -477,60 +478,74 @@ def _cycle_values(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
 def _cyclic_fixed_points(results: Results) -> Answer:
     everywhere = _cycle_values(_regions(results, "trained", "limits"))
     untrained = _cycle_values(_regions(results, "untrained", "limits"))
-    found = _cycle_regions(results)
-    if not found:
-        return Answer(UNKNOWN, everywhere, untrained, _setting(results))
+    name = _cycle_region(results, "limits")
+    if name is None:
+        return Answer(UNKNOWN, everywhere, untrained, _setting(results, "limits"))
     if (young := _too_young(_trained_tokens(results))) is not None:
         return Answer(UNKNOWN, everywhere, untrained, young)
-    region = next(iter(found.values()))
+    region = _regions(results, "trained", "limits")[name]
     shares = [_fixed_share(counts) for counts in region["layer_limits"].values()]
     return _judged(lambda _: min(*shares, region["distinct"]) >= 0.95, everywhere, untrained)
 
 
 def _attention_settles(results: Results) -> Answer:
-    def ratio(region: Mapping[str, Any]) -> Value | None:
-        rows = np.array([_numbers(row) for row in region["successive"]])  # (recurrences - 1, layers)
-        return Value(float((rows[7] / rows[0]).max())) if len(rows) >= 8 and (rows[0] > 0).all() else None
+    def ratio(rows: Sequence[Sequence[float | None]]) -> float | None:
+        changes = np.array([_numbers(row) for row in rows])  # (recurrences - 1, layers)
+        return float((changes[7] / changes[0]).max()) if len(changes) >= 8 and (changes[0] > 0).all() else None
 
-    trained, untrained = _each_region(results, ratio, "attention")
-    if not trained:
+    def values(model: str, key: str) -> dict[str, Value]:
+        pairs = {name: ratio(region[key]) for name, region in _regions(results, model, "attention").items()}
+        return {name: Value(found) for name, found in pairs.items() if found is not None}
+
+    def shown(model: str) -> dict[str, Value]:
+        states = values(model, "moved")
+        return values(model, "successive") | {f"{name}, states": value for name, value in states.items()}
+
+    attention, measured, untrained = values("trained", "successive"), shown("trained"), shown("untrained")
+    if not attention:
         return _cannot("attention was not seen, or over fewer than nine recurrences")
-    if not _cycle_regions(results):
-        return Answer(UNKNOWN, trained, untrained, _setting(results))
+    if _cycle_region(results, "attention") is None:
+        return Answer(UNKNOWN, measured, untrained, _setting(results, "attention"))
     if (young := _too_young(_trained_tokens(results))) is not None:
-        return Answer(UNKNOWN, trained, untrained, young)
-    return _judged(lambda ratios: max(ratios) <= 0.1, trained, untrained)
+        return Answer(UNKNOWN, measured, untrained, young)
+    return _judged(lambda _: max(v.value for v in attention.values()) <= 0.1, measured, untrained)
 
 
 def _stages_repeat(results: Results) -> Answer:
     control = results.get("control") or {}
-    found = _cycle_regions(results)
-    if not found:
-        return _cannot(_setting(results))
+    name = _cycle_region(results, "attention")
+    if name is None:
+        return _cannot(_setting(results, "attention"))
     if not control.get("profiles"):
         return _cannot("there is no feed-forward control of the same data: train small-control and give --control")
-    name = next(iter(found))
 
     def stages(model: str) -> list[StageMatch]:
-        profiles = _regions(results, model, "attention").get(name, {}).get("profiles") or {}
+        profiles = (_regions(results, model, "attention").get(name) or {}).get("profiles") or {}
         flow = _numbers(control["profiles"]["concentration"])
         return [match_stages(_numbers(row), flow) for row in profiles.get("concentration") or []]
 
-    def values(matches: Sequence[StageMatch]) -> dict[str, Value]:
-        shown = {f"pass {t}": Value(m.correlation) for t, m in enumerate(matches, 1) if t in (1, 2, 4, 8, 16)}
-        if matches:
-            shown["95% of shuffled"] = Value(float(np.median([m.shuffled_high for m in matches])))
+    # Once the loop has converged a pass is the last one again: not each counts, but the first and a typical one.
+    def judged(matches: list[StageMatch]) -> dict[str, StageMatch]:
+        if not matches:
+            return {}
+        return {"first pass": matches[0], "median pass": sorted(matches, key=_by_correlation)[(len(matches) - 1) // 2]}
+
+    def values(chosen: Mapping[str, StageMatch]) -> dict[str, Value]:
+        shown = {}
+        for which, match in chosen.items():
+            shown[which], shown[f"{which}, 95% of shuffled"] = Value(match.correlation), Value(match.shuffled_high)
         return shown
 
-    matches = stages("trained")
-    measured, untrained = values(matches), values(stages("untrained"))
-    if not matches:
-        return _cannot("attention was not seen")
+    chosen = judged(stages("trained"))
+    measured, untrained = values(chosen), values(judged(stages("untrained")))
     for seen, who in ((_trained_tokens(results), "the model"), (control.get("tokens_seen") or 0, "the control")):
         if (young := _too_young(seen, who)) is not None:
             return Answer(UNKNOWN, measured, untrained, young)
-    passes = sum(m.beats_chance for m in matches)
-    return _judged(lambda _: passes >= 0.5 * len(matches), measured, untrained, f"{passes} of {len(matches)} passes")
+    return _judged(lambda _: all(m.beats_chance for m in chosen.values()), measured, untrained)
+
+
+def _by_correlation(match: StageMatch) -> float:
+    return match.correlation if math.isfinite(match.correlation) else -math.inf
 
 
 AXES = ("norm", "injection", "layers")
@@ -654,11 +669,12 @@ CLAIMS: tuple[Claim, ...] = (
           "at the last recurrence is 0.9 of that half way or more, and above 100 roundings",
           f"{_SETTING}: both shares >= 0.95, the first in every layer", _cyclic_fixed_points),
     Claim("M2", "[M]", "Attention settles as the states do",
-          "change of attention between recurrences 8 and 9 over that between 1 and 2, largest layer",
-          f"{_SETTING}: at most 0.1", _attention_settles),
+          "change of attention between recurrences 8 and 9 over that between 1 and 2, largest layer; the states' too",
+          f"{_SETTING}: attention's at most 0.1", _attention_settles),
     Claim("M3", "[M]", "Each pass repeats the stages of a feed-forward model",
           "correlation of column-sum concentration over relative depth with the loops-off control",
-          f"{_SETTING}, the control's too: above 95% of layer-shuffled controls in half of the passes", _stages_repeat),
+          f"{_SETTING}, the control's too: above 95% of layer-shuffled controls in the first and in the median pass",
+          _stages_repeat),
     Claim("M4", "[M]", "Block size, input injection and norm placement govern the cycle",
           "share of pairs of untrained models, differing in one of them only, whose limit (by cosine, and whether the "
           "norm grows) differs in all seeds",

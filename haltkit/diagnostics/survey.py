@@ -195,6 +195,7 @@ class _Attention:
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = list(layers)
         self.frobenius: Tensor | None = None
+        self.moved: Tensor | None = None  # (recurrence - 1, layer)
         self.sums: Tensor | None = None  # (statistic, recurrence, layer)
         self.windows = 0
 
@@ -207,25 +208,38 @@ class _Attention:
             found = attention_numbers(matrix)
             found["compression"] = float(residual_compression(states[path][t][0]))
             numbers[:, t, i] = torch.tensor([found[name] for name in self.NAMES])
+        visited = torch.stack([torch.stack(states[path]) for path in self.layers], 1)  # (recurrence, layer, 1, T, D)
+        moved = signals.norm(signals.difference(visited[1:], visited[:-1])).flatten(2).mean(-1).double()
+        self.moved = moved if self.moved is None else self.moved + moved
         distances = frobenius_distances(ordered)
         self.frobenius = distances if self.frobenius is None else self.frobenius + distances
         self.sums = numbers if self.sums is None else self.sums + numbers
         self.windows += 1
 
     def summary(self) -> dict[str, Any]:
-        """``frobenius`` over (recurrence, layer) pairs, recurrence by recurrence; profiles ``[recurrence][layer]``."""
+        """``frobenius`` over (recurrence, layer) pairs, recurrence by recurrence; the others ``[recurrence][layer]``.
+
+        Of a layer's attention ``successive`` is the change from the recurrence before and ``to_last`` the distance to
+        the last one's, which stands for its limit's; ``moved`` is the mean norm of the change of its states.
+        """
         assert self.frobenius is not None
+        assert self.moved is not None
         assert self.sums is not None
         frobenius, sums = self.frobenius / self.windows, self.sums / self.windows
         width, n = len(self.layers), len(frobenius)
         later = torch.arange(width, n)
         successive = frobenius[later, later - width].view(-1, width)  # the same layer, one recurrence apart
+        every = torch.arange(n)
+        to_last = frobenius[every, n - width + every % width].view(-1, width)
         return {
             "layers": self.layers,
             "frobenius": [[rounded(v, 3) for v in row] for row in frobenius],
             "successive": [[rounded(v, 4) for v in row] for row in successive],
+            "to_last": [[rounded(v, 4) for v in row] for row in to_last],
+            "moved": [[rounded(v, 4) for v in row] for row in self.moved / self.windows],
+            # Settled passes differ in late digits, and correlations of their profiles see those.
             "profiles": {
-                name: [[rounded(v, 4) for v in row] for row in sums[i]] for i, name in enumerate(self.NAMES)
+                name: [[rounded(v, 7) for v in row] for row in sums[i]] for i, name in enumerate(self.NAMES)
             },
         }  # fmt: skip
 
