@@ -262,7 +262,7 @@ def layers(results: Results) -> Any:
     found = {name: region for name, region in found.items() if region.get("layers")}
     if not found:
         return None
-    labels = ("‖x_t - x_{t-1}‖", "‖x_t - x*‖ / ‖x*‖", "attention to the last one's")
+    labels = ("‖x_t - x_{t-1}‖", "‖x_t - x*‖ / ‖x*‖", "attention: distance\nto the last one's")
     figure, axes = _grid(len(labels), len(found))
     for model, style in (("trained", "-"), ("untrained", ":")):
         inside = _part(results, model, "limits").get("regions") or {}

@@ -233,6 +233,15 @@ def test_a_model_that_overflows_is_told_of_and_drawn_as_far_as_it_goes() -> None
     assert {f.verdict for f in judge(results)} == {"cannot tell at this scale"}
 
 
+def test_rows_of_an_attached_model_that_overflow_are_counted() -> None:
+    model = Native()
+    model.a = Grow()  # type: ignore[assignment]
+    subject = Subject.attached(model, lambda tokens, _: model(tokens), Loop(body=("a", "b")))
+    tokens = torch.tensor([[1, -1, 2, -9, -8, 3]])
+    found = survey_geometry(subject, tokens, loops=10)["regions"]["a"]
+    assert 3 <= found["nonfinite"] < 6
+
+
 # --- streaming
 
 
