@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from haltkit.diagnostics.claims import Finding, Value
     from haltkit.diagnostics.plan import Case, Plan
     from haltkit.models.checkpoint import Checkpoint
+    from haltkit.models.diagnosing import Snapshot
 
 RESULTS, CLAIMS, COMPARISON = "diagnose.json", "claims.md", "compare.json"
-FORMAT = "haltkit-diagnose-1"
+FORMAT = "haltkit-diagnose-2"
 
 
 def diagnose(
@@ -79,6 +80,7 @@ def diagnose(
     if extra.windows is None:  # not our model: it may run no deeper than it is asked to
         plan = replace(plan, attention_loops=min(plan.attention_loops, loops))
     snapshots = snapshots or extra.snapshots
+    beside = _beside(extra, snapshots, control, plan.loops)
     results: dict[str, Any] = {
         "format": FORMAT,
         "partial": True,
@@ -95,7 +97,7 @@ def diagnose(
     interrupted = False
     with Progress(*columns, console=console, transient=True) as bar:
         try:
-            interrupted = not _gather(results, case, plan, extra.windows, snapshots, control, grid, out, bar)
+            interrupted = not _gather(results, case, plan, beside, grid, out, bar)
         except KeyboardInterrupt:
             interrupted = True
     results["partial"] = interrupted
@@ -110,6 +112,26 @@ class _Extra:
 
     def __init__(self, windows: Callable[[Checkpoint], Tensor] | None = None, snapshots: Path | None = None) -> None:
         self.windows, self.snapshots = windows, snapshots
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What else is looked at: checked, so that a mistake is found before anything is run."""
+
+    windows: Callable[[Checkpoint], Tensor] | None
+    snapshots: Sequence[Snapshot]
+    control: Path | None
+
+
+def _beside(extra: _Extra, snapshots: Path | None, control: Path | None, loops: int) -> _Beside:
+    if extra.windows is None:
+        if snapshots or control:
+            raise ValueError("--snapshots and --control are for checkpoints of the bundled model's kind")
+        return _Beside(None, (), None)
+    from haltkit.models import diagnosing
+
+    found = diagnosing.find_snapshots(snapshots, loops) if snapshots is not None else ()
+    return _Beside(extra.windows, found, None if control is None else diagnosing.find_control(control))
 
 
 def _policies(text: str | None) -> tuple[str, ...] | None:
@@ -137,8 +159,8 @@ def _case(model: str | None, text: Path | None, tokens: int, seed: int) -> tuple
     if not loaded.model.regions:
         raise ValueError(f"{str(target.checkpoint)!r} is a model without looped regions: there is no loop to look at")
 
-    def windows(checkpoint: Checkpoint, wanted: int = 2048) -> Tensor:
-        return comparing.text_windows(checkpoint, text or comparing.SAMPLE, wanted)[:, :-1]
+    def windows(checkpoint: Checkpoint) -> Tensor:
+        return comparing.text_windows(checkpoint, text or comparing.SAMPLE, tokens)[:, :-1]
 
     about = {
         "model": model or "bundled",
@@ -151,7 +173,7 @@ def _case(model: str | None, text: Path | None, tokens: int, seed: int) -> tuple
     }
     subject = diagnosing.subject_of(loaded.model, str(about["model"]), loaded.tokenizer)
     untrained = diagnosing.untrained_subject(loaded.config, seed)
-    return Case(subject, windows(loaded, tokens), untrained, about), _Extra(windows, target.snapshots)
+    return Case(subject, windows(loaded), untrained, about), _Extra(windows, target.snapshots)
 
 
 def _foreign(name: str) -> Case:
@@ -160,6 +182,10 @@ def _foreign(name: str) -> Case:
 
     case: Case = call_factory(name, Case, f"{name!r} is no folder, and as pkg.mod:function")
     case.about.setdefault("model", case.subject.name)
+    try:
+        json.dumps(case.about, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the 'about' of {name!r} goes into JSON, so give plain values: {error}") from None
     return case
 
 
@@ -180,9 +206,7 @@ def _gather(
     results: dict[str, Any],
     case: Case,
     plan: Plan,
-    windows: Callable[[Checkpoint], Tensor] | None,
-    snapshots: Path | None,
-    control: Path | None,
+    beside: _Beside,
     grid: bool,
     out: Path,
     bar: Any,
@@ -210,19 +234,19 @@ def _gather(
             _save(results, out)
             if found.get("partial"):
                 return False
-    if windows is None and (snapshots or control):
-        raise ValueError("--snapshots and --control are for checkpoints of the bundled model's kind")
-    if windows is not None:
+    if beside.windows is not None:
         from haltkit.models import diagnosing
 
-        if snapshots is not None:
-            bar.update(task, description="snapshots", completed=0, total=None)
-            results["checkpoints"] = diagnosing.snapshot_statistics(snapshots, windows)
+        windows = beside.windows
+        bar.update(task, description="snapshots", completed=0, total=len(beside.snapshots) or None)
+        for snapshot in beside.snapshots:
+            results["checkpoints"].append(diagnosing.snapshot_statistics(snapshot, windows, plan.loops))
+            bar.advance(task)
             _save(results, out)
-        if control is not None:
+        if beside.control is not None:
             from haltkit.diagnostics.stages import stage_numbers
 
-            profile = diagnosing.control_profile(control, lambda one: windows(one)[: plan.attention_windows])
+            profile = diagnosing.control_profile(beside.control, lambda one: windows(one)[: plan.attention_windows])
             results["control"] = profile
             for survey in results["models"].values():
                 survey["stages"] = stage_numbers(survey["attention"]["regions"], profile["profiles"])
@@ -230,10 +254,12 @@ def _gather(
     if grid:
         from haltkit.models.cyclic import INJECTIONS, LAYERS, NORMS, cyclic_grid
 
-        seeds = 3
-        total = seeds * len(NORMS) * len(INJECTIONS) * len(LAYERS)
+        total = len(NORMS) * len(INJECTIONS) * len(LAYERS)
         bar.update(task, description="untrained blocks", completed=0, total=total)
-        results["grid"] = cyclic_grid(seeds=seeds, tick=lambda: bar.advance(task))
+        results["grid"] = []
+        for cell in cyclic_grid():
+            results["grid"].append(cell)
+            bar.advance(task)
     return True
 
 

@@ -43,6 +43,11 @@ def _grid(rows: int, columns: int, width: float = 3.4, height: float = 2.9) -> t
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _drawable(points: Sequence[Sequence[float | None]]) -> list[Sequence[float]]:
+    """Points whose coordinates are known: a state that is not finite has none."""
+    return [[x, y] for x, y in points if x is not None and y is not None]
+
+
 def paths(results: Results) -> Any:
     """[P] Figure 1: one sequence's states over depth and loop steps; loops lighter to darker; and a close look."""
     found = _part(results, "trained", "paths")
@@ -54,13 +59,18 @@ def paths(results: Results) -> Any:
     whole, close = axes[0]
     loops = [s for s in found["segments"] if s["loop"]]
     maps = ["Blues", "Oranges", "Greens", "Purples", "Reds", "Greys"]
-    late: list[list[float]] = []
+    late: Sequence[Sequence[float]] = []
+    close_up = None
     for token, position in enumerate(found["positions"]):
-        stream = [point for segment in found["segments"] for point in segment["points"][token]]
+        stream = [point for segment in found["segments"] for point in _drawable(segment["points"][token])]
+        if not stream:
+            continue
         for panel in (whole, close):
             panel.plot(*zip(*stream, strict=True), color="0.8", linewidth=0.6, zorder=1)
         for i, segment in enumerate(loops):
-            points = segment["points"][token]
+            points = _drawable(segment["points"][token])
+            if not points:
+                continue
             shades = colormaps[maps[i % len(maps)]](
                 [0.25 + 0.7 * k / max(1, len(points) - 1) for k in range(len(points))]
             )
@@ -69,7 +79,7 @@ def paths(results: Results) -> Any:
                     *zip(*points, strict=True), c=shades, s=14, marker=_MARKERS[i % 8], zorder=2, linewidths=0
                 )
             if i == len(loops) - 1:
-                late = points[1:]  # of the last token: the close look
+                late, close_up = points[1:] or points, position  # of the last token that has any
         end = stream[-1]
         whole.annotate(
             f"{position}", end, fontsize=7, color="0.3", xytext=(3, 3), textcoords="offset points",
@@ -78,6 +88,8 @@ def paths(results: Results) -> Any:
         whole.scatter(
             [], [], color=colormaps[maps[i % len(maps)]](0.8), marker=_MARKERS[i % 8], label=f"region {segment['name']}"
         )
+    if not late:  # nothing of it is finite
+        return None
     xs, ys = zip(*late, strict=True)
     for low, high, limit in ((min(xs), max(xs), close.set_xlim), (min(ys), max(ys), close.set_ylim)):
         margin = 0.25 * (high - low) + 1e-9
@@ -85,7 +97,7 @@ def paths(results: Results) -> Any:
     first, second = found["explained"]
     names = {"xlabel": f"component 1 ({first:.0%} of the variance)", "ylabel": f"component 2 ({second:.0%})"}
     whole.set(title="states over depth and loop steps, by position", **names)
-    close.set(title=f"closer: region {loops[-1]['name']}, position {found['positions'][-1]}", **names)
+    close.set(title=f"closer: region {loops[-1]['name']}, position {close_up}", **names)
     whole.indicate_inset_zoom(close, edgecolor="0.4")
     figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
@@ -244,6 +256,36 @@ def attention(results: Results) -> Any:
     return figure
 
 
+def layers(results: Results) -> Any:
+    """[M] Figures 3 and 4: how each layer inside moves, and how far it is from its own limit, attention included."""
+    found = _part(results, "trained", "limits").get("regions") or {}
+    found = {name: region for name, region in found.items() if region.get("layers")}
+    if not found:
+        return None
+    labels = ("‖x_t - x_{t-1}‖", "‖x_t - x*‖ / ‖x*‖", "attention: distance\nto the last one's")
+    figure, axes = _grid(len(labels), len(found))
+    for model, style in (("trained", "-"), ("untrained", ":")):
+        inside = _part(results, model, "limits").get("regions") or {}
+        attention = _part(results, model, "attention").get("regions") or {}
+        for column, name in enumerate(found):
+            states = (inside.get(name) or {}).get("layers") or {}
+            curves = [[one[f"{key}_mean"] for one in states.values()] for key in ("difference", "relative")]
+            curves.append([list(ys) for ys in zip(*attention.get(name, {}).get("to_last", ()), strict=True)])
+            for panel, lines in zip(axes[:, column], curves, strict=True):
+                for i, ys in enumerate(lines):
+                    label = model if len(lines) == 1 else f"layer {i + 1}, {model}"
+                    # What is zero, as the last distance is by definition, has no place on these axes.
+                    known = [(t, y) for t, y in enumerate(ys, 1) if y]
+                    panel.plot(*zip(*known, strict=True) if known else ([], []), linestyle=style,
+                               color=f"{0.7 * i / max(1, len(lines) - 1):.2f}", label=label)  # fmt: skip
+    for row, label in zip(axes, labels, strict=True):
+        for panel, name in zip(row, found, strict=True):
+            panel.set(xscale="log", yscale="log", xlabel="recurrence t", ylabel=label, title=f"region {name}")
+    for panel in axes[0]:
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def _rows(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
     return [_numbers(row) for row in rows]
 
@@ -296,11 +338,12 @@ def cycles(results: Results) -> Any:
     figure, axes = _grid(len(models), len(found), 4.6, 3.8)
     for row, (model, regions) in zip(axes, models, strict=True):
         for panel, (name, cycle) in zip(row, regions.items(), strict=True):
-            stream = [point for recurrence in cycle["points"] for point in recurrence]
+            recurrences = [one for one in cycle["points"] if len(_drawable(one)) == len(one)]
+            stream = [point for recurrence in recurrences for point in recurrence]
             panel.plot(*zip(*stream, strict=True), color="0.8", linewidth=0.7, zorder=1)
-            passes = len(cycle["points"])
+            passes = len(recurrences)
             for i in range(len(cycle["layers"])):
-                own = [recurrence[i] for recurrence in cycle["points"]]
+                own = [recurrence[i] for recurrence in recurrences]
                 shades = [f"{0.8 - 0.8 * t / passes:.2f}" for t in range(passes)]
                 panel.scatter(*zip(*own, strict=True), c=shades, marker=_MARKERS[i % 8], s=18, zorder=2)
                 panel.scatter([], [], color="black", marker=_MARKERS[i % 8], label=f"layer {i + 1}")
@@ -319,17 +362,19 @@ def grid(results: Results) -> Any:
     if not cells:
         return None
     norms, injections, layers = (list(dict.fromkeys(c[key] for c in cells)) for key in ("norm", "injection", "layers"))
-    by = {(c["norm"], c["injection"], c["layers"]): c for c in cells}
-    figure, axes = _grid(1, len(injections), 4.2, 3.6)
+    figure, axes = _grid(1, len(injections), 4.6, 0.9 + 0.8 * len(norms))
     for panel, injection in zip(axes[0], injections, strict=True):
-        values = [[by[n, injection, k]["fixed"] for k in layers] for n in norms]
+        values = [[math.nan] * len(layers) for _ in norms]  # a grid that was cut short lacks some
+        for cell in cells:
+            if cell["injection"] != injection:
+                continue
+            i, j = norms.index(cell["norm"]), layers.index(cell["layers"])
+            values[i][j] = cell["fixed"]["cosine"]
+            kind = cell["limit"].replace(", ", ",\n").replace(" fixed", "\nfixed")
+            numbers = f"{cell['fixed']['cosine']:.0%} fixed, norm x{cell['growth']:.2f}"
+            least = "" if cell["least_cosine"] is None else f"\ncos {cell['least_cosine']:.4f}"
+            panel.text(j, i, f"{kind}\n{numbers}{least}", ha="center", va="center", fontsize=6)
         panel.imshow(values, cmap="gray", vmin=-1.8, vmax=1, aspect="auto")
-        for i, n in enumerate(norms):
-            for j, k in enumerate(layers):
-                cell = by[n, injection, k]
-                least = "" if cell["distinct"] is None else f"\ncos {cell['distinct']:.3f}"
-                kind = cell["limit"].replace(" fixed", "\nfixed")
-                panel.text(j, i, f"{kind}\n{cell['fixed']:.0%} fixed{least}", ha="center", va="center", fontsize=7)
         panel.set_xticks(range(len(layers)), [f"{k} layer{'s' * (k > 1)}" for k in layers])
         panel.set_yticks(range(len(norms)), norms)
         panel.set(title=f"input injected: {injection.replace('_', ' ')}")
@@ -343,6 +388,7 @@ FIGURES: Mapping[str, Callable[[Results], Any]] = {
     "figure5-angles": angles,
     "curvature": bends,
     "limits": limits,
+    "layers": layers,
     "attention": attention,
     "stages": stages,
     "cycles": cycles,

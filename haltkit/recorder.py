@@ -176,6 +176,11 @@ class Recorder:
         )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are one, also where they are not a number."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 @contextmanager
 def record(
     model: nn.Module,
@@ -230,7 +235,7 @@ def record(
                 f"module {paths[name]!r} must take the state as its first argument and return the next one, a tensor "
                 "of the same shape"
             )
-        if counts.get(name) and not torch.equal(x_prev.detach().to("cpu"), recorder.newest(name)):
+        if counts.get(name) and not _same(x_prev.detach().to("cpu"), recorder.newest(name)):
             raise ValueError(
                 f"{paths[name]!r} was given another state than it returned: its loop began anew without a call of "
                 f"{type(model).__name__}, or something changes the state in between. Record a model halted by haltkit "

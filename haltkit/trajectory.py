@@ -182,10 +182,13 @@ def delta_loop_ratios(before: RegionTrajectory, after: RegionTrajectory) -> dict
     the first: with fresh noise both the jump and ``d_1`` are noise-sized, so a large DLR needs no training.
 
     Returns:
-        convention to DLR, ``(...)`` each.
+        convention to DLR, ``(...)`` each; NaN for a row that stopped being finite.
     """
     norms = before.step_norms()
-    if norms.isnan().any() or len(norms) != before.max_steps:
+    halted = before.steps < before.max_steps
+    if before.outcome is not None:
+        halted &= before.outcome != Outcome.NONFINITE
+    if halted.any() or len(norms) != before.max_steps:
         raise TrajectoryError("DLR needs every step of a recording at a fixed depth (every=1, and no policy)")
     targets = {"noise": after.first, "injected": after.injected, "net": after.last}
     result = {}

@@ -9,35 +9,34 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from haltkit.diagnostics.layers import distinctness, record_layers
-from haltkit.diagnostics.limits import classify_limits, limit_counts
+from haltkit.diagnostics.layers import are_distinct, distinctness, record_layers
+from haltkit.diagnostics.limits import TOLERANCE, Measure, classify_limits, limit_counts, norm_growth
+from haltkit.diagnostics.streaming import rounded
 from haltkit.models.gpt import LoopedGPT
 
-__all__ = ["DISTINCT", "INJECTIONS", "LAYERS", "NORMS", "cyclic_grid", "untrained_block"]
+__all__ = ["INJECTIONS", "LAYERS", "NORMS", "cyclic_grid", "untrained_block"]
 
-# pre: x + f(n(x)). branch: x + n(f(n(x))), Ouro's. residual: n(x + f(n(x))), Huginn's. branch+state: branch, and a
-# norm without gain on the state at the end of each recurrence, as the bundled model has it.
+# pre: x + f(n(x)). branch: x + n(f(n(x))). residual: n(x + f(n(x))), Huginn's. branch+state: branch, and a norm on the
+# state at the end of each recurrence, as Ouro and the bundled model have it (here without a gain).
 Norm = Literal["pre", "branch", "residual", "branch+state"]
 Injection = Literal["every_step", "first_step", "never"]
 NORMS = get_args(Norm)
 INJECTIONS = get_args(Injection)
 LAYERS = (1, 2, 4)
-# Layers whose fixed points are at a least cosine above this rest at one point: the cycle is degenerate.
-DISTINCT = 0.95
 
 
 def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int = 64, tokens: int = 24) -> LoopedGPT:
     """A model that is one looped block of random weights (from torch's global generator).
 
-    Without injection the loop starts at its input, which it would not see otherwise. The scale of the branches is set
-    by the number of layers alone: dividing it by a loop count too, as is done for training, makes every layer's share
-    so small that all cycles look degenerate.
+    Without injection the loop starts at its input, which it would not see otherwise. The scale of the branches is that
+    of training, set by the number of layers and the default loop count.
     """
     model = LoopedGPT(
         vocab_size=256,
@@ -45,7 +44,6 @@ def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int
         n_layer=layers,
         n_head=4,
         d_model=width,
-        mean_loops=1,
         regions=(f"1-{layers}" if layers > 1 else "1",),
         norm_placement="residual" if norm == "residual" else "branch",
         state_norm=norm == "branch+state",
@@ -64,49 +62,76 @@ def untrained_block(norm: Norm, injection: Injection, layers: int, *, width: int
     return model.eval()
 
 
+def cyclic_grid(*, seeds: int = 3, loops: int = 128, sequences: int = 2) -> Iterator[dict[str, Any]]:
+    """The limit found for each cell of the grid, one at a time, as they are run.
+
+    Yields:
+        a cell each: ``norm``, ``injection``, ``layers``, ``seeds`` (see :func:`_one_seed`), ``limit`` (that of most
+        seeds, ``mixed`` on a tie) and over all seeds ``fixed`` (share of tokens at a fixed point by each measure),
+        ``growth``, ``least_cosine`` and ``distinct``.
+    """
+    for norm, injection, layers in itertools.product(NORMS, INJECTIONS, LAYERS):
+        found = [_one_seed(seed, norm, injection, layers, loops, sequences) for seed in range(seeds)]
+        yield {
+            "norm": norm,
+            "injection": injection,
+            "layers": layers,
+            "limit": _most(Counter(one["limit"] for one in found)),
+            "fixed": {measure: _mean(_fixed_share(one[measure]) for one in found) for measure in get_args(Measure)},
+            **{
+                key: None if found[0][key] is None else _mean(one[key] for one in found)
+                for key in ("growth", "least_cosine", "distinct")
+            },
+            "seeds": found,
+        }
+
+
 @torch.no_grad()
-def cyclic_grid(
-    *, seeds: int = 3, loops: int = 128, sequences: int = 2, tick: Callable[[], None] | None = None
-) -> list[dict[str, Any]]:
-    """The limit type found for each cell, judged by cosine on the last layer's state over all tokens and seeds.
+def _one_seed(seed: int, norm: Norm, injection: Injection, layers: int, loops: int, sequences: int) -> dict[str, Any]:
+    """One block of random weights on random tokens, judged on the last layer's state.
 
     Returns:
-        a cell each: ``norm``, ``injection``, ``layers``, ``counts`` of tokens by limit type, ``fixed`` (share at a
-        fixed point), ``distinct`` (mean least cosine between the layers' states after the last recurrence; None for
-        one layer) and ``limit``: the type of most tokens, fixed points of several layers being ``cyclic fixed
-        points`` or, above a cosine of 0.95, a ``degenerate fixed point``.
+        ``cosine`` and ``distance`` (counts of tokens by limit type, by each measure), ``growth`` (mean ratio of the
+        last state's norm to that half way), ``least_cosine`` (mean, between the layers' last states) and ``distinct``
+        (share of tokens with distinct fixed points; both None for one layer), and ``limit``: the type of most tokens
+        by cosine, ``mixed`` on a tie. Fixed points of several layers are ``cyclic fixed points`` or a ``degenerate
+        fixed point``; where the norm grows on there is no fixed point, only one in direction.
     """
-    cells = []
-    for norm, injection, layers in itertools.product(NORMS, INJECTIONS, LAYERS):
-        counts: Counter[str] = Counter()
-        distinct: list[Tensor] = []
-        for seed in range(seeds):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = untrained_block(norm, injection, layers)
-                ids = torch.randint(0, model.vocab_size, (sequences, model.block_size))
-            name, region = next(iter(model.regions.items()))
-            paths = [f"layers.{name}.body.blocks.{i}" for i in range(layers)]
-            with record_layers(model, paths) as kept:
-                region.unroll(model.embed(ids), loops, model.noise)
-            counts.update(limit_counts(classify_limits(torch.stack(kept[paths[-1]]))[0]))
-            if layers > 1:
-                distinct.append(distinctness([kept[path][-1] for path in paths]).flatten())
-            if tick is not None:
-                tick()
-        least = float(torch.cat(distinct).mean()) if distinct else None
-        most = counts.most_common(1)[0][0]
-        if most == "fixed point" and least is not None:
-            most = "cyclic fixed points" if least <= DISTINCT else "degenerate fixed point"
-        cells.append(
-            {
-                "norm": norm,
-                "injection": injection,
-                "layers": layers,
-                "counts": dict(counts),
-                "fixed": round(counts["fixed point"] / sum(counts.values()), 4),
-                "distinct": None if least is None else round(least, 4),
-                "limit": most,
-            }
-        )
-    return cells
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = untrained_block(norm, injection, layers)
+        ids = torch.randint(0, model.vocab_size, (sequences, model.block_size))
+    name, region = next(iter(model.regions.items()))
+    paths = [f"layers.{name}.body.blocks.{i}" for i in range(layers)]
+    with record_layers(model, paths) as kept:
+        region.unroll(model.embed(ids), loops, model.noise)
+    states = torch.stack(kept[paths[-1]])
+    by = {measure: limit_counts(classify_limits(states, measure=measure)[0]) for measure in get_args(Measure)}
+    growth = float(norm_growth(states).mean())
+    half_way, end = ([kept[path][k - 1] for path in paths] for k in (loops // 2, loops))
+    distinct = float(are_distinct(half_way, end).double().mean()) if layers > 1 else None
+    limit = _most(Counter(by["cosine"]))
+    if limit == "fixed point" and growth > 1 + TOLERANCE:
+        limit = "fixed in direction, norm grows"
+    elif limit == "fixed point" and distinct is not None:
+        limit = "cyclic fixed points" if distinct > 0.5 else "degenerate fixed point"
+    return {
+        **by,
+        "growth": rounded(growth),
+        "least_cosine": rounded(distinctness(end).mean(), 7) if layers > 1 else None,
+        "distinct": None if distinct is None else rounded(distinct),
+        "limit": limit,
+    }
+
+
+def _most(counts: Counter[str]) -> str:
+    (first, many), *rest = counts.most_common()
+    return "mixed" if rest and rest[0][1] == many else first
+
+
+def _fixed_share(counts: Mapping[str, int]) -> float:
+    return counts["fixed point"] / sum(counts.values())
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    return rounded(fmean(values))

@@ -14,14 +14,17 @@ from torch import Tensor
 from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.subject import Subject
 from haltkit.diagnostics.survey import survey_layers_once
-from haltkit.models.checkpoint import CONFIG_FILE, Checkpoint, build_model, load_checkpoint
+from haltkit.models.checkpoint import CONFIG_FILE, Checkpoint, build_model, load_checkpoint, read_config
 from haltkit.models.config import ModelConfig
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.statistics import loop_statistics
 
 __all__ = [
+    "Snapshot",
     "Target",
     "control_profile",
+    "find_control",
+    "find_snapshots",
     "find_target",
     "snapshot_statistics",
     "subject_of",
@@ -92,38 +95,63 @@ def untrained_subject(config: ModelConfig, seed: int = 0) -> Subject:
     return subject_of(model, "untrained")
 
 
-def snapshot_statistics(
-    folder: Path, windows: Callable[[Checkpoint], Tensor], tick: Callable[[], None] | None = None
-) -> list[dict[str, Any]]:
-    """Reduced loop statistics across training, by tokens seen.
+@dataclass(frozen=True)
+class Snapshot:
+    """A model at one time of its training: its checkpoint folder, or the statistics that are there already."""
+
+    source: Path
+    statistics: dict[str, Any] | None = None
+
+
+def find_snapshots(folder: Path, loops: int) -> list[Snapshot]:
+    """The snapshots in a folder, none of them loaded.
 
     Args:
-        folder: of snapshots (training writes their statistics; what is missing is measured now), or of statistics
+        folder: of snapshots, each with the statistics that training wrote beside it or without, or of statistics
             alone, a JSON file a snapshot.
-        windows: inputs to measure on, for a checkpoint.
+        loops: the depth that statistics must be of. Those of another depth are measured again where the snapshot is
+            there.
 
     Raises:
-        DiagnosticError: no snapshots there, or a file that is not one's statistics.
+        DiagnosticError: no snapshots there, a model without regions, a file that is not a snapshot's statistics, or
+            statistics of another depth without their snapshot.
     """
-    files = sorted(folder.glob("*.json")) or sorted(folder.glob(f"*/{CONFIG_FILE}"))
-    if not files:
-        raise DiagnosticError(f"{str(folder)!r} holds neither snapshots nor their statistics")
     found = []
-    for file in files:
-        statistics = file if file.name != CONFIG_FILE else file.parent / STATISTICS_FILE
-        if statistics.is_file():
-            one = _read(statistics)
-        else:
-            loaded = load_checkpoint(file.parent)
-            if not loaded.model.regions:
-                raise DiagnosticError(f"{str(file.parent)!r} is a model without looped regions")
-            one = {"tokens_seen": loaded.trained.get("tokens", 0), **loop_statistics(loaded.model, windows(loaded))}
-        if tick is not None:
-            tick()
+    for file in sorted(folder.glob("*.json")):
+        statistics = _read(file)
+        if statistics["loops"] != loops:
+            raise DiagnosticError(
+                f"{str(file)!r} was measured at {statistics['loops']} loops and cannot stand beside {loops}: give "
+                f"--loops {statistics['loops']}, or the snapshots themselves"
+            )
         # The untrained control is run beside every model, and an annealed release is a run of its own.
-        if one.get("tokens_seen") and file.stem != "release":
-            found.append(one)
-    return sorted(found, key=lambda one: float(one["tokens_seen"]))
+        if statistics.get("tokens_seen") and file.stem != "release":
+            found.append(Snapshot(file, statistics))
+    if found:
+        return found
+    for file in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        config, trained = read_config(file.parent)
+        if not config.regions:
+            raise DiagnosticError(f"{str(file.parent)!r} is a model without looped regions")
+        beside = file.parent / STATISTICS_FILE
+        stored = _read(beside) if beside.is_file() else None
+        if trained.get("tokens"):
+            found.append(Snapshot(file.parent, stored if stored and stored["loops"] == loops else None))
+    if not found:
+        raise DiagnosticError(f"{str(folder)!r} holds neither snapshots nor their statistics")
+    return found
+
+
+def snapshot_statistics(snapshot: Snapshot, windows: Callable[[Checkpoint], Tensor], loops: int) -> dict[str, Any]:
+    """Reduced loop statistics of one snapshot, with the tokens it has seen; measured now if they are not there.
+
+    Args:
+        windows: inputs to measure on, for a checkpoint.
+    """
+    if snapshot.statistics is not None:
+        return snapshot.statistics
+    loaded = load_checkpoint(snapshot.source)
+    return {"tokens_seen": loaded.trained["tokens"], **loop_statistics(loaded.model, windows(loaded), loops)}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,15 +164,21 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def control_profile(path: Path, windows: Callable[[Checkpoint], Tensor]) -> dict[str, Any]:
-    """The attention profile over depth of a loops-off control.
+def find_control(path: Path) -> Path:
+    """The checkpoint folder of a loops-off control.
 
     Raises:
-        DiagnosticError: a model with loops.
+        DiagnosticError: no checkpoint there, or a model with loops.
     """
-    loaded = load_checkpoint(find_target(path).checkpoint)
-    if loaded.model.regions:
+    checkpoint = find_target(path).checkpoint
+    if read_config(checkpoint)[0].regions:
         raise DiagnosticError(f"{str(path)!r} has looped regions: the control is trained with the loops off")
+    return checkpoint
+
+
+def control_profile(checkpoint: Path, windows: Callable[[Checkpoint], Tensor]) -> dict[str, Any]:
+    """The attention profile over depth of a loops-off control (see :func:`find_control`)."""
+    loaded = load_checkpoint(checkpoint)
     paths = [f"layers.{name}" for name in loaded.model.layers]
     profile = survey_layers_once(loaded.model, paths, lambda ids: loaded.model(ids, {}), windows(loaded))
     return {"tokens_seen": loaded.trained.get("tokens"), **profile}

@@ -17,8 +17,9 @@ K = 32
 
 
 def region(
-    rate: float = 0.5, cosine: float = 0.55, curvature: float = 2.0, spread: float = 0.1, least: float = 0.0
-) -> dict[str, Any]:
+    rate: float = 0.5, cosine: float = 0.55, curvature: float = 2.0, spread: float = 0.1, least: float = 0.0,
+    nonfinite: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """A loop whose steps shrink by ``rate`` down to ``least``, at a constant angle and curvature."""
     return {
         "step_norm_mean": [max(10 * rate**k, least) for k in range(K)],
@@ -27,6 +28,7 @@ def region(
         "cosine_std": [None, *[spread] * (K - 1)],
         "curvature_mean": [None, *[curvature] * (K - 1)],
         "floor": 1e-6,
+        "nonfinite": nonfinite,
     }
 
 
@@ -58,7 +60,8 @@ def layer_counts(fixed: int = 100) -> dict[str, int]:
 
 def limits(layers: int = 4, ratio: float = 50.0) -> dict[str, Any]:
     return {
-        "limits": {"cosine": layer_counts()}, "distinct": {"mean": 0.3, "std": 0.1} if layers > 1 else None,
+        "limits": {"cosine": layer_counts()}, "least_cosine": {"mean": 0.97, "std": 0.01} if layers > 1 else None,
+        "distinct": 1.0 if layers > 1 else None,
         "layers": {f"layer {i}": {} for i in range(layers)},
         "layer_limits": {f"layer {i}": layer_counts() for i in range(layers)},
         "distance_over_small_step": {"mean": ratio, "std": 1.0},
@@ -68,27 +71,32 @@ def limits(layers: int = 4, ratio: float = 50.0) -> dict[str, Any]:
 CONTROL = [0.1, 0.5, 0.9, 1.0, 0.8, 0.6, 0.5, 0.4, 0.2, 0.1, 0.3, 0.9]
 
 
-def attention(profile: list[float]) -> dict[str, Any]:
+def attention(profile: list[float], layers: int = 4) -> dict[str, Any]:
     return {
+        "layers": [f"layer {i}" for i in range(layers)],
+        "moved": [[3.0 * 0.4**t] * 4 for t in range(15)],
         "successive": [[1.0 * 0.5**t] * 4 for t in range(15)],
         "profiles": {"concentration": [profile] * 16},
     }  # fmt: skip
 
 
+def cell_of(kind: str) -> dict[str, Any]:
+    share = float("fixed" in kind)
+    return {"limit": kind, "fixed": {"cosine": share, "distance": share}, "seeds": [{"limit": kind}] * 3}
+
+
 def grid() -> list[dict[str, Any]]:
-    """As [M] has it: injection settles all but branch, without it only pre-norm rests, at one point."""
+    """As [M] has it: injection settles all but Ouro's, without it only pre-norm rests, at one point."""
     cells = []
-    for norm in ("pre", "branch", "residual"):
+    for norm in ("pre", "branch", "residual", "branch+state"):
         for injection in ("every_step", "never"):
             for layers in (1, 2, 4):
-                settled = (norm == "pre") or (injection == "every_step" and norm == "residual")
+                settled = norm == "pre" or (injection == "every_step" and norm != "branch+state")
                 several = (
                     "cyclic fixed points" if injection == "every_step" and layers == 4 else "degenerate fixed point"
                 )
                 kind = "slider" if not settled else "fixed point" if layers == 1 else several
-                cells.append(
-                    {"norm": norm, "injection": injection, "layers": layers, "fixed": float(settled), "limit": kind}
-                )
+                cells.append({"norm": norm, "injection": injection, "layers": layers, **cell_of(kind)})
     return cells
 
 
@@ -103,11 +111,15 @@ def results() -> dict[str, Any]:
         "limits": {"regions": {"a": limits()}},
         "attention": {"regions": {"a": attention(resample(CONTROL, 4))}},
     }  # fmt: skip
-    untrained = copy.deepcopy(trained)
-    untrained["geometry"]["dlr"] = dlr(1.5)
+    untrained = {
+        "geometry": {"regions": {"a": region(0.9, cosine=-0.3)}, "dlr": dlr(1.5)},
+        "limits": {"regions": {"a": {**limits(ratio=0.4), "distinct": 0.0}}},
+        "attention": {"regions": {"a": {**attention([0.5, 0.1, 0.6, 0.9]), "successive": [[1.0] * 4] * 15}}},
+    }  # fmt: skip
+    untrained["geometry"]["regions"]["a"]["curvature_mean"] = [None, *[1.3**k for k in range(31)]]
     return {
         "about": {"tokens_seen": 3e8}, "models": {"trained": trained, "untrained": untrained}, "checkpoints": checkpoints,
-        "comparison": comparison(), "grid": grid(), "control": {"profiles": {"concentration": CONTROL}},
+        "comparison": comparison(), "grid": grid(), "control": {"tokens_seen": 3e8, "profiles": {"concentration": CONTROL}},
     }  # fmt: skip
 
 
@@ -118,6 +130,7 @@ def verdicts(found: dict[str, Any]) -> dict[str, str]:
 def test_everything_as_the_papers_say_is_reproduced() -> None:
     found = judge(results())
     assert {f.name: (f.verdict, f.reason) for f in found if f.verdict != YES} == {}
+    assert not any("untrained model has it" in f.reason for f in found)
     json.dumps([finding.to_dict() for finding in found], allow_nan=False)
 
 
@@ -155,6 +168,7 @@ def low_dlr(found: dict[str, Any]) -> None:
 
 def two_layers(found: dict[str, Any]) -> None:
     regions(found, "limits")["a"] = limits(layers=2)
+    regions(found, "attention")["a"]["layers"] = ["layer 0", "layer 1"]
 
 
 def flat_policies(found: dict[str, Any]) -> None:
@@ -174,12 +188,40 @@ def slow_accel(found: dict[str, Any]) -> None:
 
 def one_layer_is_no_other_kind(found: dict[str, Any]) -> None:
     for cell in found["grid"]:
-        cell.update(limit="fixed point" if cell["layers"] == 1 else "cyclic fixed points", fixed=1.0)
+        cell.update(cell_of("fixed point" if cell["layers"] == 1 else "cyclic fixed points"))
 
 
 def one_cell_type(found: dict[str, Any]) -> None:
     for cell in found["grid"]:
-        cell.update(limit="fixed point", fixed=1.0)
+        cell.update(cell_of("fixed point"))
+
+
+def seeds_that_disagree(found: dict[str, Any]) -> None:
+    """The cells differ as before by what most seeds say, but one seed says otherwise each time."""
+    for cell in found["grid"]:
+        cell["seeds"] = [*cell["seeds"][:2], {"limit": "unknown"}]
+
+
+def one_pair_in_many(found: dict[str, Any]) -> None:
+    one_cell_type(found)
+    found["grid"][0].update(cell_of("slider"))
+
+
+def ouros_norm_settles(found: dict[str, Any]) -> None:
+    for cell in found["grid"]:
+        if cell["norm"] == "branch+state" and cell["injection"] == "every_step":
+            cell.update(cell_of("cyclic fixed points"))
+
+
+def branch_alone_wanders(found: dict[str, Any]) -> None:
+    for cell in found["grid"]:
+        if cell["norm"] == "branch":
+            cell.update(cell_of("slider"))
+
+
+def passes(found: dict[str, Any], alike: list[bool]) -> None:
+    profiles = [resample(CONTROL, 4) if yes else [0.5, 0.1, 0.6, 0.9] for yes in alike]
+    regions(found, "attention")["a"]["profiles"]["concentration"] = profiles
 
 
 CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
@@ -192,6 +234,11 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("P3", lambda f: f.update(checkpoints=f["checkpoints"][:3]), UNKNOWN),
     ("P4", change(rate=0.5), NO),
     ("P4", change(rate=0.9), NO),  # still shrinking
+    ("P4", change(rate=1.0), NO),  # a slider: at no small value
+    ("P4", change(rate=1.2), NO),  # growing
+    ("P4", lambda f: regions(f)["a"].update(step_norm_mean=[10.0 * 0.5**k for k in range(24)] + [1e-3] * 8), NO),
+    ("P4", lambda f: regions(f)["a"].update(step_norm_mean=[0.9] + [0.0] * 31), NO),  # x -> 0.1 x + 1 lands on its limit
+    ("P5", change(curvature=0.0), UNKNOWN),
     ("P5", lambda f: regions(f)["a"].update(curvature_mean=[None, *[1.3**k for k in range(31)]]), NO),
     ("P6", all_checkpoints_alike, NO),
     ("P7", all_checkpoints_alike, NO),
@@ -210,18 +257,54 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("P14", slow_accel, NO),
     ("M1", two_layers, UNKNOWN),
     ("M1", lambda f: regions(f, "limits")["a"]["layer_limits"].update({"layer 2": layer_counts(80)}), NO),
-    ("M1", lambda f: regions(f, "limits")["a"]["distinct"].update(mean=0.99), NO),
-    ("M1", lambda f: regions(f, "limits").update(b=limits()), UNKNOWN),  # two regions are not that paper's setting
+    ("M1", lambda f: regions(f, "limits")["a"].update(distinct=0.9), NO),
+    ("M1", lambda f: regions(f).update(b=region()), UNKNOWN),  # two regions are not that paper's setting
+    ("M1", lambda f: f["models"]["trained"].pop("limits"), UNKNOWN),
+    *((name, lambda f: f["models"]["trained"].pop("limits"), YES) for name in ("M2", "M3")),  # no long run is needed
     ("M2", lambda f: regions(f, "attention")["a"].update(successive=[[1.0] * 4] * 15), NO),
     ("M2", two_layers, UNKNOWN),
     ("M3", lambda f: regions(f, "attention")["a"].update(attention([0.5, 0.1, 0.6, 0.9])), NO),
     ("M3", lambda f: f.update(control=None), UNKNOWN),
+    ("M3", lambda f: passes(f, [False, *[True] * 15]), NO),  # a loop that converged to it in one pass repeats one thing
+    ("M3", lambda f: passes(f, [True, *[False] * 15]), NO),
+    ("M3", lambda f: passes(f, [True, *[False] * 7, *[True] * 8]), YES),
+    ("M3", lambda f: f["control"].update(tokens_seen=1.9e6), UNKNOWN),
+    *((name, lambda f: f["about"].update(tokens_seen=1.9e6), UNKNOWN) for name in ("M1", "M2", "M3")),
+    *((name, lambda f: f["about"].pop("tokens_seen"), UNKNOWN) for name in ("M1", "M2", "M3")),
     ("M4", one_cell_type, NO),
     ("M4", one_layer_is_no_other_kind, NO),
+    ("M4", seeds_that_disagree, NO),
+    ("M4", one_pair_in_many, NO),
+    *((name, lambda f: f["grid"].pop(), UNKNOWN) for name in ("M4", "M5", "M6")),  # cut short
     ("M5", one_cell_type, NO),
+    ("M5", ouros_norm_settles, NO),
+    ("M5", branch_alone_wanders, YES),  # not a placement of that paper
+    ("M6", seeds_that_disagree, NO),
     ("M6", one_cell_type, NO),
     ("M7", lambda f: regions(f, "limits").update(a=limits(ratio=0.4)), NO),
 ]  # fmt: skip
+
+
+def test_states_that_stopped_being_finite_tell_nothing_in_whatever_region_they_are() -> None:
+    for order in (["a", "b"], ["b", "a"]):
+        found = results()
+        for part in ("geometry", "limits"):
+            inside = regions(found, part)
+            broken = {**inside["a"], "nonfinite": 3}
+            found["models"]["trained"][part]["regions"] = {n: {"a": inside["a"], "b": broken}[n] for n in order}
+        judged = {f.name: f for f in judge(found)}
+        for name in ("P1", "P2", "P4", "P5", "P8 net", "M7"):
+            assert (judged[name].verdict, judged[name].reason) == (UNKNOWN, "states stopped being finite"), name
+
+
+def test_numbers_that_are_not_there_are_no_error() -> None:
+    found = results()
+    found["models"]["trained"]["geometry"]["dlr"] = {"a -> b": {"noise": {"mean": None, "std": None, "median": None}}}
+    regions(found, "limits")["a"].update(distinct=None)
+    regions(found, "attention")["a"]["successive"][7] = [None] * 4
+    judged = {f.name: f for f in judge(found)}
+    for name in ("P8 noise", "M1", "M2"):
+        assert (judged[name].verdict, judged[name].reason) == (UNKNOWN, "states stopped being finite"), name
 
 
 @pytest.mark.parametrize(("name", "spoil", "verdict"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
@@ -239,5 +322,20 @@ def test_every_claim_has_a_case_against_it_and_a_rule() -> None:
 
 def test_what_the_untrained_model_shares_is_said() -> None:
     found = results()
-    found["models"]["untrained"]["geometry"]["dlr"] = dlr(9.0)
-    assert "untrained model has it too" in next(f.reason for f in judge(found) if f.name == "P8 noise")
+    found["models"]["untrained"] = copy.deepcopy(found["models"]["trained"])
+    shared = {f.name for f in judge(found) if f.reason.endswith("the untrained model has it too")}
+    assert shared == {"P1", "P2", "P4", "P5", "M1", "M2", "M3", "M7"} | {n for n in verdicts(found) if n[:3] == "P8 "}
+
+
+def test_the_stages_of_the_untrained_model_stand_beside() -> None:
+    found = results()
+    stages = next(f for f in judge(found) if f.name == "M3")
+    assert stages.untrained.keys() == stages.measured.keys()
+    assert stages.untrained["first pass"].value < stages.measured["first pass"].value
+
+
+def test_how_states_settle_stands_beside_how_attention_does() -> None:
+    settles = next(f for f in judge(results()) if f.name == "M2")
+    assert settles.measured["a"].value == pytest.approx(0.5**7)
+    assert settles.measured["a, states"].value == pytest.approx(0.4**7)
+    assert settles.untrained["a, states"].value == pytest.approx(0.4**7)

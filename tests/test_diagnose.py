@@ -127,12 +127,33 @@ def test_snapshots_may_be_their_statistics_alone(run_folder: Path, tmp_path: Pat
     (tmp_path / "untrained.json").write_text(json.dumps({**measured, "tokens_seen": 0}), encoding="utf-8")
     (tmp_path / "release.json").write_text(json.dumps({**measured, "tokens_seen": 9}), encoding="utf-8")
     refuse = lambda checkpoint: pytest.fail("nothing needs measuring")  # noqa: E731
-    assert [one["tokens_seen"] for one in diagnosing.snapshot_statistics(tmp_path, refuse)] == [7]
+    (found,) = diagnosing.find_snapshots(tmp_path, 4)
+    assert diagnosing.snapshot_statistics(found, refuse, 4) == measured
+    with pytest.raises(DiagnosticError, match=r"measured at 4 loops and cannot stand beside 5: give --loops 4"):
+        diagnosing.find_snapshots(tmp_path, 5)
     (tmp_path / "b.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(DiagnosticError, match=r"b.json' does not hold"):
-        diagnosing.snapshot_statistics(tmp_path, refuse)
+        diagnosing.find_snapshots(tmp_path, 4)
     with pytest.raises(DiagnosticError, match="neither snapshots"):
-        diagnosing.snapshot_statistics(run_folder, refuse)
+        diagnosing.find_snapshots(run_folder, 4)
+
+
+def test_snapshots_are_measured_at_the_depth_and_on_the_tokens_asked_for(diagnosed: Path, run_folder: Path) -> None:
+    for one in results_of(diagnosed)["checkpoints"]:
+        assert (one["loops"], one["tokens"]) == (6, 64)
+        assert all(len(region["step_norm_mean"]) == 6 for region in one["regions"].values())
+
+
+def test_statistics_that_training_wrote_at_another_depth_are_measured_again(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokens-0000000100"
+    shutil.copytree(run_folder / "snapshots" / folder.name, folder)
+    stored = {"tokens_seen": 100, "loops": 32, "regions": {}, "dlr": {}}
+    (folder / "statistics.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert [one.statistics for one in diagnosing.find_snapshots(tmp_path, 32)] == [stored]
+    (found,) = diagnosing.find_snapshots(tmp_path, 4)
+    measured = diagnosing.snapshot_statistics(found, lambda loaded: torch.arange(16)[None], 4)
+    assert (measured["loops"], measured["tokens_seen"]) == (4, 100)
+    assert measured["regions"].keys() == {"2", "3-4"}
 
 
 def test_the_bundled_checkpoint(
@@ -226,6 +247,34 @@ def test_ctrl_c_keeps_what_is_done(
     assert "(partial: interrupted)" in (tmp_path / "claims.md").read_text(encoding="utf-8")
 
 
+def test_ctrl_c_keeps_the_snapshots_and_cells_that_are_done(
+    run_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(function: Any, after: int) -> Any:
+        calls = iter(range(after))
+
+        def call_or_stop(*args: Any) -> Any:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return call_or_stop
+
+    quick = ("--tokens", "32", "--loops", "4", "--deep-tokens", "0", "--grid", "--text", text)
+    with monkeypatch.context() as patch:
+        patch.setattr(diagnosing, "snapshot_statistics", stopped(diagnosing.snapshot_statistics, 2))
+        assert call(patch, "diagnose", run_folder, "--out", tmp_path / "a", *quick) == 130
+    assert [one["tokens_seen"] for one in results_of(tmp_path / "a")["checkpoints"]] == [100, 200]
+    alone = run_folder / "snapshots" / "tokens-0000000800"
+    with monkeypatch.context() as patch:
+        patch.setattr(cyclic, "_one_seed", stopped(cyclic._one_seed, 7))
+        assert call(patch, "diagnose", alone, "--out", tmp_path / "b", *quick) == 130
+    found = results_of(tmp_path / "b")
+    assert [cell["layers"] for cell in found["grid"]] == [1, 2]
+    assert next(c for c in found["claims"] if c["name"] == "M4")["reason"].startswith("the grid")
+    assert (tmp_path / "b" / "grid.png").is_file()
+
+
 def test_bad_input_is_one_line_and_exit_code_2(
     run_folder: Path, data_folder: Path, tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -240,7 +289,32 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "compare.json").write_text("[]", encoding="utf-8")
     out = ("--out", tmp_path / "out")
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    (stored / "a.json").write_text('{"tokens_seen": 7, "loops": 32, "regions": {}, "dlr": {}}', encoding="utf-8")
+    (tmp_path / "foreign_case.py").write_text(
+        "import torch\n"
+        "from haltkit.diagnostics import Case, Subject\n"
+        "def make():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
+        "    subject = Subject.of_modules(model, model, {'core': '0'})\n"
+        "    return Case(subject, torch.zeros(2, 8, dtype=torch.long))\n"
+        "def flat():\n    return Case(make().subject, torch.zeros(8, dtype=torch.long))\n"
+        "def odd():\n    case = make()\n    case.about['where'] = case\n    return case\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("haltkit.cli.diagnose._gather", lambda *_: pytest.fail("something was run"))
     cases = [
+        (("diagnose", run_folder, *out, "--control", run_folder), "has looped regions"),
+        (("diagnose", run_folder, *out, "--control", tmp_path / "empty"), "neither a checkpoint"),
+        (("diagnose", run_folder, *out, "--snapshots", tmp_path / "empty"), "neither snapshots"),
+        (("diagnose", run_folder, *out, "--snapshots", stored, "--loops", "6"), "give --loops 32"),
+        (("diagnose", run_folder, *out, "--snapshots", tmp_path), "without looped regions"),
+        (("diagnose", "foreign_case:make", *out, "--control", loops_off), "are for checkpoints"),
+        (("diagnose", "foreign_case:flat", *out), "hold no windows"),
+        (("diagnose", "foreign_case:odd", *out), "give plain values"),
+        (("diagnose", "foreign_case:make", *out, "--snapshots", stored), "are for checkpoints"),
         (("diagnose", loops_off, *out), "without looped regions"),
         (("diagnose", tmp_path / "empty", *out), "neither a checkpoint"),
         (("diagnose", run_folder, *out, "--loops", "1"), "greater than or equal to 2"),
@@ -258,8 +332,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         said = capsys.readouterr().err.strip()
         assert words in said, args
         assert "\n" not in said
-    with pytest.raises(DiagnosticError, match="has looped regions"):
-        diagnosing.control_profile(run_folder, lambda loaded: torch.zeros(1, 8, dtype=torch.long))
+    assert not (tmp_path / "out").exists()
     profile = diagnosing.control_profile(loops_off, lambda loaded: torch.arange(8)[None])
     assert len(profile["profiles"]["mixing"]) == tiny_config.n_layer
     with pytest.raises(DiagnosticError, match="nothing to show"):
@@ -271,13 +344,15 @@ def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_sett
 ) -> None:
     import dataclasses
 
-    write_checkpoint(tmp_path / "one", dataclasses.replace(tiny_config, regions=("2-5",)), 5, data_folder)
-    write_checkpoint(tmp_path / "off", dataclasses.replace(tiny_config, regions=()), 5, data_folder)
+    seen = 3_000_000  # so it says
+    write_checkpoint(tmp_path / "one", dataclasses.replace(tiny_config, regions=("2-5",)), seen, data_folder)
+    write_checkpoint(tmp_path / "off", dataclasses.replace(tiny_config, regions=()), seen, data_folder)
     args = ("diagnose", tmp_path / "one", "--control", tmp_path / "off", "--out", tmp_path / "out", "--text", text)
     assert call(monkeypatch, *args, *QUICK, "--figures", "svg") == 0
     found = results_of(tmp_path / "out")
     verdicts = {one["name"]: one for one in found["claims"]}
     assert verdicts["M2"]["verdict"] == "reproduced"  # an untrained contraction settles, attention and all
+    assert verdicts["M2"]["reason"] == "the untrained model has it too"
     for name in ("M1", "M3"):
         assert verdicts[name]["verdict"] != "cannot tell at this scale", verdicts[name]["reason"]
     assert verdicts["P8 noise"]["verdict"] == "cannot tell at this scale"  # one region has no boundary
@@ -285,10 +360,11 @@ def test_a_one_region_model_with_its_control_is_judged_in_the_cyclic_papers_sett
     assert stages.keys() == {"concentration", "sink_rate", "mixing", "compression"}
     assert len(stages["mixing"]) == 16
     assert stages["mixing"][0].keys() == {"correlation", "shuffled_mean", "shuffled_high"}
-    assert f"pass 1: {stages['concentration'][0]['correlation']:.3g}" in (tmp_path / "out" / "claims.md").read_text(
+    assert f"first pass: {stages['concentration'][0]['correlation']:.3g}" in (tmp_path / "out" / "claims.md").read_text(
         encoding="utf-8"
     )
     assert (tmp_path / "out" / "cycles.svg").is_file()
+    assert "layer 4, untrained" in (tmp_path / "out" / "layers.svg").read_text(encoding="utf-8")  # a label, as comment
     assert call(monkeypatch, "report", tmp_path / "out") == 0
 
 
@@ -296,8 +372,10 @@ def test_figures_need_only_what_they_show(tmp_path: Path) -> None:
     assert draw_figures({}, tmp_path) == []
     begun = {"trained": {"geometry": {"regions": {}, "dlr": {"a -> b": {}}}}}  # interrupted before the first window
     assert draw_figures({"models": begun}, tmp_path) == []
-    cell = {"norm": "pre", "injection": "never", "layers": 2, "fixed": 1.0, "distinct": 0.5, "limit": "slider"}
-    assert [p.name for p in draw_figures({"grid": [cell]}, tmp_path, "pdf")] == ["grid.pdf"]
+    fixed = {"fixed": {"cosine": 1.0, "distance": 0.0}, "growth": 2.0, "least_cosine": 0.5, "limit": "slider"}
+    cells = [{"norm": "pre", "injection": "never", "layers": k, **fixed} for k in (1, 2)]
+    short = {"norm": "branch", "injection": "never", "layers": 1, **fixed}  # two layers were never run
+    assert [p.name for p in draw_figures({"grid": [*cells, short]}, tmp_path, "pdf")] == ["grid.pdf"]
 
 
 # --- the grid of untrained blocks
@@ -312,19 +390,45 @@ def test_pre_norm_is_what_its_name_says() -> None:
     torch.testing.assert_close(block(x), middle + block.mlp(block.n3(middle)))
 
 
-def test_the_grid_has_every_cell_and_counts_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grid_has_every_cell_and_counts_every_token_of_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cyclic, "NORMS", ("pre", "branch+state"))
     monkeypatch.setattr(cyclic, "LAYERS", (1, 2))
-    ticks: list[int] = []
-    cells = cyclic.cyclic_grid(seeds=2, loops=16, sequences=1, tick=lambda: ticks.append(1))
+    cells = list(cyclic.cyclic_grid(seeds=2, loops=16, sequences=1))
     assert len(cells) == 2 * 3 * 2
-    assert len(ticks) == 24
     for cell in cells:
-        assert sum(cell["counts"].values()) == 2 * 24
-        assert (cell["distinct"] is None) == (cell["layers"] == 1)
-    assert cells == cyclic.cyclic_grid(seeds=2, loops=16, sequences=1)  # drawn from the seeds alone
+        for one in cell["seeds"]:
+            assert sum(one["cosine"].values()) == sum(one["distance"].values()) == 24
+            assert (one["distinct"] is None) == (cell["layers"] == 1)
+    assert cells[0] == next(cyclic.cyclic_grid(seeds=2, loops=16, sequences=1))  # drawn from the seeds alone
+    # Every layer's share is small, and stays: several points at a cosine near 1, where a bound on it would see one.
+    small = next(c for c in cells if (c["norm"], c["injection"], c["layers"]) == ("pre", "every_step", 2))
+    assert small["least_cosine"] > 0.99
+    assert small["limit"] == "cyclic fixed points"
     injected = [cell for cell in cells if cell["injection"] == "every_step"]
-    assert all(cell["fixed"] == 1 for cell in injected)
+    assert all(cell["fixed"] == {"cosine": 1, "distance": 1} for cell in injected)
+
+
+def test_a_state_that_grows_is_no_fixed_point_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    for axis, value in (("NORMS", "branch"), ("INJECTIONS", "never"), ("LAYERS", 4)):
+        monkeypatch.setattr(cyclic, axis, (value,))
+    (cell,) = cyclic.cyclic_grid(seeds=1, sequences=1)
+    assert cell["limit"] == "fixed in direction, norm grows"
+    assert cell["fixed"] == {"cosine": 1, "distance": 0}
+    assert 1.8 < cell["growth"] < 2.2  # each recurrence adds the same again
+
+
+def test_a_tie_of_seeds_is_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = iter(["slider", "orbit", "slider", "orbit", "slider", "orbit", "orbit", "slider", "orbit"])
+    plain = cyclic._one_seed
+
+    def one_seed(*args: Any) -> dict[str, Any]:
+        return {**plain(*args), "limit": next(kinds)}
+
+    monkeypatch.setattr(cyclic, "_one_seed", one_seed)
+    for axis, values in (("NORMS", ("pre",)), ("INJECTIONS", ("never",)), ("LAYERS", (1, 2))):
+        monkeypatch.setattr(cyclic, axis, values)
+    assert [c["limit"] for c in cyclic.cyclic_grid(seeds=2, loops=16, sequences=1)] == ["mixed", "mixed"]
+    assert next(cyclic.cyclic_grid(seeds=3, loops=16, sequences=1))["limit"] == "orbit"
 
 
 # --- the page, in a browser

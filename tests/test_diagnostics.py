@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from haltkit import signals
 from haltkit.attachment import Loop
 from haltkit.diagnostics import (
     BoundaryStatistics,
+    Case,
     DiagnosticError,
     LayerStatistics,
     Limit,
+    Plan,
     RegionStatistics,
     Subject,
+    are_distinct,
     classify_limits,
     contraction_rates,
     curvatures,
@@ -32,6 +37,7 @@ from haltkit.diagnostics import (
     layer_distances,
     match_stages,
     record_layers,
+    run_plan,
     survey_attention,
     survey_geometry,
     survey_limits,
@@ -40,11 +46,13 @@ from haltkit.diagnostics import (
     turning_angles,
 )
 from haltkit.diagnostics import attention as att
-from haltkit.diagnostics.limits import errors_to_last, limit_counts
+from haltkit.diagnostics.claims import judge
+from haltkit.diagnostics.limits import errors_to_last, limit_counts, norm_growth
 from haltkit.diagnostics.stages import profile_correlation, resample
 from haltkit.diagnostics.streaming import LogHistogram, Moments, Series
+from haltkit.figures import paths
 from haltkit.recorder import Record, Recorder
-from haltkit.trajectory import RegionTrajectory
+from haltkit.trajectory import RegionTrajectory, TrajectoryError, delta_loop_ratios
 
 Step = Callable[[Tensor], Tensor]
 
@@ -108,6 +116,9 @@ def test_contraction_rates_stop_at_the_floor() -> None:
 def test_first_below_wants_it_to_last() -> None:
     values = torch.tensor([[1.0, 5.0], [0.1, 5.0], [2.0, 5.0], [0.1, 5.0], [0.1, 5.0]])
     assert first_below(values, 0.5).tolist() == [4, 6]
+    nan = torch.nan
+    halted = torch.tensor([[nan, 1.0, 5.0], [nan, 0.1, 5.0], [nan, nan, nan]])
+    assert first_below(halted, 0.5).tolist() == [4, 2, 4]  # what has no value never settled
 
 
 def test_rounding_floor_is_what_a_rounding_moves() -> None:
@@ -180,6 +191,57 @@ def test_dlr_in_every_convention_is_the_jump_over_the_mean_step() -> None:
     assert found["noise"]["std"] == pytest.approx(0, abs=1e-9)
 
 
+def test_rows_that_stop_being_finite_are_counted_and_are_no_halted_rows() -> None:
+    start = torch.tensor([[1e30, 1.0], [1.0, 1.0]])
+    over = recorded(lambda x: torch.where(x > 1e20, x * 1e10, 0.5 * x), start, steps=6)
+    plain = recorded(contraction().step, contraction().start, steps=6)
+    statistics = RegionStatistics()
+    statistics.add(over)
+    statistics.add(plain)
+    assert (statistics.summary()["nonfinite"], statistics.summary()["tokens"]) == (1, 4)
+    without_outcome = replace(over, outcome=None, last=over.last * torch.tensor([[torch.inf], [1.0]]))
+    again = RegionStatistics()
+    again.add(without_outcome)
+    assert again.summary()["nonfinite"] == 1
+    found = delta_loop_ratios(over, plain)["noise"]
+    assert found.isnan().tolist() == [True, False]
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    halted = recorded(wiggle, rows, policy="norm:tau=0.3")
+    with pytest.raises(TrajectoryError, match="no policy"):
+        delta_loop_ratios(halted, halted)
+
+
+class Grow(nn.Module):
+    """Overflows where the first entry is positive, halves elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[..., :1] > 0, torch.inf, 0.5 * x)
+
+
+def test_a_model_that_overflows_is_told_of_and_drawn_as_far_as_it_goes() -> None:
+    model = Looped(Core(Grow(), Grow()))
+    subject = Subject.of_modules(model, model, {"core": "core"}, layers={"core": ("core.layers.0", "core.layers.1")})
+    tokens = torch.tensor([[1, -1, 2, -2, -3, 3]])
+    parts = dict(run_plan(subject, tokens, Plan(loops=24, deep_loops=32, policies=())))
+    assert parts["geometry"]["regions"]["core"]["nonfinite"] == 3
+    limits = parts["limits"]["regions"]["core"]
+    assert limits["nonfinite"] == 3
+    assert limits["settled_at"]["mean"] > 16  # three that never do, and three on the way to zero
+    json.dumps(parts, allow_nan=False)
+    results = {"models": {"trained": parts}}
+    assert paths(results) is not None
+    assert {f.verdict for f in judge(results)} == {"cannot tell at this scale"}
+
+
+def test_rows_of_an_attached_model_that_overflow_are_counted() -> None:
+    model = Native()
+    model.a = Grow()  # type: ignore[assignment]
+    subject = Subject.attached(model, lambda tokens, _: model(tokens), Loop(body=("a", "b")))
+    tokens = torch.tensor([[1, -1, 2, -9, -8, 3]])
+    found = survey_geometry(subject, tokens, loops=10)["regions"]["a"]
+    assert 3 <= found["nonfinite"] < 6
+
+
 # --- streaming
 
 
@@ -243,6 +305,23 @@ def test_limit_types_of_known_maps() -> None:
     assert limit(diverger(1.2).step, diverger().start, "distance") == (Limit.SLIDER, 0)
     # A direction is all that a cosine sees: one that grows along a line rests.
     assert limit(diverger().step, diverger().start, "cosine") == (Limit.FIXED_POINT, 0)
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 19, 20, 26, 28, 30, 31, 40, 50])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_the_period_of_an_orbit(period: int, noise: float) -> None:
+    start = torch.tensor([[1.0, 0.5]]).double()
+    states = states_of(turn(360 / period), start, 128 if period < 32 else 256)
+    states = states + noise * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    kind, found = classify_limits(states)
+    assert Limit(int(kind[0])) == Limit.ORBIT
+    assert int(found[0]) == pytest.approx(period, abs=0 if noise == 0 else 1)
+
+
+def test_a_norm_that_grows_is_seen() -> None:
+    start = torch.tensor([[1.0, 0.5]]).double()
+    assert float(norm_growth(states_of(lambda x: x + start, start, 64))) == pytest.approx(65 / 33)
+    assert float(norm_growth(states_of(turn(40), start))) == pytest.approx(1)
 
 
 def test_noise_has_no_limit_and_neither_has_nan() -> None:
@@ -324,8 +403,8 @@ def test_each_layer_of_a_cycle_has_its_own_fixed_point() -> None:
     statistics = LayerStatistics()
     statistics.add(kept)
     expected = float(torch.cosine_similarity(first, second, dim=0))
-    assert statistics.summary()["distinct"]["mean"] == pytest.approx(expected, rel=1e-4)
-    assert expected < 0.95
+    assert statistics.summary()["least_cosine"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert statistics.summary()["distinct"] == 1
 
 
 def test_a_degenerate_cycle_and_one_layer() -> None:
@@ -333,6 +412,39 @@ def test_a_degenerate_cycle_and_one_layer() -> None:
     torch.testing.assert_close(distinctness([point, 2 * point, point]), torch.ones(3))
     with pytest.raises(DiagnosticError, match="no cycle"):
         distinctness([point])
+    with pytest.raises(DiagnosticError, match="no cycle"):
+        are_distinct([point], [point])
+
+
+def two_layers(first: Step, second: Step, x: Tensor, loops: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Both layers' states half way and at the end."""
+    states = []
+    for _ in range(loops):
+        y = first(x)
+        x = second(y)
+        states.append([y, x])
+    return states[loops // 2 - 1], states[-1]
+
+
+def test_fixed_points_are_distinct_if_what_layers_add_does_not_vanish() -> None:
+    start = torch.tensor([[1.0, 2.0, -1.0]])
+    small = torch.tensor([0.0, 0.01, 0.0])
+
+    # At one point a hundredth of the way apart: the cosine is above any bound that [M]'s figures suggest, and stays.
+    half, end = two_layers(lambda x: 0.5 * x + 0.5 * start + small, lambda x: x - small, start, 128)
+    assert float(distinctness(end)) > 0.99999
+    assert are_distinct(half, end).tolist() == [True]
+    # Each layer moves the state by half as much every time, to one point.
+    target = torch.tensor([[3.0, -1.0, 2.0]])
+    half, end = two_layers(lambda x: x + 0.1 * (target - x), lambda x: x + 0.1 * (target - x), start, 32)
+    assert are_distinct(half, end).tolist() == [False]
+    # The same until nothing but rounding is left, which does not shrink.
+    half, end = two_layers(lambda x: x + 0.1 * (target - x), lambda x: target + 1.1 * (x - target) * 0.9, start, 512)
+    assert are_distinct(half, end).tolist() == [False]
+    # Layers that add what they always add, to a state that grows without bound: their share vanishes as 1 / t.
+    half, end = two_layers(lambda x: x + target, lambda x: x + target.roll(1), start, 128)
+    assert float(distinctness(end)) > 0.9999
+    assert are_distinct(half, end).tolist() == [False]
 
 
 def test_layers_that_are_not_there_or_too_large_are_refused() -> None:
@@ -404,6 +516,16 @@ def test_attention_statistics_of_known_matrices() -> None:
         att.column_concentration(torch.ones(1, 1, 1))
 
 
+def test_attention_and_states_that_overflow_have_no_numbers_and_are_no_error() -> None:
+    model = Looped(Core(Grow(), Attends()))
+    subject = Subject.of_modules(model, model, {"core": "core"}, layers={"core": ("core.layers.1",)})
+    found = survey_attention(subject, TOKENS, loops=12)["regions"]["core"]
+    assert found["profiles"]["compression"][-1] == [None]
+    assert found["successive"][-1] == [None]
+    geometry = survey_geometry(subject, TOKENS, loops=12)["regions"]["core"]  # not a number from a step on, in all rows
+    assert geometry["nonfinite"] == TOKENS.numel()
+
+
 def test_residual_compression_counts_directions() -> None:
     assert float(att.residual_compression(7 * torch.eye(8, 32))) == pytest.approx(math.log(8))
     assert float(att.residual_compression(torch.ones(8, 32))) == pytest.approx(0, abs=1e-9)
@@ -464,6 +586,14 @@ def test_attention_settles_with_the_states_and_shows_the_cycle() -> None:
     assert region["successive"][-1][0] < 0.1 * region["successive"][0][0]
     assert region["successive"][0][0] == pytest.approx(float(frobenius[0, 2]), rel=1e-2)
     assert len(region["profiles"]["mixing"]) == 12
+    last = region["to_last"]
+    assert (len(last), last[-1]) == (12, [0, 0])
+    assert last[3][1] == pytest.approx(float(frobenius[2 * 3 + 1, 2 * 11 + 1]), rel=1e-2)
+    _, layers = subject.with_layers(TOKENS, 12)
+    moved = [float((layers[path][5] - layers[path][4]).norm(dim=-1).mean()) for path in (paths[1], paths[3])]
+    assert region["moved"][4] == pytest.approx(moved, rel=1e-3)
+    # Two windows' passes agree to four digits long before they are the same.
+    assert len(str(region["profiles"]["mixing"][0][0])) > 6
     blind = Subject.of_modules(model, model, {"core": "core"}, layers={"core": paths})
     assert survey_attention(blind, TOKENS, loops=3)["unseen"] == ["core"]  # Halve does not attend
 
@@ -518,7 +648,7 @@ def test_surveys_of_a_cycle_say_what_is_known_of_it() -> None:
     assert deep["limits"]["distance"]["fixed point"] == 12
     # d_k = 0.75 * 4 / 3 ... : the distance left after a step of a contraction by r is r / (1 - r) of the step
     assert deep["distance_over_small_step"]["mean"] == pytest.approx(0.25 / 0.75, rel=1e-3)
-    assert deep["distinct"]["mean"] < 0.95
+    assert deep["distinct"] == 1
     paths = survey_paths(subject, TOKENS[0], loops=10, tokens=3)
     assert sum(paths["explained"]) == pytest.approx(1, abs=1e-4)
     assert [len(segment["points"]) for segment in paths["segments"]] == [3]
@@ -562,6 +692,8 @@ def test_memory_of_a_survey_does_not_grow_with_the_text() -> None:
 
 def test_what_cannot_be_asked_is_one_clear_line() -> None:
     model = Looped(Core(Halve(U)))
+    with pytest.raises(DiagnosticError, match=r"shape \(12,\) hold no windows.*inputs\[None\]"):
+        Case(cycle(), TOKENS.flatten())
     with pytest.raises(DiagnosticError, match="no looped region"):
         Subject.of_modules(model, model, {})
     stubborn = Subject.of_modules(model, lambda tokens, loops: model(tokens, 3), {"core": "core"})

@@ -10,7 +10,7 @@ from haltkit.diagnostics.geometry import (
     first_below,
     turning_angles,
 )
-from haltkit.diagnostics.layers import LayerStatistics, distinctness, layer_distances, record_layers
+from haltkit.diagnostics.layers import LayerStatistics, are_distinct, distinctness, layer_distances, record_layers
 from haltkit.diagnostics.limits import Limit, classify_limits
 from haltkit.diagnostics.pca import PCA, fit_pca
 from haltkit.diagnostics.plan import Case, Plan, run_plan
@@ -35,6 +35,7 @@ __all__ = [
     "RegionStatistics",
     "StageMatch",
     "Subject",
+    "are_distinct",
     "classify_limits",
     "contraction_rates",
     "curvatures",

@@ -131,9 +131,11 @@ def residual_compression(states: Tensor) -> Tensor:
     """Matrix-based entropy of a sequence's states in nats, ``(..., T, D)`` to ``(...)``.
 
     The entropy of the spectrum of ``X X^T`` normalized to a sum of one: log of the number of directions where it is
-    flat, 0 where all states lie on one line (fully compressed).
+    flat, 0 where all states lie on one line (fully compressed); NaN where some are not finite, and have none.
     """
     x = signals.measured(states).double()
+    if not x.isfinite().all():
+        return torch.full(x.shape[:-2], torch.nan, dtype=x.dtype)
     spectrum = torch.linalg.svdvals(x).square()
     return _entropy(spectrum / spectrum.sum(-1, keepdim=True))
 
@@ -144,6 +146,7 @@ def frobenius_distances(matrices: Sequence[Tensor]) -> Tensor:
     square = rows.square().sum(-1)
     # Of squares, so that pairs need no T * T each; what rounding leaves below zero is zero.
     gram = square[:, :, None] + square[:, None, :] - 2 * rows @ rows.transpose(1, 2)
+    gram.diagonal(dim1=1, dim2=2).zero_()
     return gram.clamp_min(0).sqrt().mean(0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.streaming import LogHistogram, Moments, Series, rounded
+from haltkit.loop import Outcome
 from haltkit.trajectory import RegionTrajectory, delta_loop_ratios
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "curvatures",
     "distances",
     "first_below",
+    "nonfinite_rows",
     "turning_angles",
 ]
 
@@ -66,10 +68,23 @@ def contraction_rates(step_norms: Tensor, floor: Tensor | float = 0.0, first: in
 
 
 def first_below(values: Tensor, limit: Tensor | float) -> Tensor:
-    """The first step from which a signal stays below a limit, ``(K, ...)`` to ``(...)``; ``K + 1`` if it never does."""
-    below = ~(values >= limit)  # a step not taken is no reason to say it rose again
-    lasting = below.flip(0).cumprod(0).sum(0)
-    return len(values) - lasting + 1
+    """The first step from which a signal stays below a limit, ``(K, ...)`` to ``(...)``; ``K + 1`` if it never does.
+
+    A step not taken (NaN) is neither below nor above: it is no reason to say that the signal rose again, nor that a
+    row settled that has no value at all.
+    """
+    k = torch.arange(1, len(values) + 1).view(-1, *[1] * (values.ndim - 1))
+    last_above = torch.where(values >= limit, k, 0).amax(0)
+    lasting = (values < limit) & (k > last_above)
+    return torch.where(lasting, k, len(values) + 1).amin(0)
+
+
+def nonfinite_rows(region: RegionTrajectory) -> int:
+    """How many rows stopped being finite: in the state handed on, or by the loop's own account."""
+    broken = ~signals.finite(region.last)
+    if region.outcome is not None:  # such a row hands on its last finite state
+        broken |= region.outcome == Outcome.NONFINITE
+    return int(broken.sum())
 
 
 class RegionStatistics:
@@ -82,7 +97,7 @@ class RegionStatistics:
         self._series: dict[str, Series] = {}
         self._rates, self._state_norms = Moments(), Moments()
         self._mean_steps: Tensor | None = None
-        self.tokens = 0
+        self.tokens = self.nonfinite = 0
         self._dtype = torch.float32
 
     def add(self, region: RegionTrajectory, x_star: Tensor | None = None) -> None:
@@ -123,14 +138,16 @@ class RegionStatistics:
         self._rates.add(contraction_rates(step_norms, floor).reshape(1, -1))
         self._state_norms.add(state_norms[-1].reshape(1, -1))
         self.tokens += region.steps.numel()
+        self.nonfinite += nonfinite_rows(region)
 
     def summary(self) -> dict[str, Any]:
         """Lists over k = 1 .. K by name, and what is one number a region; None where a thing is not defined.
 
         ``cosine_of_means`` is the cosine of the mean steps beside the mean of the cosines, which differs from it;
         ``floor`` the rounding floor at the mean state norm, ``floor_measured`` the median of the last mean steps.
+        ``nonfinite`` of the tokens ended in a state that is not finite: means are over what was finite of them.
         """
-        result: dict[str, Any] = {"tokens": self.tokens}
+        result: dict[str, Any] = {"tokens": self.tokens, "nonfinite": self.nonfinite}
         for name, series in self._series.items():
             result |= series.summary(name)
         if self._mean_steps is not None:

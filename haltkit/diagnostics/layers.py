@@ -1,6 +1,7 @@
 """The layers inside a loop: each visited once a recurrence, each with a trajectory and a limit of its own.
 
-Step signals are only comparable at one place of the cycle, so nothing here mixes layers but :func:`distinctness`.
+Step signals are only comparable at one place of the cycle, so nothing here mixes layers but :func:`distinctness` and
+:func:`are_distinct`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.streaming import Moments, Series, rounded
 
-__all__ = ["LayerStatistics", "distinctness", "layer_distances", "record_layers", "watch_layers"]
+__all__ = ["LayerStatistics", "are_distinct", "distinctness", "layer_distances", "record_layers", "watch_layers"]
+
+# Fixed points stay apart if the angle between them is still so much of what it was half way there, and so many
+# roundings: where layers' shares vanish it halves as recurrences double, or ends in rounding.
+LASTING, ROUNDINGS = 0.9, 100.0
 
 
 def output_state(output: Any) -> Tensor | None:
@@ -115,32 +120,65 @@ def distinctness(fixed_points: Sequence[Tensor]) -> Tensor:
     return torch.stack([signals.cosine(fixed_points[0], other) for other in fixed_points[1:]]).amin(0)
 
 
+def _apart(states: Sequence[Tensor]) -> Tensor:
+    """Greatest distance between the first layer's direction and another's, ``(..., D)`` each to ``(...)``.
+
+    ``2 (1 - cos)`` is its square; differences of directions are exact where the cosine has rounded to 1.
+    """
+    first, *others = (signals.measured(state) / signals.norm(state)[..., None] for state in states)
+    return torch.stack([signals.norm(signals.difference(first, other)) for other in others]).amax(0)
+
+
+def are_distinct(half_way: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
+    """Whether the layers rest at several points, not at one: ``(..., D)`` each to ``(...)``, bool.
+
+    In a degenerate cycle, where every layer's share vanishes, the least cosine between the fixed points *tends* to 1
+    ([M], Fig. 6); in one of small shares it stays near 1. No bound on the cosine tells these apart, its course does.
+
+    Args:
+        half_way, end: each layer's state at recurrence K / 2, and at K, which stands for its fixed point.
+
+    Raises:
+        DiagnosticError: fewer than two layers: there is no cycle.
+    """
+    if len(end) < 2:
+        raise DiagnosticError("one layer has no cycle: distinct fixed points need at least two")
+    before, after = _apart(half_way), _apart(end)
+    return (after >= LASTING * before) & (after > signals.rounding_floor(ROUNDINGS, end[0].dtype))
+
+
 class LayerStatistics:
     """The layers of one region over any number of windows; memory does not grow with them."""
 
     def __init__(self) -> None:
         self._series: dict[str, dict[str, Series]] = {}
-        self._distinct = Moments()
+        self._cosine, self._distinct = Moments(), Moments()
 
     def add(self, states: Mapping[str, Sequence[Tensor]]) -> None:
         """Take one window's recording, as :func:`record_layers` makes it."""
-        ends = []
+        half_way, ends = [], []
         for path, kept in states.items():
             if not kept:
                 raise DiagnosticError(f"layer {path!r} never ran: is it inside the loop?")
             stacked = torch.stack(list(kept))
             for name, values in layer_distances(stacked).items():
                 self._series.setdefault(path, {}).setdefault(name, Series()).add(values)
+            half_way.append(stacked[len(stacked) // 2 - 1])
             ends.append(stacked[-1])
         if len(ends) > 1:
-            self._distinct.add(distinctness(ends).reshape(1, -1))
+            self._cosine.add(distinctness(ends).reshape(1, -1))
+            self._distinct.add(are_distinct(half_way, ends).reshape(1, -1))
 
     def summary(self) -> dict[str, Any]:
-        """``{"layers": {path: {signal_mean: [t = 1 .. K], ...}}, "distinct": ... or None}``."""
+        """``{"layers": {path: {signal_mean: [t = 1 .. K], ...}}, "least_cosine": ..., "distinct": ...}``.
+
+        ``least_cosine`` is :func:`distinctness`, mean and standard deviation over tokens; ``distinct`` the share of
+        tokens for which the layers' fixed points are; both None for one layer.
+        """
         layers = {}
         for path, series in self._series.items():
             layers[path] = {k: v for name, one in series.items() for k, v in one.summary(name).items()}
-        distinct = None
-        if self._distinct.count.numel():
-            distinct = {"mean": rounded(self._distinct.means()[0]), "std": rounded(self._distinct.deviations()[0])}
-        return {"layers": layers, "distinct": distinct}
+        if not self._cosine.count.numel():
+            return {"layers": layers, "least_cosine": None, "distinct": None}
+        cosine = {"mean": rounded(self._cosine.means()[0]), "std": rounded(self._cosine.deviations()[0])}
+        return {"layers": layers, "least_cosine": cosine, "distinct": rounded(self._distinct.means()[0])}

@@ -16,7 +16,7 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
 
-__all__ = ["SHARE", "TOLERANCE", "Limit", "Measure", "classify_limits", "errors_to_last", "limit_counts"]
+__all__ = ["SHARE", "TOLERANCE", "Limit", "Measure", "classify_limits", "errors_to_last", "limit_counts", "norm_growth"]
 
 TOLERANCE, SHARE = 0.05, 0.9
 Measure = Literal["cosine", "distance"]
@@ -44,6 +44,11 @@ def errors_to_last(states: Tensor, measure: Measure = "cosine") -> Tensor:
     raise ValueError(f"measure={measure!r}: allowed are 'cosine' and 'distance'")
 
 
+def norm_growth(states: Tensor) -> Tensor:
+    """``||x_K|| / ||x_{K/2}||``, states ``(K, ..., D)`` to ``(...)``: one that rests in direction may still grow."""
+    return signals.norm(states[-1]) / signals.norm(states[len(states) // 2 - 1])
+
+
 def classify_limits(
     states: Tensor, *, tolerance: float = TOLERANCE, share: float = SHARE, measure: Measure = "cosine"
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,7 @@ def classify_limits(
 
     - fixed point: ``e_t < tolerance`` at ``share`` of them;
     - orbit: otherwise, and ``e_t`` leaves the tolerance and comes back at least twice before the end. The period is
-      the least lag of two or more at which ``e`` correlates with itself as well (to 0.1) as at any;
+      the least lag at which its correlation with itself, having been low, peaks as high (to 0.1) as anywhere;
     - slider: otherwise, and ``e_t`` falls at ``share`` of the steps, all the way to the end;
     - unknown: the rest.
 
@@ -88,15 +93,26 @@ def classify_limits(
 
 
 def _periods(e: Tensor) -> Tensor:
-    centred = (e - e.mean(0)).double()
-    lags = range(2, len(e) // 2)
-    together = []
-    for lag in lags:
-        a, b = centred[lag:], centred[:-lag]
-        together.append((a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt().clamp_min(1e-300))
-    correlation = torch.stack(together).nan_to_num(-1.0)  # (lags, ...)
-    good = correlation >= correlation.amax(0) - 0.1
-    return good.int().argmax(0) + lags[0]
+    """The period of each row's errors ``(N, ...)``, up to N / 2; 0 where there is none to be found.
+
+    The first lag, after the correlation of ``e`` with itself has left its heights, at which it peaks there again: a
+    slow orbit correlates with itself a step later, and a plain maximum may be any multiple of the period.
+    """
+    correlation = torch.stack([_correlation(e[lag:], e[:-lag]) for lag in range(1, len(e) // 2 + 1)])
+    outside = torch.full_like(correlation[:1], -torch.inf)
+    left, right = torch.cat([outside, correlation[:-1]]), torch.cat([correlation[1:], outside])
+    peak = (correlation > left) & (correlation >= right)
+    low = correlation.cummin(0).values
+    # Heights are what comes within 0.1 of the best peak that follows a lower place.
+    best = torch.where(peak & (low < correlation - 0.1), correlation, -torch.inf).amax(0)
+    good = peak & (correlation >= best - 0.1) & (low < best - 0.1)
+    return torch.where(good.any(0), good.int().argmax(0) + 1, 0)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, over the first dimension; -1 where one of them is constant."""
+    a, b = ((v - v.mean(0)).double() for v in (a, b))
+    return ((a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()).nan_to_num(-1.0)
 
 
 def limit_counts(kind: Tensor) -> dict[str, int]:

@@ -38,13 +38,20 @@ class Case:
     untrained: Subject | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.inputs.ndim < 2 or not self.inputs.numel():
+            raise DiagnosticError(
+                f"inputs of shape {tuple(self.inputs.shape)} hold no windows: give (N, T), N windows of T positions, "
+                "and one sequence as inputs[None]"
+            )
+
 
 @dataclass(frozen=True)
 class Plan:
     """How much of each survey.
 
     Args:
-        loops: depth of the geometry, the paths and the page; 0 leaves it to the model's own depth. At least 2.
+        loops: depth of the geometry, the paths and the page, at least 2.
         deep_tokens, deep_loops: for the long run; 0 tokens leave it out.
         attention_windows, attention_loops, attention_tokens: for attention; 0 windows leave it out.
         policies: whose steps are shown token by token.

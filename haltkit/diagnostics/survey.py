@@ -22,9 +22,9 @@ from haltkit.diagnostics.attention import (
     residual_compression,
 )
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.geometry import BoundaryStatistics, RegionStatistics, distances, first_below
+from haltkit.diagnostics.geometry import BoundaryStatistics, RegionStatistics, distances, first_below, nonfinite_rows
 from haltkit.diagnostics.layers import LayerStatistics, record_layers
-from haltkit.diagnostics.limits import SHARE, TOLERANCE, Limit, Measure, classify_limits, limit_counts
+from haltkit.diagnostics.limits import SHARE, TOLERANCE, Limit, Measure, classify_limits, limit_counts, norm_growth
 from haltkit.diagnostics.pca import fit_pca
 from haltkit.diagnostics.streaming import Moments, Series, rounded
 from haltkit.diagnostics.subject import Subject
@@ -105,14 +105,17 @@ class _Limits:
         self.layer_counts: dict[str, Counter[str]] = {path: Counter() for path in layers}
         self.periods: Counter[int] = Counter()
         self.inside = LayerStatistics()
-        self.small, self.settled = Moments(), Moments()
+        self.small, self.settled, self.growth = Moments(), Moments(), Moments()
+        self.nonfinite = 0
 
     def add(self, region: RegionTrajectory, layers: Mapping[str, list[Tensor]]) -> None:
         states = region._consecutive_states()[1:]
         found = distances(region)
         sizes = signals.norm(region.last)
+        self.nonfinite += nonfinite_rows(region)
         self.distance.add(found)
         self.relative.add(found / sizes)
+        self.growth.add(norm_growth(states).reshape(1, -1))
         self.settled.add(first_below(found / sizes, TOLERANCE).reshape(1, -1))
         for measure, counter in self.counts.items():
             kind, periods = classify_limits(states, measure=measure)
@@ -132,9 +135,11 @@ class _Limits:
         return {
             **self.distance.summary("distance"),
             **self.relative.summary("relative_distance"),
+            "nonfinite": self.nonfinite,
             "limits": {measure: dict(counter) for measure, counter in self.counts.items()},
             "periods": {str(period): count for period, count in sorted(self.periods.items())},
             "settled_at": number(self.settled),
+            "norm_growth": number(self.growth),
             "distance_over_small_step": number(self.small),
             "layer_limits": {path: dict(counter) for path, counter in self.layer_counts.items()},
             **self.inside.summary(),
@@ -190,6 +195,7 @@ class _Attention:
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = list(layers)
         self.frobenius: Tensor | None = None
+        self.moved: Tensor | None = None  # (recurrence - 1, layer)
         self.sums: Tensor | None = None  # (statistic, recurrence, layer)
         self.windows = 0
 
@@ -202,25 +208,38 @@ class _Attention:
             found = attention_numbers(matrix)
             found["compression"] = float(residual_compression(states[path][t][0]))
             numbers[:, t, i] = torch.tensor([found[name] for name in self.NAMES])
+        visited = torch.stack([torch.stack(states[path]) for path in self.layers], 1)  # (recurrence, layer, 1, T, D)
+        moved = signals.norm(signals.difference(visited[1:], visited[:-1])).flatten(2).mean(-1).double()
+        self.moved = moved if self.moved is None else self.moved + moved
         distances = frobenius_distances(ordered)
         self.frobenius = distances if self.frobenius is None else self.frobenius + distances
         self.sums = numbers if self.sums is None else self.sums + numbers
         self.windows += 1
 
     def summary(self) -> dict[str, Any]:
-        """``frobenius`` over (recurrence, layer) pairs, recurrence by recurrence; profiles ``[recurrence][layer]``."""
+        """``frobenius`` over (recurrence, layer) pairs, recurrence by recurrence; the others ``[recurrence][layer]``.
+
+        Of a layer's attention ``successive`` is the change from the recurrence before and ``to_last`` the distance to
+        the last one's, which stands for its limit's; ``moved`` is the mean norm of the change of its states.
+        """
         assert self.frobenius is not None
+        assert self.moved is not None
         assert self.sums is not None
         frobenius, sums = self.frobenius / self.windows, self.sums / self.windows
         width, n = len(self.layers), len(frobenius)
         later = torch.arange(width, n)
         successive = frobenius[later, later - width].view(-1, width)  # the same layer, one recurrence apart
+        every = torch.arange(n)
+        to_last = frobenius[every, n - width + every % width].view(-1, width)
         return {
             "layers": self.layers,
             "frobenius": [[rounded(v, 3) for v in row] for row in frobenius],
             "successive": [[rounded(v, 4) for v in row] for row in successive],
+            "to_last": [[rounded(v, 4) for v in row] for row in to_last],
+            "moved": [[rounded(v, 4) for v in row] for row in self.moved / self.windows],
+            # Settled passes differ in late digits, and correlations of their profiles see those.
             "profiles": {
-                name: [[rounded(v, 4) for v in row] for row in sums[i]] for i, name in enumerate(self.NAMES)
+                name: [[rounded(v, 7) for v in row] for row in sums[i]] for i, name in enumerate(self.NAMES)
             },
         }  # fmt: skip
 
@@ -329,7 +348,10 @@ def survey_paths(subject: Subject, window: Tensor, loops: int = 32, tokens: int 
         paths = subject.layer_paths(name)
         if len(paths) > 1:
             layers = torch.stack([torch.stack(inside[p])[:, 0, -1] for p in paths], 1)
-            plane = fit_pca(layers)  # (K, L, D)
+            known = layers[layers.isfinite().all(-1)]  # of (K, L, D)
+            if len(known) <= 2:
+                continue  # no plane goes through so few
+            plane = fit_pca(known)
             cycles[name] = {
                 "layers": list(paths),
                 "explained": [rounded(v) for v in plane.explained],
