@@ -24,6 +24,7 @@ __all__ = [
     "BUNDLED",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointUnreadable",
     "build_model",
     "load_checkpoint",
     "load_weights",
@@ -39,6 +40,10 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or does not match its config."""
+
+
+class CheckpointUnreadable(CheckpointError):
+    """A file of a checkpoint is missing or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file as a dictionary.
 
     Raises:
-        CheckpointError: the file is missing or is not safetensors.
+        CheckpointUnreadable: the file is missing or is not safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise CheckpointError(f"no {path.name} in {str(path.parent)!r}")
+        raise CheckpointUnreadable(f"no {path.name} in {str(path.parent)!r}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
+        raise CheckpointUnreadable(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
 
 
 def check_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:

@@ -3,13 +3,15 @@
 A checkpoint is a folder ``step-XXXXXXXX`` that appears whole or not at all. It holds the weights and the optimizer's
 moments in float32 as safetensors and everything else that moves in ``progress.json``; nothing in it depends on how
 many processes wrote it. Under FSDP weights and moments are in ``sharded/``, a file a process, written and read by
-torch.distributed.checkpoint, which reads them on any number of processes.
+torch.distributed.checkpoint, which reads them on any number of processes. It takes whatever files are there and leaves
+what none of them holds as it was, so ``progress.json`` lists them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.models.checkpoint import (
-    CheckpointError,
+    CheckpointUnreadable,
     check_names_and_shapes,
     check_weights,
     load_weights,
@@ -177,6 +179,8 @@ def save(run: Run, versions: Mapping[str, str], held_out: float | None = None) -
                 save_checkpoint(partial, run.model, run.config.model, dtype=torch.float32, trained=trained)
                 save_tensors(state, partial / OPTIMIZER)
             if run.processes.first:
+                if run.sharded:
+                    progress["shards"] = {p.name: p.stat().st_size for p in sorted((partial / SHARDED).iterdir())}
                 (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         if run.processes.first:
             prune(run.folder, run.config.train.keep_checkpoints, run.config.train.keep_every)
@@ -210,12 +214,14 @@ def restore(run: Run, path: Path, *, data: bool = True) -> None:
     """
     progress = read_progress(path)
     try:
-        weights, state = _read_shards(run, path) if (path / SHARDED).is_dir() else _read_whole(path)
+        if "shards" in progress or (path / SHARDED).is_dir():
+            _check_shards(path / SHARDED, progress.get("shards", {}))
+            weights, state = _read_shards(run, path)
+        else:
+            weights, state = _read_whole(path)
         check_weights(run.model, weights)
-    except CheckpointError as error:
-        if "cannot be read" in str(error) or str(error).startswith("no "):
-            raise _damaged(path, str(error)) from None
-        raise
+    except CheckpointUnreadable as error:
+        raise _damaged(path, str(error)) from None
     if run.sharded:
         _load_sharded(run.model, weights)
     else:
@@ -226,8 +232,7 @@ def restore(run: Run, path: Path, *, data: bool = True) -> None:
         by_parameter.setdefault(parameter_name, {})[key] = value
     for name, parameter in run.model.named_parameters():
         run.optimizer.state[parameter] = {
-            key: value if key == "step" else _like(parameter, value)
-            for key, value in by_parameter.get(name, {}).items()
+            key: _like(parameter, value) for key, value in by_parameter.get(name, {}).items()
         }
     run.step, run.seconds, run.tokens = int(progress["step"]), float(progress["seconds"]), int(progress["tokens"])
     run.next_snapshot = float(progress["next_snapshot"])
@@ -249,9 +254,9 @@ def clean(folder: Path) -> None:
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment as its parameter is: on its device, sharded as it is."""
+    """A moment as its parameter is: on its device, sharded as it is. The count of steps is one number everywhere."""
     value = value.to(parameter.device)
-    if type(parameter.data) is Tensor:
+    if type(parameter.data) is Tensor or not value.ndim:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -271,16 +276,49 @@ def _read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _save_shards(folder: Path, model: LoopedGPT, state: Mapping[str, Tensor]) -> None:
+    """Together: each process writes its part.
+
+    Raises:
+        OSError: one of them could not; everybody is told.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     tensors = {f"model/{name}": weight.detach() for name, weight in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": value.reshape(1) if not value.ndim else value for name, value in state.items()}
-    save_shards(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        save_shards(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        raise _first_failure(error) from None
+
+
+def _first_failure(error: Any) -> BaseException:
+    """What went wrong in the first process where something did."""
+    failures: dict[int, tuple[BaseException, Any]] = error.failures
+    return failures[min(failures)][0]
+
+
+def _check_shards(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Whether the shards that were written are there, whole as far as their length tells.
+
+    Raises:
+        CheckpointUnreadable: it names the file.
+    """
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointUnreadable(f"no {name} in {str(folder)!r}")
+        if path.stat().st_size != size:
+            raise CheckpointUnreadable(
+                f"{name} in {str(folder)!r} cannot be read: it ends at byte {path.stat().st_size:,}, it should at "
+                f"{size:,}"
+            )
 
 
 def _read_shards(run: Run, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read what FSDP wrote, each process its part under FSDP again, the whole otherwise."""
+    from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -299,9 +337,12 @@ def _read_shards(run: Run, path: Path) -> tuple[dict[str, Tensor], dict[str, Ten
         check_names_and_shapes(
             own, {name: tuple(t.size) for name, t in stored.items() if isinstance(t, TensorStorageMetadata)}
         )
-        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=run.processes.world == 1)
-    except (OSError, KeyError, CheckpointException) as error:
-        raise CheckpointError(f"{SHARDED} in {str(path)!r} cannot be read: {error}") from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is meant
+            load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=run.processes.world == 1)
+    except (OSError, KeyError, SafetensorError, CheckpointException) as error:
+        cause = _first_failure(error) if isinstance(error, CheckpointException) else error
+        raise CheckpointUnreadable(f"{SHARDED} in {str(path)!r} cannot be read: {cause}") from None
     weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
     state = {
         name.removeprefix("optimizer/"): t[0] if name.endswith("/step") else t

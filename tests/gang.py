@@ -2,14 +2,17 @@
 
     python tests/gang.py JOBS.json
 
-JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at"}``. Each job must finish before the next
-begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "file_limit", "fails"}``. Each job must
+finish before the next begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
+end in it, and writes it to ``OUT/failed-RANK``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -97,11 +100,21 @@ def run(job: dict[str, Any]) -> None:
 
     def work() -> None:
         watch_samples(config, out)
-        # Only the first process is asked to stop; all must.
-        training.train(
-            config, out, resume=job.get("resume", False),
-            on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
-        )  # fmt: skip
+        rank = int(os.environ["RANK"])
+        if "file_limit" in job and rank == job["processes"] - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+        error = None
+        try:
+            # Only the first process is asked to stop; all must.
+            training.train(
+                config, out, resume=job.get("resume", False),
+                on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
+            )  # fmt: skip
+        except Exception as caught:
+            error = caught
+            (out / f"failed-{rank}").write_text(str(error))
+        if job.get("fails") != (error and type(error).__name__):
+            raise error or SystemExit(f"no {job['fails']}")
 
     started = time.monotonic()
     spread(job["processes"], work)

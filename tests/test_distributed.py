@@ -17,6 +17,8 @@ import torch
 from haltkit.models.checkpoint import load_checkpoint, read_tensors
 from haltkit.models.config import ConfigError, RunConfig, load_config, to_dict
 from haltkit.models.distributed import Processes
+from haltkit.models.runs import RunError
+from haltkit.models.train import checkpoints, train
 
 STEPS, STOP = 20, 10
 
@@ -127,6 +129,48 @@ def test_checkpoints_are_whole_or_in_shards_and_never_pickles(runs: Path) -> Non
     assert len(list((sharded / "sharded").glob("*.safetensors"))) == 2
     kinds = {path.suffix for path in [*whole.rglob("*"), *sharded.rglob("*")] if path.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+@pytest.fixture(scope="module")
+def shards(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints in shards, of steps 1 and 2; the second process could not write its part of the one of step 3."""
+    folder = tmp_path_factory.mktemp("shards")
+    short = replace(config.train, strategy="fsdp", checkpoint_every=1, eval_every=100)
+    jobs = [
+        job(replace(config, train=replace(short, max_steps=2)), folder / "run", 2),
+        job(replace(config, train=replace(short, max_steps=4)), folder / "run", 2, resume=True, file_limit=60_000,
+            fails="WriteFailed"),
+    ]  # fmt: skip
+    gang(jobs, folder)
+    return folder / "run"
+
+
+def test_a_process_that_cannot_write_stops_all_and_loses_nothing(shards: Path) -> None:
+    for rank in range(2):
+        reason = (shards / f"failed-{rank}").read_text()
+        assert "cannot write step-00000003" in reason
+        assert "(File too large); the last complete checkpoint is step-00000002" in reason
+    assert sorted(p.name for p in (shards / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_shard_is_named_with_what_to_do(config: RunConfig, shards: Path) -> None:
+    """On one process: what another number of processes reads is checked as well."""
+    config = replace(config, train=replace(config.train, max_steps=3, eval_every=100))
+    newest = checkpoints(shards)[-1]
+    for file in sorted((newest / "sharded").iterdir()):
+        content = file.read_bytes()
+        for damaged, reason in (
+            (None, f"no {file.name} in"),
+            (content[:-100], f"{file.name} .*ends at byte"),
+            (b"\xff" * 99 + content[99:], "cannot be read"),
+        ):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.raises(RunError, match=rf"step-0+2' is damaged \(.*{reason}.*Remove that folder to resume"):
+                train(config, shards, resume=True)
+            file.write_bytes(content)
+    assert train(config, shards, resume=True)
 
 
 def test_torchrun_is_the_launcher(config: RunConfig, tmp_path: Path) -> None:
