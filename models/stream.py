@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,10 @@ class StreamFeed:
         if self._items is None:
             self._workers = min(self.workers, len(self.positions))
             lanes = _Lanes(self.text, dict(self.positions))
-            self._items = iter(DataLoader(lanes, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is))
+            loader = DataLoader(
+                lanes, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is, worker_init_fn=_outlive_signals
+            )
+            self._items = iter(loader)
         windows = {}
         for _ in range(max(1, self._workers)):  # each worker in turn gives its lanes' next windows
             for lane, window, position in next(self._items):
@@ -159,6 +163,15 @@ class StreamFeed:
                 )
         self.positions = {lane: dict(position["positions"][lane]) for lane in self.positions}
         self._items = None
+
+
+def _outlive_signals(worker: int) -> None:
+    """A stop is often sent to all processes of a job; the step in progress still needs its windows.
+
+    A worker ends when its trainer does: it looks for it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(item: Item) -> Item:
