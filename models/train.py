@@ -6,7 +6,6 @@ of step and sample are the whole random state, and a resumed run continues bit f
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -60,6 +59,7 @@ from haltkit.models.runs import (
     checkpoints,
     clean,
     latest,
+    read_progress,
     restore,
     save,
     writing,
@@ -68,8 +68,9 @@ from haltkit.models.statistics import loop_statistics
 from haltkit.models.tokenizer import TOKENIZER_FILE
 
 __all__ = [
-    "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "checkpoints",
-    "compile_for_training", "continue_from", "forecast", "head_loss", "learning_rate", "read_run_config", "train",
+    "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "annealing",
+    "checkpoints", "compile_for_training", "continue_from", "forecast", "head_loss", "learning_rate",
+    "read_run_config", "train",
 ]  # fmt: skip
 
 CONFIG_FILE, STATISTICS_FILE = "config.yaml", "statistics.json"
@@ -127,20 +128,20 @@ def read_run_config(folder: Path) -> RunConfig:
     return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> RunConfig:
-    """Copy a run's last checkpoint into a new run whose rate falls to its minimum over ``steps`` more steps.
+def annealing(source: Path, steps: int, data: Path | None = None) -> RunConfig:
+    """What a run's config becomes when it goes on from its last checkpoint to its minimal rate in ``steps`` steps.
 
-    The new folder is resumed with :func:`train`; the source run is left as it is and can go on.
+    Args:
+        data: a prepared folder to go on over instead of the run's own.
 
     Raises:
-        RunError: no checkpoint, or ``out`` exists.
+        RunError: not a run folder, no checkpoint, or no step.
+        DataError: nothing is prepared there.
     """
     config, newest = read_run_config(source), latest(source)
-    if out.exists():
-        raise RunError(f"{str(out)!r} exists already: choose another folder")
     if steps < 1:
         raise RunError(f"an anneal takes at least 1 step, got {steps}")
-    step = int(json.loads((newest / PROGRESS).read_text(encoding="utf-8"))["step"])
+    step = int(read_progress(newest)["step"])
     # From the rate that the run has reached: annealing must never raise it.
     reached = learning_rate(step, config.train.max_steps, config.optim)
     low = min(1.0, config.optim.lr * config.optim.min_lr_ratio / reached)
@@ -148,19 +149,41 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
     config = replace(config, optim=optim, train=replace(config.train, max_steps=step + steps))
     if data is not None:
         config = replace(config, data=replace(config.data, path=str(data)))
-    read_manifest(Path(config.data.path).expanduser())  # before anything is copied
-    with atomic_folder(out) as partial:
-        write_config(partial, config)
-        copy = partial / "checkpoints" / newest.name
-        shutil.copytree(newest, copy)
-        if data is not None:  # it was asked for: the position in the old data says nothing about the new
-            progress = json.loads((copy / PROGRESS).read_text(encoding="utf-8"))
-            write_json(copy / PROGRESS, {**progress, "data": None})
+    read_manifest(Path(config.data.path).expanduser())
     return config
 
 
+def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> RunConfig:
+    """Copy a run's last checkpoint into a new run with the config that :func:`annealing` gives. Together.
+
+    The new folder is resumed with :func:`train`; the source run is left as it is and can go on.
+
+    Raises:
+        RunError: ``out`` exists; and as :func:`annealing`.
+    """
+
+    def begin() -> RunConfig:
+        _check_new(out)
+        config, newest = annealing(source, steps, data), latest(source)
+        with atomic_folder(out) as partial:
+            write_config(partial, config)
+            copy = partial / "checkpoints" / newest.name
+            shutil.copytree(newest, copy)
+            if data is not None:  # it was asked for: the position in the old data says nothing about the new
+                write_json(copy / PROGRESS, {**read_progress(copy), "data": None})
+        return config
+
+    with join() as processes:
+        return processes.once(begin)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise RunError(f"{str(out)!r} exists already: choose another folder")
+
+
 def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
-    """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone.
+    """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone. Together.
 
     The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it the order of
     the samples and every draw, is the one that the checkpoint's training record says, so no sample comes twice. The
@@ -170,8 +193,12 @@ def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
         RunError: ``out`` exists, or the checkpoint's training does not say how far it was in steps of this size.
         CheckpointError: no checkpoint, or not one of ``config.model``.
     """
-    if out.exists():
-        raise RunError(f"{str(out)!r} exists already: choose another folder")
+    with join() as processes:
+        return processes.once(lambda: _continue_from(checkpoint, config, out))
+
+
+def _continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
+    _check_new(out)
     model_config, trained = read_config(checkpoint)
     own, found = to_dict(config.model), to_dict(model_config)
     if own != found:

@@ -4,6 +4,7 @@
 
 JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "file_limit", "fails"}``. Each job must
 finish before the next begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+``{"processes", "command"}`` is a command line of haltkit in every process instead.
 With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
 end in it, and writes it to ``OUT/failed-RANK``.
 """
@@ -28,6 +29,7 @@ import torch.distributed.checkpoint.hf_storage
 import torch.distributed.fsdp
 import torch.utils.tensorboard
 
+from haltkit.cli import main as entry
 from haltkit.models import train as training
 from haltkit.models.config import RunConfig, from_dict
 from haltkit.models.data import ShardFeed
@@ -94,7 +96,19 @@ def watch_samples(config: RunConfig, out: Path) -> None:
     ShardFeed.take = taking  # type: ignore[method-assign]
 
 
+def command(arguments: list[str]) -> None:
+    sys.argv = ["haltkit", *arguments]
+    try:
+        entry.run()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
 def run(job: dict[str, Any]) -> None:
+    if "command" in job:
+        spread(job["processes"], lambda: command(job["command"]))
+        return
     config, out = from_dict(RunConfig, job["config"]), Path(job["out"])
     stop_at = job.get("stop_at")
 

@@ -173,6 +173,25 @@ def test_a_damaged_shard_is_named_with_what_to_do(config: RunConfig, shards: Pat
     assert train(config, shards, resume=True)
 
 
+def test_a_run_begun_from_another_is_made_once_for_all_processes(config: RunConfig, tmp_path: Path) -> None:
+    short = replace(config, train=replace(config.train, max_steps=2, eval_every=100))
+    longer = replace(short, train=replace(short.train, max_steps=4))
+    (tmp_path / "longer.yaml").write_text(json.dumps(to_dict(longer)))
+    first, annealed, taken_up = (tmp_path / name for name in ("first", "annealed", "taken-up"))
+    gang(
+        [
+            job(short, first, 1),
+            {"processes": 2, "command": ["train", "--anneal-from", str(first), "--anneal-steps", "2", "--out", str(annealed)]},
+            {"processes": 2, "command": ["train", str(tmp_path / "longer.yaml"), "--init-from", str(first / "final"),
+                                         "--out", str(taken_up), "--auto-resume"]},
+        ],
+        tmp_path,
+    )  # fmt: skip
+    for run in (annealed, taken_up):
+        assert [e["processes"] for e in events(run, "start")] == [2]
+        assert [e["step"] for e in events(run, "step")] == [3, 4]
+
+
 def test_torchrun_is_the_launcher(config: RunConfig, tmp_path: Path) -> None:
     """The documented command; its output comes from the first process alone."""
     import yaml

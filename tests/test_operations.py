@@ -135,6 +135,17 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_an_anneal_writes_nothing_either(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    anneal = ["train", "--anneal-from", tmp_path / "run", "--anneal-steps", "4", "--out", tmp_path / "out"]
+    assert haltkit(monkeypatch, *anneal, "--dry-run") == 0
+    assert "7 steps" in capsys.readouterr().out  # the 3 of the run and those of the anneal
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_log_says_what_the_run_was_made_of(config: RunConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     start = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
