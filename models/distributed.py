@@ -103,16 +103,17 @@ class Processes:
     def once(self, work: Callable[[], T]) -> T:
         """Together: what the first process alone gets from ``work``, or the error that it raises, in every process."""
         self.wait()  # what it changes may still be looked at by somebody on the way here
-        result, failure = None, None
+        found: tuple[Any, Exception | None] = None, None
         if self.first:
             try:
-                result = work()
+                found = work(), None
             except Exception as error:
-                failure = error
-        result, failure = self.gather((result, failure))[0]
+                found = None, error
+        value, failure = self.gather(found)[0]
         if failure is not None:
             raise failure
-        return result  # type: ignore[return-value]  # of the first process
+        result: T = value
+        return result
 
 
 @contextmanager

@@ -28,10 +28,9 @@ from haltkit.models.checkpoint import (
     build_model,
     load_weights,
     read_config,
-    read_tensors,
+    read_weights,
     save_checkpoint,
     save_tensors,
-    save_weights,
 )
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
 from haltkit.models.cost import Spent, saved_bytes, step_flops, training_flops
@@ -47,6 +46,7 @@ from haltkit.models.distributed import (
     wrap,
 )
 from haltkit.models.draws import TrainingNoise, loop_count
+from haltkit.models.export import write_export
 from haltkit.models.files import atomic_folder, atomic_path, write_json
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.logs import LOG_FILE, Event, log_to, versions
@@ -59,13 +59,14 @@ from haltkit.models.runs import (
     checkpoints,
     clean,
     latest,
+    progress_of,
     read_progress,
     restore,
     save,
     writing,
 )
 from haltkit.models.statistics import loop_statistics
-from haltkit.models.tokenizer import TOKENIZER_FILE
+from haltkit.models.tokenizer import copy_tokenizer
 
 __all__ = [
     "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "annealing",
@@ -185,13 +186,14 @@ def _check_new(out: Path) -> None:
 def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
     """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone. Together.
 
-    The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it the order of
-    the samples and every draw, is the one that the checkpoint's training record says, so no sample comes twice. The
-    new folder is resumed with :func:`train`.
+    The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it every draw, and
+    the place in the data are those that the checkpoint says, so no sample comes twice. The new folder is resumed with
+    :func:`train`.
 
     Raises:
-        RunError: ``out`` exists, or the checkpoint's training does not say how far it was in steps of this size.
+        RunError: ``out`` exists, or the checkpoint does not say how far its training was in the config's data.
         CheckpointError: no checkpoint, or not one of ``config.model``.
+        DataError: no data, or another stream than the checkpoint's.
     """
     with join() as processes:
         return processes.once(lambda: _continue_from(checkpoint, config, out))
@@ -207,32 +209,58 @@ def _continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
             f"the checkpoint in {str(checkpoint)!r} is of another model: model.{name} is {found[name]!r} there and "
             f"{own[name]!r} in the config"
         )
-    step, tokens = trained.get("steps"), trained.get("tokens")
-    size = config.train.batch_size * config.train.grad_accumulation * config.model.block_size
-    if not isinstance(step, int) or step < 1 or tokens != step * size:
-        raise RunError(
-            f"the checkpoint says that it has seen {tokens} tokens in {step} steps; the config's steps are of {size} "
-            "tokens. Set train.batch_size and grad_accumulation to what it was trained with"
-        )
+    known = _left_off(checkpoint, trained, config)
+    step, tokens = known["step"], known["tokens"]
+    feed, position = _feed(config, Processes()), known.get("data") or {}
+    if config.data.stream:
+        if position.get("kind") != "stream":
+            raise RunError(
+                f"the checkpoint in {str(checkpoint)!r} does not say where in a stream it was, and from its beginning "
+                f"{config.data.stream!r} would give what it may have seen. Go on from a checkpoint of a run over this "
+                "stream (one in its folder, for those shared without progress.json do not say), or over prepared data: "
+                "leave data.stream empty"
+            )
+        feed.seek(position, Processes())  # refused before anything is written
     model = build_model(config.model)
-    load_weights(model, read_tensors(checkpoint / "model.safetensors"))
+    load_weights(model, read_weights(checkpoint))
     due = float(config.train.snapshot_first_tokens)
     while due <= tokens:
         due *= config.train.snapshot_factor
     progress = {
-        "step": step, "tokens": tokens, "samples": step * config.train.batch_size * config.train.grad_accumulation,
-        "seconds": float(trained.get("seconds", 0.0)), "next_snapshot": due,
+        "step": step, "tokens": tokens, "samples": known["samples"], "seconds": known["seconds"], "next_snapshot": due,
+        "data": position if config.data.stream else None,
     }  # fmt: skip
     config = replace(config, optim=replace(config.optim, rewarm_at=step))
-    read_manifest(Path(config.data.path).expanduser())  # before anything is written
     with atomic_folder(out) as partial:
         write_config(partial, config)
         first = partial / "checkpoints" / f"step-{step:08d}"
         first.mkdir(parents=True)
-        save_checkpoint(first, model, config.model, dtype=torch.float32, trained={"tokens": tokens})
+        save_checkpoint(first, model, config.model, dtype=torch.float32, trained=trained)
+        copy_tokenizer(Path(config.data.path).expanduser(), first)
         save_tensors({}, first / OPTIMIZER)  # no moments: AdamW begins anew
         write_json(first / PROGRESS, progress)
     return config
+
+
+def _left_off(checkpoint: Path, trained: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Where a checkpoint's training was: its ``progress.json``, or what can be said from the training record alone."""
+    if (checkpoint / PROGRESS).is_file():
+        return read_progress(checkpoint)
+    step, tokens, samples = (trained.get(key) for key in ("steps", "tokens", "samples"))
+    if not isinstance(step, int) or step < 1 or not isinstance(tokens, int):
+        raise RunError(
+            f"the checkpoint in {str(checkpoint)!r} does not say after how many steps and tokens of training it was "
+            "written: there is nothing to go on from. Begin a new run"
+        )
+    if not isinstance(samples, int):  # records of before they were noted
+        samples = step * config.train.batch_size * config.train.grad_accumulation
+        if tokens != samples * config.model.block_size:
+            raise RunError(
+                f"the checkpoint says that it has seen {tokens} tokens in {step} steps, and not in how many samples; "
+                f"the config's steps are of {samples // step * config.model.block_size} tokens. Set train.batch_size "
+                "and grad_accumulation to what it was trained with; if steps were skipped, its samples cannot be told"
+            )
+    return {"step": step, "tokens": tokens, "samples": samples, "seconds": float(trained.get("seconds", 0.0))}
 
 
 class _Stop(threading.Event):
@@ -319,7 +347,7 @@ def train(
             clean(folder)
             write_config(folder, config)
         processes.wait()
-        log = log_to(folder, config, on_event) if processes.first else nullcontext(lambda event: None)
+        log = log_to(folder, config, run.step, on_event) if processes.first else nullcontext(lambda event: None)
         with log as emit, _stop_requests() as stop:
             emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
                   "parameters": sum(p.numel() for p in run.model.parameters()), "seed": config.train.seed,
@@ -423,23 +451,23 @@ class _Trainer:
             self._save(held)
 
     def _save(self, held: float | None) -> None:
-        save(self.run, self.versions, held)
+        position = save(self.run, self.versions, held)["data"]
         self.saved, self.rollbacks = self.run.step, 0
-        self.emit({"kind": "checkpoint", "step": self.run.step})
+        left_out = {"unreadable": position["unreadable"]} if "unreadable" in position else {}
+        self.emit({"kind": "checkpoint", "step": self.run.step, **left_out})
 
     def _export(self, path: Path, statistics: bool) -> None:
-        """Write a weights-only checkpoint in bf16 that the other commands can load, tokenizer included."""
+        """Write a checkpoint to use and to share, and to go on from."""
         run = self.run
         losses, weights = _evaluate(run, self.held_out), full_weights(run.model)
+        progress = progress_of(run, self.versions)
         with writing(run.folder, path.name), shared_folder(path, run.processes) as partial:
             if run.processes.first:
-                trained = {
-                    "tokens": run.tokens, "steps": run.step, "seconds": round(run.seconds, 1), "held_out_loss": losses,
-                }  # fmt: skip
-                save_weights(partial, weights, run.config.model, dtype=torch.bfloat16, trained=trained)
-                data_folder = Path(run.config.data.path).expanduser()
-                if (data_folder / TOKENIZER_FILE).is_file():
-                    shutil.copyfile(data_folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+                trained = {**run.trained, "held_out_loss": losses}
+                write_export(
+                    partial, run.model, run.config.model, weights, trained=trained, progress=progress,
+                    tokenizer=Path(run.config.data.path).expanduser(),
+                )  # fmt: skip
                 if statistics:
                     write_json(partial / STATISTICS_FILE, _statistics(run, weights, self.held_out))
         self.emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": path.name})

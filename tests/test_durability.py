@@ -171,6 +171,20 @@ def test_a_signal_to_the_whole_group_lets_a_streams_workers_finish_the_step(
         os.killpg(process.pid, 0)
 
 
+def test_a_trainer_that_fails_ends_its_workers(config: RunConfig, documents: Path, tmp_path: Path) -> None:
+    """Whoever still holds its feed: Python waits for its processes at the end."""
+    (tmp_path / "c.json").write_text(
+        json.dumps(to_dict(replace(config, data=replace(config.data, stream=str(documents)))))
+    )
+    program = (
+        "import json; from haltkit.models import config, distributed, train; "
+        f"loaded = config.from_dict(config.RunConfig, json.load(open({str(tmp_path / 'c.json')!r}))); "
+        "feed = train._feed(loaded, distributed.Processes()); feed.take(0, range(2)); 1 / 0"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert "ZeroDivisionError" in done.stderr
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / ".step-00000002.partial").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text('{"kind": "start", "step": 0}\n{"kind": "st')
@@ -248,6 +262,7 @@ def test_a_bad_batch_is_skipped_if_the_config_says_so(
     assert [e["step"] for e in steps] == [1, 2, 3, 5, 6, 7, 8]
     assert steps[-1]["tokens"] == 7 * 2 * 32
     assert steps[-1]["samples"] == 8 * 2
+    training.continue_from(tmp_path / "run" / "final", config, tmp_path / "taken-up")
     assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "run").values())
 
 
@@ -264,6 +279,13 @@ def test_a_rollback_goes_back_to_the_weights_and_on_with_the_data(
     train(with_train(config, max_steps=4), killed)
     assert train(config, killed, resume=True)
     assert same(weights(killed), weights(tmp_path / "run"))
+    # Taken up from its weights it has still seen what it threw away; a shared checkpoint says so, too.
+    final = tmp_path / "run" / "final"
+    for name in ("own", "shared"):
+        training.continue_from(final, with_train(config, max_steps=10), tmp_path / name)
+        progress = json.loads((tmp_path / name / "checkpoints" / "step-00000008" / "progress.json").read_text())
+        assert (progress["step"], progress["tokens"], progress["samples"]) == (8, 8 * 2 * 32, 20)
+        (final / "progress.json").unlink(missing_ok=True)
 
 
 def test_a_spike_is_measured_from_the_median_of_recent_losses(
