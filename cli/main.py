@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from haltkit.cli import bench, compare, diagnose, eval, generate, policies, prepare, report, train
+from haltkit.cli import bench, compare, diagnose, eval, export, generate, policies, prepare, report, train
 
 app = typer.Typer(
     name="haltkit",
@@ -42,6 +42,7 @@ app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
 app.command("eval")(eval.evaluate)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)

@@ -37,7 +37,11 @@ def prepare(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
     bad_documents: Annotated[
         str,
-        typer.Option(metavar="stop|skip", help="What a document that cannot be read does; skipped ones are counted."),
+        typer.Option(
+            metavar="stop|skip",
+            help="What a document that cannot be read does; skipped ones are counted. Of damaged Parquet that is a row "
+            "group.",
+        ),
     ] = "stop",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 16_000_000,
 ) -> None:

@@ -56,6 +56,7 @@ def train(
 
     from haltkit.models import train as training
     from haltkit.models.config import load_config
+    from haltkit.models.distributed import join
 
     # Under torchrun one process talks for all.
     first = int(os.environ.get("RANK", "0")) == 0
@@ -65,7 +66,7 @@ def train(
             raise ValueError(
                 "--anneal-from takes its config from the run: leave out CONFIG, --resume, --steps and --init-from"
             )
-        run_config, resume = training.anneal(anneal_from, out, anneal_steps, data), True
+        run_config = training.annealing(anneal_from, anneal_steps, data)
     elif config is not None:
         run_config = load_config(config)
         if init_from is not None and resume:
@@ -84,11 +85,14 @@ def train(
         _forecast(console, run_config)
         return
     resume = resume or (auto_resume and bool(training.checkpoints(out)))
-    if init_from is not None and not resume:
-        run_config, resume = training.continue_from(init_from, run_config, out), True
     try:
-        with _Progress(run_config, console) as progress:
-            finished = training.train(run_config, out, resume=resume, on_event=progress.show)
+        with join():  # one group of processes for making the folder and for training in it
+            if anneal_from is not None:
+                run_config, resume = training.anneal(anneal_from, out, anneal_steps, data), True
+            elif init_from is not None and not resume:
+                run_config, resume = training.continue_from(init_from, run_config, out), True
+            with _Progress(run_config, console) as progress:
+                finished = training.train(run_config, out, resume=resume, on_event=progress.show)
     except (training.TrainingDiverged, training.WriteFailed) as error:
         print(f"haltkit: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None

@@ -24,13 +24,14 @@ __all__ = [
     "BUNDLED",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointUnreadable",
     "build_model",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",
 ]
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, SHARDED = "config.json", "model.safetensors", "sharded"
 GPT2_VOCABULARY = 50257
 LISTED = 8  # differences that an error names one by one
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -39,6 +40,10 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or does not match its config."""
+
+
+class CheckpointUnreadable(CheckpointError):
+    """A file of a checkpoint is missing or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file as a dictionary.
 
     Raises:
-        CheckpointError: the file is missing or is not safetensors.
+        CheckpointUnreadable: the file is missing or is not safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise CheckpointError(f"no {path.name} in {str(path.parent)!r}")
+        raise CheckpointUnreadable(f"no {path.name} in {str(path.parent)!r}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
+        raise CheckpointUnreadable(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint folder.
+
+    Raises:
+        CheckpointError: they are a pickle, or in shards; and as :func:`read_tensors`.
+    """
+    refuse_pickles(folder)
+    if (folder / SHARDED).is_dir() and not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} has its weights in shards, as FSDP wrote them: make a whole checkpoint of it with "
+            f"'haltkit export {folder} --out DIR'"
+        )
+    return read_tensors(folder / WEIGHTS_FILE)
 
 
 def check_weights(model: LoopedGPT, weights: dict[str, Tensor]) -> None:
@@ -193,9 +213,8 @@ def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.
     """
     folder = Path(folder)
     settle(folder)
-    refuse_pickles(folder)
     config, trained = read_config(folder)
-    weights = read_tensors(folder / WEIGHTS_FILE)
+    weights = read_weights(folder)
     with torch.device("meta"):  # the shapes alone: a mistaken config must not fill the memory
         check_weights(build_model(config), weights)
     model = build_model(config)

@@ -123,6 +123,8 @@ class DataConfig:
     stream: str = ""
     stream_config: str = ""
     stream_column: str = "text"
+    # What a document of the stream that cannot be read does: "stop" the run, or be left out and counted in the log.
+    bad_documents: Literal["stop", "skip"] = "stop"
     # Processes that read and tokenize for each training process; 0 does it between steps.
     stream_workers: int = 1
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ __all__ = [
     "wrap",
 ]
 
+T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp"]
 # The first process evaluates, writes and measures statistics while the others wait for it.
 PATIENCE = timedelta(hours=1)
@@ -98,6 +99,21 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Together: what the first process alone gets from ``work``, or the error that it raises, in every process."""
+        self.wait()  # what it changes may still be looked at by somebody on the way here
+        found: tuple[Any, Exception | None] = None, None
+        if self.first:
+            try:
+                found = work(), None
+            except Exception as error:
+                found = None, error
+        value, failure = self.gather(found)[0]
+        if failure is not None:
+            raise failure
+        result: T = value
+        return result
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from haltkit.models.config import ModelConfig, from_dict
 from haltkit.models.gpt import LoopedGPT
 from haltkit.models.tokenizer import TOKENIZER_FILE, write_ranks
 
-__all__ = ["load_folder", "save_folder"]
+__all__ = ["load_folder", "save_folder", "write_card"]
 
-FILES = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, "README.md"]
+CARD_FILE = "README.md"
+FILES = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE]
 
 
 def save_folder(model: LoopedGPT, folder: Path) -> None:
@@ -44,6 +45,11 @@ def save_folder(model: LoopedGPT, folder: Path) -> None:
             "(haltkit.models.tokenizer.load_tokenizer)"
         )
     save_checkpoint(folder, model, config, dtype=model.wte.weight.dtype, trained=model.trained)
+
+
+def write_card(model: LoopedGPT, folder: Path) -> None:
+    """Write the mixin's model card into a folder that is not saved through it."""
+    model.generate_model_card().save(folder / CARD_FILE)
 
 
 def load_folder(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from haltkit.models.config import ConfigError, RunConfig, to_dict
+from haltkit.models.files import write_json
 from haltkit.models.runs import writing
 
 __all__ = ["LOG_FILE", "Event", "log_to", "versions"]
 
 # What training reports: {"kind": "start" | "step" | "eval" | "checkpoint" | "snapshot" | "fault" | "end", ...}.
 Event = Mapping[str, Any]
-LOG_FILE = "log.jsonl"
+LOG_FILE, WANDB_FILE = "log.jsonl", "wandb.json"
 SCALARS = ("loss", "lr", "grad_norm", "tokens_per_second")
 
 
@@ -37,9 +39,12 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def log_to(
-    folder: Path, config: RunConfig, on_event: Callable[[Event], None] | None
+    folder: Path, config: RunConfig, step: int, on_event: Callable[[Event], None] | None
 ) -> Iterator[Callable[[Event], None]]:
     """Write every event to ``log.jsonl``, TensorBoard and, if configured, Weights & Biases; then pass it on.
+
+    Args:
+        step: the run goes on after it; what TensorBoard has of later steps was lost with them and is hidden.
 
     Raises:
         ConfigError: ``wandb_project`` is set and wandb is not installed.
@@ -51,7 +56,7 @@ def log_to(
         log = (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(folder / "tensorboard"))
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def emit(event: Event) -> None:
         step = event["step"]
@@ -87,11 +92,15 @@ def _wandb(folder: Path, config: RunConfig) -> Any:
         raise ConfigError(
             f"train.wandb_project={config.train.wandb_project!r} needs wandb: pip install wandb, or leave it empty"
         ) from None
-    # Its name is its identity there too, so that a resumed run continues its curves.
-    name = folder.resolve().name
+    # Written down, so that a resumed run continues its curves; folders may share a name, runs an identity never.
+    known = folder / WANDB_FILE
+    if not known.is_file():
+        with writing(folder, WANDB_FILE):
+            write_json(known, {"id": secrets.token_hex(8)})
     return wandb.init(
-        project=config.train.wandb_project, id=name, name=name, dir=str(folder), resume="allow", config=to_dict(config)
-    )
+        project=config.train.wandb_project, id=json.loads(known.read_text(encoding="utf-8"))["id"],
+        name=folder.resolve().name, dir=str(folder), resume="allow", config=to_dict(config),
+    )  # fmt: skip
 
 
 def _end_at_a_whole_line(path: Path) -> None:

@@ -45,7 +45,8 @@ class Source:
     config: str | None = None
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
     column: str = "text"
-    # Give an Unreadable for a document that is not text, a JSONL line or a text file that cannot be read.
+    # Give an Unreadable for a document that is not text, for a JSONL line or a text file that cannot be read, and for
+    # each document of a damaged row group of a Parquet file (one for a file whose row groups cannot be found).
     skip_bad: bool = False
 
     def open(self, split: str) -> Any:
@@ -62,11 +63,13 @@ class Source:
                 return datasets.load_dataset(self.name, self.config, **keys)
             paths = dict(self.files)[split]
             builder = _BUILDERS[Path(paths[0]).suffix]
-            if self.skip_bad and builder != "parquet" and Path(paths[0]).suffix != ".json":
-                return _tolerant(paths, builder, self.column)
+            if self.skip_bad:
+                return _tolerant(paths, self.column)
             if builder == "text":
                 keys["sample_by"] = "document"
             return datasets.load_dataset(builder, data_files={split: list(paths)}, **keys)
+        except DataError:
+            raise
         except Exception as error:  # datasets and its readers raise many kinds; each means it cannot be opened
             where = find_fault(dict(self.files).get(split, ()))
             advice = (
@@ -134,21 +137,61 @@ class Source:
         return text
 
 
-def _tolerant(paths: Sequence[str], builder: str, column: str) -> Any:
-    """Lines of JSONL files, or whole text files, as a dataset that gives an empty row for what cannot be read."""
+def _tolerant(paths: Sequence[str], column: str) -> Any:
+    """Local files as a dataset that gives a row without text for what cannot be read.
+
+    Raises:
+        DataError: a .json file, in which one mistake may hide where all further documents begin.
+    """
     import datasets
 
+    if whole := [Path(path).name for path in paths if Path(path).suffix == ".json"]:
+        raise DataError(
+            f"{whole[0]}: unreadable documents cannot be left out of a .json file, which is read as a whole. Rename it "
+            "to .jsonl if it has a document a line, or let them stop"
+        )
+
     def rows(files: list[str]) -> Iterator[dict[str, Any]]:
-        for file in files:
-            content = Path(file).read_bytes()
-            for part in [content] if builder == "text" else filter(bytes.strip, content.split(b"\n")):
-                try:
-                    text = part.decode("utf-8") if builder == "text" else json.loads(part.decode("utf-8"))[column]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                yield {column: text if isinstance(text, str) else None}
+        for file in map(Path, files):
+            read = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_row}[_BUILDERS[file.suffix]]
+            yield from read(file, column)
 
     return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": list(paths)})
+
+
+def _text_row(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield {column: path.read_bytes().decode("utf-8")}
+    except UnicodeDecodeError:
+        yield {column: None}
+
+
+def _json_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
+        try:
+            text = json.loads(line.decode("utf-8"))[column]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        yield {column: text if isinstance(text, str) else None}
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception:  # pyarrow's own
+        yield {column: None}
+        return
+    if column not in file.schema_arrow.names:
+        yield dict.fromkeys(file.schema_arrow.names)  # for the message that lists them
+        return
+    for group in range(file.num_row_groups):
+        try:
+            texts = file.read_row_group(group, [column])[column].to_pylist()
+        except Exception:
+            texts = [None] * file.metadata.row_group(group).num_rows
+        yield from ({column: text} for text in texts)
 
 
 def describe(error: Exception) -> str:

@@ -8,9 +8,15 @@ documents, so any number of processes and workers sees the same samples, and res
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +28,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from haltkit.models.config import DataConfig
 from haltkit.models.data import DataError, read_manifest
 from haltkit.models.distributed import Processes
-from haltkit.models.prepare import Source, held_out, resolve_source
-from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, encode, load_tokenizer
+from haltkit.models.prepare import Source, Unreadable, held_out, resolve_source
+from haltkit.models.tokenizer import END_OF_TEXT, TOKENIZER_FILE, encode, fingerprint, load_tokenizer
 
 __all__ = ["StreamFeed"]
 
-# Where a lane's next window begins: {"epoch", "document" (of the lane), "offset" (tokens into it), "state"}, the last
-# being datasets' own position just before that document.
+# Where a lane's next window begins: {"epoch", "document" (of the lane), "offset" (tokens into it), "state",
+# "unreadable"}: datasets' own position just before that document, and how many before it could not be read.
 Position = dict[str, Any]
-START: Position = {"epoch": 0, "document": 0, "offset": 0, "state": None}
-Item = list[tuple[int, npt.NDArray[np.int64], Position]]
+START: Position = {"epoch": 0, "document": 0, "offset": 0, "state": None, "unreadable": 0}
+# An error is handed on like a window: raised in a worker it would arrive as a page of traceback.
+Item = list[tuple[int, npt.NDArray[np.int64], Position]] | DataError
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class _Text:
         """
         from datasets.distributed import split_dataset_by_node
 
-        state, number = position["state"], position["document"]
+        state, number, unreadable = position["state"], position["document"], position.get("unreadable", 0)
         for epoch in itertools.count(position["epoch"]):
             stream = split_dataset_by_node(self.source.open("train"), rank=lane, world_size=self.lanes)
             if state is not None:
@@ -66,8 +73,11 @@ class _Text:
                 text = self.source.next_text(rows, number, batched=True)
                 if text is None:
                     break
+                unreadable += isinstance(text, Unreadable)
                 if ids := [] if held_out(text, self.holdout) else encode(self.encoding, text):
-                    here = {"epoch": epoch, "document": number, "offset": 0, "state": before}
+                    here = {
+                        "epoch": epoch, "document": number, "offset": 0, "state": before, "unreadable": unreadable,
+                    }  # fmt: skip
                     yield here, [*ids, self.encoding.encode_single_token(END_OF_TEXT)]
                     found = True
                 number += 1
@@ -107,7 +117,12 @@ class _Lanes(IterableDataset[Item]):
         own = lanes if worker is None else lanes[worker.id :: worker.num_workers]
         streams = {lane: self.text.windows(lane, self.positions[lane]) for lane in own}
         while True:
-            yield [(lane, *next(stream)) for lane, stream in streams.items()]
+            try:
+                item = [(lane, *next(stream)) for lane, stream in streams.items()]
+            except DataError as error:
+                yield error
+                return
+            yield item
 
 
 class StreamFeed:
@@ -124,10 +139,18 @@ class StreamFeed:
         folder = Path(config.path).expanduser()
         manifest = read_manifest(folder)
         source = resolve_source([config.stream], config.stream_config or None, config.stream_column)
+        source = replace(source, skip_bad=config.bad_documents == "skip")
         name = manifest["tokenizer"]["name"]
         encoding = load_tokenizer(folder if (folder / TOKENIZER_FILE).is_file() else name)
-        self.described = {"kind": "stream", "stream": config.stream, "lanes": lanes, "length": length}
         self.text = _Text(source, encoding, lanes, length, float(manifest["settings"]["holdout"]))
+        files = [[Path(path).name, Path(path).stat().st_size] for path in dict(source.files).get("train", ())]
+        # All that decides which windows come after a position. What a dataset on the Hub holds is not seen from here.
+        self.described = {
+            "kind": "stream", "stream": config.stream, "stream_config": config.stream_config,
+            "stream_column": config.stream_column, "bad_documents": config.bad_documents,
+            "files": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16], "tokenizer": fingerprint(encoding),
+            "holdout": self.text.holdout, "lanes": lanes, "length": length,
+        }  # fmt: skip
         self.workers = config.stream_workers
         self.positions: dict[int, Position] = {lane: dict(START) for lane in rows}
         self._items: Iterator[Item] | None = None
@@ -136,10 +159,16 @@ class StreamFeed:
         if self._items is None:
             self._workers = min(self.workers, len(self.positions))
             lanes = _Lanes(self.text, dict(self.positions))
-            self._items = iter(DataLoader(lanes, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is))
+            loader = DataLoader(
+                lanes, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is, worker_init_fn=_outlive_signals
+            )
+            self._items = iter(loader)
         windows = {}
         for _ in range(max(1, self._workers)):  # each worker in turn gives its lanes' next windows
-            for lane, window, position in next(self._items):
+            item = next(self._items)
+            if isinstance(item, DataError):
+                raise item
+            for lane, window, position in item:
                 windows[lane], self.positions[lane] = window, position
         return np.stack([windows[row] for row in rows])
 
@@ -147,18 +176,42 @@ class StreamFeed:
         lanes: dict[int, Position] = {}
         for own in processes.gather(self.positions):
             lanes |= own
-        return {**self.described, "positions": [lanes[lane] for lane in range(self.text.lanes)]}
+        positions = [lanes[lane] for lane in range(self.text.lanes)]
+        unreadable = sum(position.get("unreadable", 0) for position in positions)
+        return {**self.described, "unreadable": unreadable, "positions": positions}
 
     def seek(self, position: dict[str, Any], processes: Processes) -> None:
+        # Older positions say less, and are of when nothing could be skipped.
+        written = {"bad_documents": "stop", **position}
         for key, value in self.described.items():
-            if position.get(key) != value:
+            if written.get(key, value) != value:
                 raise DataError(
-                    f"the checkpoint was written over another stream ({key} {position.get(key)}, here {value}): "
-                    "resumed, the run would not see the samples it would have seen. A stream has a lane for each row "
-                    "of the batch: keep data.stream, train.batch_size and block_size (the number of processes is free)"
+                    f"the checkpoint was written over another stream ({key} {written[key]}, here {value}): resumed, "
+                    "the run would not see the samples it would have seen. A stream has a lane for each row of the "
+                    "batch: keep data.stream, its files, its stream_config, stream_column and bad_documents, the "
+                    "tokenizer and holdout of data.path, train.batch_size and block_size (the number of processes is "
+                    "free)"
                 )
         self.positions = {lane: dict(position["positions"][lane]) for lane in self.positions}
         self._items = None
+
+
+def _outlive_signals(worker: int) -> None:
+    """A stop is often sent to all processes of a job, but the step in progress still needs its windows.
+
+    So a worker heeds SIGTERM from its trainer alone, who ends its workers with it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "darwin":  # which does not tell who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed_the_trainer, daemon=True).start()
+
+
+def _heed_the_trainer() -> None:
+    if sys.platform != "darwin":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
 
 def _as_it_is(item: Item) -> Item:

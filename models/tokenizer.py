@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,9 @@ __all__ = [
     "END_OF_TEXT",
     "TOKENIZER_FILE",
     "TokenizerError",
+    "copy_tokenizer",
     "encode",
+    "fingerprint",
     "load_tokenizer",
     "read_ranks",
     "train_tokenizer",
@@ -172,8 +176,23 @@ def write_ranks(encoding: tiktoken.Encoding, path: Path) -> None:
     from haltkit.models.files import atomic_path
 
     with atomic_path(path) as partial:
-        tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
-        partial.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
+        partial.write_bytes(_ranks(encoding))
+
+
+def _ranks(encoding: tiktoken.Encoding) -> bytes:
+    tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1))
+    return b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens))
+
+
+def fingerprint(encoding: tiktoken.Encoding) -> str:
+    """A hash of a tokenizer's tokens, wherever it was read from."""
+    return hashlib.sha256(_ranks(encoding)).hexdigest()[:16]
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer of a folder, if it has one of its own and does not use gpt2's, into another folder."""
+    if (source / TOKENIZER_FILE).is_file():
+        shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
 
 
 def _byte_alphabet() -> dict[str, int]:

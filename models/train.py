@@ -6,7 +6,6 @@ of step and sample are the whole random state, and a resumed run continues bit f
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -29,10 +28,9 @@ from haltkit.models.checkpoint import (
     build_model,
     load_weights,
     read_config,
-    read_tensors,
+    read_weights,
     save_checkpoint,
     save_tensors,
-    save_weights,
 )
 from haltkit.models.config import ConfigError, OptimConfig, RunConfig, TrainConfig, from_dict, to_dict
 from haltkit.models.cost import Spent, saved_bytes, step_flops, training_flops
@@ -48,6 +46,7 @@ from haltkit.models.distributed import (
     wrap,
 )
 from haltkit.models.draws import TrainingNoise, loop_count
+from haltkit.models.export import write_export
 from haltkit.models.files import atomic_folder, atomic_path, write_json
 from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.logs import LOG_FILE, Event, log_to, versions
@@ -60,16 +59,19 @@ from haltkit.models.runs import (
     checkpoints,
     clean,
     latest,
+    progress_of,
+    read_progress,
     restore,
     save,
     writing,
 )
 from haltkit.models.statistics import loop_statistics
-from haltkit.models.tokenizer import TOKENIZER_FILE
+from haltkit.models.tokenizer import copy_tokenizer
 
 __all__ = [
-    "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "checkpoints",
-    "compile_for_training", "continue_from", "forecast", "head_loss", "learning_rate", "read_run_config", "train",
+    "CONFIG_FILE", "LOG_FILE", "Event", "RunError", "TrainingDiverged", "WriteFailed", "anneal", "annealing",
+    "checkpoints", "compile_for_training", "continue_from", "forecast", "head_loss", "learning_rate",
+    "read_run_config", "train",
 ]  # fmt: skip
 
 CONFIG_FILE, STATISTICS_FILE = "config.yaml", "statistics.json"
@@ -127,20 +129,20 @@ def read_run_config(folder: Path) -> RunConfig:
     return from_dict(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> RunConfig:
-    """Copy a run's last checkpoint into a new run whose rate falls to its minimum over ``steps`` more steps.
+def annealing(source: Path, steps: int, data: Path | None = None) -> RunConfig:
+    """What a run's config becomes when it goes on from its last checkpoint to its minimal rate in ``steps`` steps.
 
-    The new folder is resumed with :func:`train`; the source run is left as it is and can go on.
+    Args:
+        data: a prepared folder to go on over instead of the run's own.
 
     Raises:
-        RunError: no checkpoint, or ``out`` exists.
+        RunError: not a run folder, no checkpoint, or no step.
+        DataError: nothing is prepared there.
     """
     config, newest = read_run_config(source), latest(source)
-    if out.exists():
-        raise RunError(f"{str(out)!r} exists already: choose another folder")
     if steps < 1:
         raise RunError(f"an anneal takes at least 1 step, got {steps}")
-    step = int(json.loads((newest / PROGRESS).read_text(encoding="utf-8"))["step"])
+    step = int(read_progress(newest)["step"])
     # From the rate that the run has reached: annealing must never raise it.
     reached = learning_rate(step, config.train.max_steps, config.optim)
     low = min(1.0, config.optim.lr * config.optim.min_lr_ratio / reached)
@@ -148,30 +150,57 @@ def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> Run
     config = replace(config, optim=optim, train=replace(config.train, max_steps=step + steps))
     if data is not None:
         config = replace(config, data=replace(config.data, path=str(data)))
-    read_manifest(Path(config.data.path).expanduser())  # before anything is copied
-    with atomic_folder(out) as partial:
-        write_config(partial, config)
-        copy = partial / "checkpoints" / newest.name
-        shutil.copytree(newest, copy)
-        if data is not None:  # it was asked for: the position in the old data says nothing about the new
-            progress = json.loads((copy / PROGRESS).read_text(encoding="utf-8"))
-            write_json(copy / PROGRESS, {**progress, "data": None})
+    read_manifest(Path(config.data.path).expanduser())
     return config
 
 
-def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
-    """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone.
+def anneal(source: Path, out: Path, steps: int, data: Path | None = None) -> RunConfig:
+    """Copy a run's last checkpoint into a new run with the config that :func:`annealing` gives. Together.
 
-    The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it the order of
-    the samples and every draw, is the one that the checkpoint's training record says, so no sample comes twice. The
-    new folder is resumed with :func:`train`.
+    The new folder is resumed with :func:`train`; the source run is left as it is and can go on.
 
     Raises:
-        RunError: ``out`` exists, or the checkpoint's training does not say how far it was in steps of this size.
-        CheckpointError: no checkpoint, or not one of ``config.model``.
+        RunError: ``out`` exists; and as :func:`annealing`.
     """
+
+    def begin() -> RunConfig:
+        _check_new(out)
+        config, newest = annealing(source, steps, data), latest(source)
+        with atomic_folder(out) as partial:
+            write_config(partial, config)
+            copy = partial / "checkpoints" / newest.name
+            shutil.copytree(newest, copy)
+            if data is not None:  # it was asked for: the position in the old data says nothing about the new
+                write_json(copy / PROGRESS, {**read_progress(copy), "data": None})
+        return config
+
+    with join() as processes:
+        return processes.once(begin)
+
+
+def _check_new(out: Path) -> None:
     if out.exists():
         raise RunError(f"{str(out)!r} exists already: choose another folder")
+
+
+def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
+    """Make a run folder that goes on from a checkpoint's weights: for a run whose own folder is gone. Together.
+
+    The optimizer starts fresh and the rate warms up over ``optim.warmup_steps``. The step, and with it every draw, and
+    the place in the data are those that the checkpoint says, so no sample comes twice. The new folder is resumed with
+    :func:`train`.
+
+    Raises:
+        RunError: ``out`` exists, or the checkpoint does not say how far its training was in the config's data.
+        CheckpointError: no checkpoint, or not one of ``config.model``.
+        DataError: no data, or another stream than the checkpoint's.
+    """
+    with join() as processes:
+        return processes.once(lambda: _continue_from(checkpoint, config, out))
+
+
+def _continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
+    _check_new(out)
     model_config, trained = read_config(checkpoint)
     own, found = to_dict(config.model), to_dict(model_config)
     if own != found:
@@ -180,32 +209,58 @@ def continue_from(checkpoint: Path, config: RunConfig, out: Path) -> RunConfig:
             f"the checkpoint in {str(checkpoint)!r} is of another model: model.{name} is {found[name]!r} there and "
             f"{own[name]!r} in the config"
         )
-    step, tokens = trained.get("steps"), trained.get("tokens")
-    size = config.train.batch_size * config.train.grad_accumulation * config.model.block_size
-    if not isinstance(step, int) or step < 1 or tokens != step * size:
-        raise RunError(
-            f"the checkpoint says that it has seen {tokens} tokens in {step} steps; the config's steps are of {size} "
-            "tokens. Set train.batch_size and grad_accumulation to what it was trained with"
-        )
+    known = _left_off(checkpoint, trained, config)
+    step, tokens = known["step"], known["tokens"]
+    feed, position = _feed(config, Processes()), known.get("data") or {}
+    if config.data.stream:
+        if position.get("kind") != "stream":
+            raise RunError(
+                f"the checkpoint in {str(checkpoint)!r} does not say where in a stream it was, and from its beginning "
+                f"{config.data.stream!r} would give what it may have seen. Go on from a checkpoint of a run over this "
+                "stream (one in its folder, for those shared without progress.json do not say), or over prepared data: "
+                "leave data.stream empty"
+            )
+        feed.seek(position, Processes())  # refused before anything is written
     model = build_model(config.model)
-    load_weights(model, read_tensors(checkpoint / "model.safetensors"))
+    load_weights(model, read_weights(checkpoint))
     due = float(config.train.snapshot_first_tokens)
     while due <= tokens:
         due *= config.train.snapshot_factor
     progress = {
-        "step": step, "tokens": tokens, "samples": step * config.train.batch_size * config.train.grad_accumulation,
-        "seconds": float(trained.get("seconds", 0.0)), "next_snapshot": due,
+        "step": step, "tokens": tokens, "samples": known["samples"], "seconds": known["seconds"], "next_snapshot": due,
+        "data": position if config.data.stream else None,
     }  # fmt: skip
     config = replace(config, optim=replace(config.optim, rewarm_at=step))
-    read_manifest(Path(config.data.path).expanduser())  # before anything is written
     with atomic_folder(out) as partial:
         write_config(partial, config)
         first = partial / "checkpoints" / f"step-{step:08d}"
         first.mkdir(parents=True)
-        save_checkpoint(first, model, config.model, dtype=torch.float32, trained={"tokens": tokens})
+        save_checkpoint(first, model, config.model, dtype=torch.float32, trained=trained)
+        copy_tokenizer(Path(config.data.path).expanduser(), first)
         save_tensors({}, first / OPTIMIZER)  # no moments: AdamW begins anew
         write_json(first / PROGRESS, progress)
     return config
+
+
+def _left_off(checkpoint: Path, trained: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Where a checkpoint's training was: its ``progress.json``, or what can be said from the training record alone."""
+    if (checkpoint / PROGRESS).is_file():
+        return read_progress(checkpoint)
+    step, tokens, samples = (trained.get(key) for key in ("steps", "tokens", "samples"))
+    if not isinstance(step, int) or step < 1 or not isinstance(tokens, int):
+        raise RunError(
+            f"the checkpoint in {str(checkpoint)!r} does not say after how many steps and tokens of training it was "
+            "written: there is nothing to go on from. Begin a new run"
+        )
+    if not isinstance(samples, int):  # records of before they were noted
+        samples = step * config.train.batch_size * config.train.grad_accumulation
+        if tokens != samples * config.model.block_size:
+            raise RunError(
+                f"the checkpoint says that it has seen {tokens} tokens in {step} steps, and not in how many samples; "
+                f"the config's steps are of {samples // step * config.model.block_size} tokens. Set train.batch_size "
+                "and grad_accumulation to what it was trained with; if steps were skipped, its samples cannot be told"
+            )
+    return {"step": step, "tokens": tokens, "samples": samples, "seconds": float(trained.get("seconds", 0.0))}
 
 
 class _Stop(threading.Event):
@@ -292,7 +347,7 @@ def train(
             clean(folder)
             write_config(folder, config)
         processes.wait()
-        log = log_to(folder, config, on_event) if processes.first else nullcontext(lambda event: None)
+        log = log_to(folder, config, run.step, on_event) if processes.first else nullcontext(lambda event: None)
         with log as emit, _stop_requests() as stop:
             emit({"kind": "start", "step": run.step, "max_steps": config.train.max_steps, "tokens": run.tokens,
                   "parameters": sum(p.numel() for p in run.model.parameters()), "seed": config.train.seed,
@@ -396,23 +451,23 @@ class _Trainer:
             self._save(held)
 
     def _save(self, held: float | None) -> None:
-        save(self.run, self.versions, held)
+        position = save(self.run, self.versions, held)["data"]
         self.saved, self.rollbacks = self.run.step, 0
-        self.emit({"kind": "checkpoint", "step": self.run.step})
+        left_out = {"unreadable": position["unreadable"]} if "unreadable" in position else {}
+        self.emit({"kind": "checkpoint", "step": self.run.step, **left_out})
 
     def _export(self, path: Path, statistics: bool) -> None:
-        """Write a weights-only checkpoint in bf16 that the other commands can load, tokenizer included."""
+        """Write a checkpoint to use and to share, and to go on from."""
         run = self.run
         losses, weights = _evaluate(run, self.held_out), full_weights(run.model)
+        progress = progress_of(run, self.versions)
         with writing(run.folder, path.name), shared_folder(path, run.processes) as partial:
             if run.processes.first:
-                trained = {
-                    "tokens": run.tokens, "steps": run.step, "seconds": round(run.seconds, 1), "held_out_loss": losses,
-                }  # fmt: skip
-                save_weights(partial, weights, run.config.model, dtype=torch.bfloat16, trained=trained)
-                data_folder = Path(run.config.data.path).expanduser()
-                if (data_folder / TOKENIZER_FILE).is_file():
-                    shutil.copyfile(data_folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+                trained = {**run.trained, "held_out_loss": losses}
+                write_export(
+                    partial, run.model, run.config.model, weights, trained=trained, progress=progress,
+                    tokenizer=Path(run.config.data.path).expanduser(),
+                )  # fmt: skip
                 if statistics:
                     write_json(partial / STATISTICS_FILE, _statistics(run, weights, self.held_out))
         self.emit({"kind": "snapshot", "step": run.step, "tokens": run.tokens, "path": path.name})

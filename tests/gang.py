@@ -2,14 +2,18 @@
 
     python tests/gang.py JOBS.json
 
-JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at"}``. Each job must finish before the next
-begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "file_limit", "fails"}``. Each job must
+finish before the next begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
+``{"processes", "command"}`` is a command line of haltkit in every process instead.
+With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
+end in it, and writes it to ``OUT/failed-RANK``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,6 +29,7 @@ import torch.distributed.checkpoint.hf_storage
 import torch.distributed.fsdp
 import torch.utils.tensorboard
 
+from haltkit.cli import main as entry
 from haltkit.models import train as training
 from haltkit.models.config import RunConfig, from_dict
 from haltkit.models.data import ShardFeed
@@ -91,17 +96,39 @@ def watch_samples(config: RunConfig, out: Path) -> None:
     ShardFeed.take = taking  # type: ignore[method-assign]
 
 
+def command(arguments: list[str]) -> None:
+    sys.argv = ["haltkit", *arguments]
+    try:
+        entry.run()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
 def run(job: dict[str, Any]) -> None:
+    if "command" in job:
+        spread(job["processes"], lambda: command(job["command"]))
+        return
     config, out = from_dict(RunConfig, job["config"]), Path(job["out"])
     stop_at = job.get("stop_at")
 
     def work() -> None:
         watch_samples(config, out)
-        # Only the first process is asked to stop; all must.
-        training.train(
-            config, out, resume=job.get("resume", False),
-            on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
-        )  # fmt: skip
+        rank = int(os.environ["RANK"])
+        if "file_limit" in job and rank == job["processes"] - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+        error = None
+        try:
+            # Only the first process is asked to stop; all must.
+            training.train(
+                config, out, resume=job.get("resume", False),
+                on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
+            )  # fmt: skip
+        except Exception as caught:
+            error = caught
+            (out / f"failed-{rank}").write_text(str(error))
+        if job.get("fails") != (error and type(error).__name__):
+            raise error or SystemExit(f"no {job['fails']}")
 
     started = time.monotonic()
     spread(job["processes"], work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -20,7 +21,8 @@ import torch
 from haltkit.models import train as training
 from haltkit.models.checkpoint import read_tensors
 from haltkit.models.config import RunConfig, load_config, to_dict
-from haltkit.models.runs import RunError, WriteFailed
+from haltkit.models.distributed import join
+from haltkit.models.runs import RunError, WriteFailed, restore
 from haltkit.models.train import TrainingDiverged, checkpoints, train
 
 
@@ -125,14 +127,18 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
+def await_a_step(run: Path) -> None:
+    for _ in range(6000):
+        if (run / "log.jsonl").is_file() and events(run, "step"):
+            return
+        time.sleep(0.02)
+
+
 def test_sigterm_saves_and_exits_with_143(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(to_dict(with_train(config, max_steps=10**6))))
     line = [sys.executable, "-m", "haltkit.cli", "train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
     process = subprocess.Popen([*line, "--auto-resume"], stdout=subprocess.PIPE, text=True)
-    for _ in range(6000):
-        if (tmp_path / "run" / "log.jsonl").is_file() and events(tmp_path / "run", "step"):
-            break
-        time.sleep(0.02)
+    await_a_step(tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -145,6 +151,38 @@ def test_sigterm_saves_and_exits_with_143(config: RunConfig, tmp_path: Path) -> 
     (tmp_path / "c.yaml").write_text(json.dumps(to_dict(config)))
     assert command("train", tmp_path / "c.yaml", "--out", tmp_path / "run", "--auto-resume").returncode == 0
     assert [e["step"] for e in events(tmp_path / "run", "start")] == [0, end["step"]]
+
+
+def test_a_signal_to_the_whole_group_lets_a_streams_workers_finish_the_step(
+    config: RunConfig, documents: Path, tmp_path: Path
+) -> None:
+    """As torchrun and schedulers send it: to the trainer and to the processes that read for it."""
+    config = replace(config, data=replace(config.data, stream=str(documents), stream_workers=2))
+    (tmp_path / "c.yaml").write_text(json.dumps(to_dict(with_train(config, max_steps=10**6))))
+    line = [sys.executable, "-m", "haltkit.cli", "train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    await_a_step(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    end = events(tmp_path / "run", "end")[0]
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{end['step']:08d}"
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+
+
+def test_a_trainer_that_fails_ends_its_workers(config: RunConfig, documents: Path, tmp_path: Path) -> None:
+    """Whoever still holds its feed: Python waits for its processes at the end."""
+    (tmp_path / "c.json").write_text(
+        json.dumps(to_dict(replace(config, data=replace(config.data, stream=str(documents)))))
+    )
+    program = (
+        "import json; from haltkit.models import config, distributed, train; "
+        f"loaded = config.from_dict(config.RunConfig, json.load(open({str(tmp_path / 'c.json')!r}))); "
+        "feed = train._feed(loaded, distributed.Processes()); feed.take(0, range(2)); 1 / 0"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert "ZeroDivisionError" in done.stderr
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: RunConfig, tmp_path: Path) -> None:
@@ -171,6 +209,19 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(config: RunConfig, tmp_pa
                 train(config, run, resume=True)
         (newest / name).write_bytes(content)
     assert train(config, run, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_what_the_optimizer_resumes_with_is_where_its_parameters_are(config: RunConfig, tmp_path: Path) -> None:
+    """The fused AdamW of a GPU wants the count of steps there too; the meta device stands in for one."""
+    train(with_train(config, max_steps=2), tmp_path / "run")
+    with join() as processes:
+        run = training._start(config, tmp_path / "run", training._feed(config, processes), processes)
+        run.model.to("meta")
+        restore(run, checkpoints(tmp_path / "run")[-1])
+    state = [run.optimizer.state[parameter] for parameter in run.model.parameters()]
+    assert {key for moments in state for key in moments} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {value.device.type for moments in state for value in moments.values()} == {"meta"}
 
 
 def test_old_checkpoints_go_and_the_best_stays(
@@ -211,6 +262,7 @@ def test_a_bad_batch_is_skipped_if_the_config_says_so(
     assert [e["step"] for e in steps] == [1, 2, 3, 5, 6, 7, 8]
     assert steps[-1]["tokens"] == 7 * 2 * 32
     assert steps[-1]["samples"] == 8 * 2
+    training.continue_from(tmp_path / "run" / "final", config, tmp_path / "taken-up")
     assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "run").values())
 
 
@@ -227,6 +279,13 @@ def test_a_rollback_goes_back_to_the_weights_and_on_with_the_data(
     train(with_train(config, max_steps=4), killed)
     assert train(config, killed, resume=True)
     assert same(weights(killed), weights(tmp_path / "run"))
+    # Taken up from its weights it has still seen what it threw away; a shared checkpoint says so, too.
+    final = tmp_path / "run" / "final"
+    for name in ("own", "shared"):
+        training.continue_from(final, with_train(config, max_steps=10), tmp_path / name)
+        progress = json.loads((tmp_path / name / "checkpoints" / "step-00000008" / "progress.json").read_text())
+        assert (progress["step"], progress["tokens"], progress["samples"]) == (8, 8 * 2 * 32, 20)
+        (final / "progress.json").unlink(missing_ok=True)
 
 
 def test_a_spike_is_measured_from_the_median_of_recent_losses(

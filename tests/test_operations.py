@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from haltkit.cli import main as entry
+from haltkit.models import train as training
 from haltkit.models.checkpoint import BUNDLED, build_model, load_checkpoint
 from haltkit.models.config import ConfigError, ModelConfig, RunConfig, load_config
 from haltkit.models.cost import saved_bytes, step_flops, training_flops
@@ -135,6 +137,39 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_an_anneal_writes_nothing_either(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    anneal = ["train", "--anneal-from", tmp_path / "run", "--anneal-steps", "4", "--out", tmp_path / "out"]
+    assert haltkit(monkeypatch, *anneal, "--dry-run") == 0
+    assert "7 steps" in capsys.readouterr().out  # the 3 of the run and those of the anneal
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_runs_checkpoints_are_evaluated_and_the_best_is_exported(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {1: 3.0, 2: 2.0, 3: 2.5}
+    monkeypatch.setattr(training, "_evaluate", lambda run, held_out: {"1": losses[run.step]})
+    train(replace(config, train=replace(config.train, eval_every=1)), tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert haltkit(monkeypatch, "export", tmp_path / "run", "--out", tmp_path / "best") == 0
+    assert "step-00000002" in capsys.readouterr().out
+    results = []
+    for folder in (step, tmp_path / "best", tmp_path / "run" / "final"):
+        data = ["--data", config.data.path, "--json", tmp_path / "e.json"]
+        assert haltkit(monkeypatch, "eval", folder, "--loops", "2", "--tokens", "64", *data) == 0
+        found = json.loads((tmp_path / "e.json").read_text())
+        results.append((found["trained"]["steps"], found["results"][0]["loss"]))
+        assert folder == step or "library_name: haltkit" in (folder / "README.md").read_text()
+    assert [steps for steps, _ in results] == [2, 2, 3]
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)  # bf16
+    assert haltkit(monkeypatch, "export", step, "--out", tmp_path / "best") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_the_log_says_what_the_run_was_made_of(config: RunConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     start = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
@@ -161,10 +196,29 @@ def test_weights_and_biases_is_asked_only_where_the_config_says_so(
     fake.finish = lambda: calls.append("finish")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(named, tmp_path / "run")
-    assert (calls[0]["project"], calls[0]["id"], calls[0]["config"]["train"]["seed"]) == ("halting", "run", 0)
+    assert (calls[0]["project"], calls[0]["name"], calls[0]["config"]["train"]["seed"]) == ("halting", "run", 0)
     keys = ["train/grad_norm", "train/loss", "train/lr", "train/tokens_per_second"]
     assert calls[1:4] == [(1, keys), (2, keys), (3, keys)]
     assert calls[-1] == "finish"
+    # A resumed run is the same one there; one in another folder of that name is not.
+    train(replace(named, train=replace(named.train, max_steps=4)), tmp_path / "run", resume=True)
+    train(named, tmp_path / "elsewhere" / "run")
+    first, resumed, other = (call["id"] for call in calls if isinstance(call, dict))
+    assert first == resumed != other
+
+
+def test_tensorboard_forgets_what_a_resumed_run_takes_again(config: RunConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    config = replace(config, train=replace(config.train, checkpoint_every=1, keep_checkpoints=3))
+    train(config, run)
+    for step in (2, 3):  # as if killed after step 1 was saved
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    train(config, run, resume=True)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_evaluation_agrees_with_the_definition() -> None:

@@ -27,7 +27,9 @@ def model(tiny_config: ModelConfig, data_folder: Path) -> LoopedGPT:
     return model.eval()
 
 
-def test_a_saved_model_comes_back_with_its_tokenizer_and_card(model: LoopedGPT, tmp_path: Path) -> None:
+def test_a_saved_model_comes_back_with_its_tokenizer_and_card(
+    model: LoopedGPT, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "m")
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "tokenizer.tiktoken",
@@ -40,7 +42,7 @@ def test_a_saved_model_comes_back_with_its_tokenizer_and_card(model: LoopedGPT, 
     assert again.trained == {"tokens": 12}
     assert "library_name: haltkit" in (tmp_path / "m" / "README.md").read_text()
     # It is a checkpoint like any other, and any other is one.
-    assert load_checkpoint(tmp_path / "m").config == load_checkpoint(tmp_path / "m").config
+    assert load_checkpoint(tmp_path / "m").config == tiny_config
     assert LoopedGPT.from_pretrained(BUNDLED).trained["tokens"] > 0
 
 

@@ -15,10 +15,10 @@ from conftest import write_documents
 from haltkit.models.config import DataConfig, RunConfig, load_config
 from haltkit.models.data import MANIFEST, DataError, TokenData
 from haltkit.models.distributed import Processes
-from haltkit.models.prepare import prepare, resolve_source
+from haltkit.models.prepare import Unreadable, prepare, resolve_source
 from haltkit.models.stream import START, StreamFeed
 from haltkit.models.tokenizer import encode, load_tokenizer
-from haltkit.models.train import train
+from haltkit.models.train import RunError, checkpoints, continue_from, train
 
 LANES, LENGTH = 3, 32
 
@@ -93,10 +93,64 @@ def test_lanes_do_not_care_which_process_reads_them(settings: DataConfig) -> Non
 
 def test_another_stream_is_refused_with_the_reason(settings: DataConfig) -> None:
     position = feed(settings).position(Processes())
-    with pytest.raises(DataError, match=r"lanes 3, here 4.*keep data\.stream, train\.batch_size"):
+    with pytest.raises(DataError, match=r"lanes 3, here 4.*keep data\.stream, .*train\.batch_size"):
         feed(settings, range(4), lanes=4).seek(position, Processes())
     with pytest.raises(DataError, match="has no document: give more text"):
         draw(feed(settings, range(60, 90), lanes=90), 1)
+
+
+@pytest.mark.parametrize("changed", ["stream_column", "bad_documents", "files", "tokenizer", "holdout"])
+def test_a_position_says_all_that_decides_what_comes_next(
+    settings: DataConfig, texts: Path, documents: Path, tmp_path: Path, changed: str
+) -> None:
+    here = replace(settings, stream=str(shutil.copytree(texts, tmp_path / "texts")))
+    position = json.loads(json.dumps(feed(here).position(Processes())))
+    before_there_was_more = {key: position[key] for key in ("kind", "stream", "lanes", "length", "positions")}
+    feed(here).seek(before_there_was_more, Processes())
+    if changed == "stream_column":
+        here = replace(here, stream_column="body")
+    elif changed == "bad_documents":
+        here = replace(here, bad_documents="skip")
+        with pytest.raises(DataError, match="bad_documents stop, here skip"):
+            feed(here).seek(before_there_was_more, Processes())
+    elif changed == "files":
+        with (tmp_path / "texts" / "train-0.jsonl").open("a") as file:
+            file.write('{"text": "One more."}\n')
+    else:
+        other = {"tokenizer": {"train_vocab": 300}, "holdout": {"train_vocab": 320, "holdout": 0.2}}[changed]
+        prepare(resolve_source([str(documents)]), tmp_path / "other", **{"holdout": 0.1, **other})
+        here = replace(here, path=str(tmp_path / "other"))
+    with pytest.raises(DataError, match=f"written over another stream .{changed} "):
+        feed(here).seek(position, Processes())
+
+
+@pytest.fixture
+def damaged_texts(texts: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(texts, tmp_path / "damaged"))
+    with (folder / "train-2.jsonl").open("ab") as file:
+        file.write(b'{"text": "ab\xff"}\n{"text": "Document 99 is read again."}\n')
+    return folder
+
+
+def test_a_worker_says_in_a_line_what_it_cannot_read(settings: DataConfig, damaged_texts: Path) -> None:
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"train-2\.jsonl, line 17, byte [\d,]+: 0xff is not UTF-8") as caught:
+            draw(feed(replace(settings, stream=str(damaged_texts), stream_workers=workers)), 100)
+        assert "\n" not in str(caught.value)
+        assert "Traceback" not in str(caught.value)
+
+
+def test_a_stream_leaves_out_what_it_cannot_read_and_counts_it(settings: DataConfig, damaged_texts: Path) -> None:
+    settings = replace(settings, stream=str(damaged_texts), bad_documents="skip")
+    straight, half = feed(settings), feed(settings)
+    windows = draw(straight, 60)
+    assert draw(half, 25) == windows[:25]
+    again = feed(replace(settings, stream_workers=1))
+    again.seek(json.loads(json.dumps(half.position(Processes()))), Processes())
+    assert draw(again, 35) == windows[25:]
+    # It is in one lane only, once an epoch.
+    counted = [reader.position(Processes())["unreadable"] for reader in (straight, again)]
+    assert counted[0] == counted[1] >= 2
 
 
 def test_a_run_on_a_stream_resumes_bit_for_bit(settings: DataConfig, tmp_path: Path) -> None:
@@ -118,6 +172,20 @@ def test_a_run_on_a_stream_resumes_bit_for_bit(settings: DataConfig, tmp_path: P
     losses = [[event["loss"] for event in found if event["kind"] == "step"] for found in events]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+    assert [event["unreadable"] for event in events[0] if event["kind"] == "checkpoint"] == [0, 0]
+    # From weights alone it goes on where the stream was; and says so where that is not known.
+    longer = replace(config, train=replace(config.train, max_steps=8))
+    final = tmp_path / "straight" / "final"
+    continue_from(final, longer, tmp_path / "taken-up")
+    first, last = (
+        json.loads((checkpoints(tmp_path / name)[-1] / "progress.json").read_text())
+        for name in ("taken-up", "straight")
+    )
+    assert (first["data"], first["samples"]) == (last["data"], 18)
+    (final / "progress.json").unlink()
+    with pytest.raises(RunError, match="does not say where in a stream it was.*leave data.stream empty"):
+        continue_from(final, longer, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture
@@ -261,13 +329,22 @@ def test_damaged_parquet_and_text_files_are_named(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": texts}), tmp_path / "b.parquet", row_group_size=100, compression="gzip")
     content = bytearray((tmp_path / "b.parquet").read_bytes())
     third = parquet.ParquetFile(tmp_path / "b.parquet").metadata.row_group(2).column(0).data_page_offset
-    content[third + 500 : third + 3000] = bytes(2500)
+    content[third - 5000 : third - 2500] = bytes(2500)
     (tmp_path / "b.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"b\.parquet, byte [\d,]+ \(row group 2\)"):
         list(resolve_source([str(tmp_path / "b.parquet")]).texts("train"))
+    tolerant = replace(resolve_source([str(tmp_path / "b.parquet")]), skip_bad=True)
+    assert list(tolerant.texts("train")) == [*texts[:200], *[""] * 100, *texts[300:]]
+    assert [isinstance(text, Unreadable) for text in tolerant.texts("train", skip=199)][:2] == [False, True]
+    with pytest.raises(DataError, match="no column 'body' in b.parquet; there are: text"):
+        list(replace(tolerant, column="body").texts("train"))
     (tmp_path / "c.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"c\.parquet.*bytes\)"):
         list(resolve_source([str(tmp_path / "c.parquet")]).texts("train"))
+    assert list(replace(resolve_source([str(tmp_path / "c.parquet")]), skip_bad=True).texts("train")) == [""]
+    (tmp_path / "e.json").write_text('{"text": "abc"}')
+    with pytest.raises(DataError, match=r"^e\.json: .* cannot be left out of a \.json file.*Rename it to \.jsonl"):
+        list(replace(resolve_source([str(tmp_path / "e.json")]), skip_bad=True).texts("train"))
     (tmp_path / "d.txt").write_bytes(b"abc \xff")
     with pytest.raises(DataError, match=r"d\.txt, byte 4: 0xff is not UTF-8"):
         list(resolve_source([str(tmp_path / "d.txt")]).texts("train"))

@@ -281,8 +281,18 @@ def test_a_lost_run_goes_on_from_its_weights(config: RunConfig, tmp_path: Path) 
     assert [e["lr"] for e in steps] == pytest.approx([target / 3, target * 2 / 3, target, *straight[3:]])
     with pytest.raises(RunError, match="exists already"):
         continue_from(tmp_path / "lost" / "final", longer, tmp_path / "new")
-    with pytest.raises(RunError, match="steps are of"):
-        continue_from(tmp_path / "lost" / "final", with_train(longer, batch_size=8), tmp_path / "other")
+    # A checkpoint of the run itself will do; one from before samples were noted must have taken steps of one size.
+    step = training.checkpoints(tmp_path / "lost")[-1]
+    continue_from(step, longer, tmp_path / "step")
+    (step / "progress.json").unlink()
+    known = json.loads((step / "config.json").read_text())
+    for forgotten, wrong, message in (("samples", 8, "steps are of"), ("steps", 4, "nothing to go on from")):
+        del known["trained"][forgotten]
+        (step / "config.json").write_text(json.dumps(known))
+        if forgotten == "samples":
+            continue_from(step, longer, tmp_path / "older")
+        with pytest.raises(RunError, match=message):
+            continue_from(step, with_train(longer, batch_size=wrong), tmp_path / "other")
     wider = replace(longer, model=replace(longer.model, d_model=64))
     with pytest.raises(CheckpointError, match=r"model\.d_model is"):
         continue_from(tmp_path / "lost" / "final", wider, tmp_path / "other")
