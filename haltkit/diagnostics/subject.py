@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from haltkit.attachment import Loop, attach
 from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.layers import record_layers
+from haltkit.loop import Outcome
 from haltkit.protocol import Readout
 from haltkit.recorder import Record, Recorder, record
 from haltkit.registry import policy
-from haltkit.trajectory import Trajectory
+from haltkit.trajectory import RegionTrajectory, Trajectory
 
 __all__ = ["LayerStates", "Subject"]
 
 LayerStates = dict[str, list[Tensor]]
+
+
+def _stopped_being_finite(region: RegionTrajectory) -> bool:
+    return region.outcome is not None and bool((region.outcome == Outcome.NONFINITE).any())
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,11 @@ class Subject:
         else:
             recorder = Recorder(spec or Record())
             recorder.metadata["iterations"] = str(self._attached(inputs, loops, recorder))
-            # A fixed depth ends every row at once: nothing is left out, so outcomes say nothing.
-            plain = {name: replace(region, outcome=None) for name, region in recorder.trajectory.regions.items()}
+            # A fixed depth ends every row at once: all an outcome can say is that a row stopped being finite before.
+            plain = {
+                name: region if _stopped_being_finite(region) else replace(region, outcome=None)
+                for name, region in recorder.trajectory.regions.items()
+            }
             found = Trajectory(plain, recorder.metadata)
         for name, region in found.regions.items():
             if region.max_steps != loops:
