@@ -317,7 +317,8 @@ def check_prompts(model: LoopedGPT, prompts: Sequence[Sequence[int]]) -> None:
         raise GenerationError("no prompt")
     for i, prompt in enumerate(prompts):
         where = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
-        if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not all(isinstance(t, int) for t in prompt):
+        given: object = prompt  # callers without a type checker give a text, a tensor, a single id
+        if not isinstance(given, Sequence) or not all(isinstance(token, int) for token in given):
             raise GenerationError(f"{where} is not a list of token ids (integers), as tokenizer.encode gives")
         if not prompt:
             raise GenerationError(f"{where} is empty: give at least one token")

@@ -45,7 +45,18 @@ def trained(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_help_names_every_command() -> None:
     for done in (haltkit("--help"), haltkit()):
         assert done.returncode == 0
-        for command in ("bench", "compare", "diagnose", "eval", "export", "generate", "policies", "prepare", "report", "train"):
+        for command in (
+            "bench",
+            "compare",
+            "diagnose",
+            "eval",
+            "export",
+            "generate",
+            "policies",
+            "prepare",
+            "report",
+            "train",
+        ):
             assert command in done.stdout
     assert haltkit("--version").stdout.startswith("haltkit 0.")
 

@@ -27,6 +27,7 @@ from haltkit.models.config import CONFIG_DIR, ConfigError, OptimConfig, RunConfi
 from haltkit.models.data import TokenData
 from haltkit.models.draws import TrainingNoise, loop_count
 from haltkit.models.prepare import prepare, resolve_source
+from haltkit.models.tokenizer import TOKENIZER_FILE
 from haltkit.models.train import RunError, TrainingDiverged, anneal, continue_from, learning_rate, train
 
 
@@ -174,8 +175,11 @@ def test_a_tokenizer_given_by_file_travels_with_the_checkpoint(
     train(config, tmp_path / "run")
     final = load_checkpoint(tmp_path / "run" / "final")
     assert final.tokenizer.n_vocab == 320
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert load_checkpoint(checkpoint).tokenizer.n_vocab == 320
+    (checkpoint / TOKENIZER_FILE).unlink()
     with pytest.raises(CheckpointError, match="put the tokenizer beside"):
-        load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001")
+        load_checkpoint(checkpoint)
 
 
 def test_extending_a_run_renews_its_final_checkpoint(config: RunConfig, tmp_path: Path) -> None:
