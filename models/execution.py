@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.loop import Execution, Keep, LoopObserver, run_loop
-from haltkit.models.gpt import AdaptiveOutput, LoopedGPT, Region
+from haltkit.models.gpt import LoopedGPT, Region
 from haltkit.models.memory import CompactMemory, CompactRegionLoop, MaskedMemory, RegionLoop, Rows
 from haltkit.protocol import HaltingPolicy
-from haltkit.registry import policy_for_regions
 
-__all__ = ["Keeper", "Policies", "run_adaptive", "run_policies", "share_budget"]
+__all__ = ["Keeper", "Policies", "run_policies", "share_budget"]
 
 Policies = str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]]
 
@@ -58,26 +57,6 @@ def check_budget(model: LoopedGPT, max_loops: int | Mapping[str, int], total_loo
     if total_loops is not None and total_loops < len(model.regions):
         raise ValueError(f"total_loops={total_loops}: the model has {len(model.regions)} regions, a step each at least")
     return model.loop_counts(max_loops)
-
-
-def run_adaptive(
-    model: LoopedGPT,
-    tokens: Tensor,
-    policy: Policies,
-    *,
-    max_loops: int | Mapping[str, int] = 32,
-    total_loops: int | None = None,
-    rows: Tensor | None = None,
-    keep: Keep = "current",
-    observer: LoopObserver | None = None,
-    execution: Execution = "masked",
-) -> AdaptiveOutput:
-    """:meth:`~haltkit.models.gpt.LoopedGPT.forward_adaptive`."""
-    x, steps, outcome = run_policies(
-        model, tokens, policy_for_regions(policy, list(model.regions)), max_loops=max_loops,
-        total_loops=total_loops, rows=rows, keep=keep, observer=observer, execution=execution,
-    )  # fmt: skip
-    return AdaptiveOutput(model.readout(x), steps, outcome)
 
 
 def run_policies(

@@ -260,10 +260,16 @@ class Sampling:
         Raises:
             GenerationError: logits that are not finite.
         """
+        sound = signals.finite(logits[:, : self.vocabulary]).tolist()
+        if not all(sound):
+            raise GenerationError(
+                f"logits of sequence {sound.index(False) + 1} are not finite: there is no token to choose"
+            )
+        return self.pick(logits, u)
+
+    def pick(self, logits: Tensor, u: Tensor) -> Tensor:
+        """:meth:`choose`, of logits that are known to be finite."""
         logits = signals.measured(logits)[:, : self.vocabulary]
-        if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
-            bad = [i + 1 for i, sound in enumerate(logits.isfinite().all(-1).tolist()) if not sound]
-            raise GenerationError(f"logits of sequence {bad[0]} are not finite: there is no token to choose")
         if self.temperature == 0 or self.top_k == 1:
             return logits.argmax(-1)
         # Before dividing, and in float64, where every temperature has a value: a small one must not overflow.
@@ -373,9 +379,10 @@ def _stream(
     for i in range(count):
         # What a sequence comes to when its numbers break, or after its end, is no other sequence's concern.
         sound = signals.finite(seen.logits)  # (B,)
-        chosen = sampling.choose(seen.logits.masked_fill(~sound.unsqueeze(-1), 0.0), draws[:, i])
-        ids: list[int] = chosen.tolist()
         broken = (~sound).tolist()
+        logits = seen.logits.masked_fill(~sound.unsqueeze(-1), 0.0) if any(broken) else seen.logits
+        chosen = sampling.pick(logits, draws[:, i])
+        ids: list[int] = chosen.tolist()
         finished: list[Reason | None] = [None] * len(ids)
         for b, token in enumerate(ids):
             if broken[b]:

@@ -26,6 +26,7 @@ from haltkit.loop import Execution, Keep, LoopObserver
 from haltkit.models.config import region_span
 from haltkit.models.draws import EvaluationNoise, truncated_normal_
 from haltkit.protocol import HaltingPolicy
+from haltkit.registry import policy_for_regions
 
 if TYPE_CHECKING:
     import tiktoken
@@ -499,12 +500,13 @@ class LoopedGPT(
             ValueError: a bad spec, a mapping that does not name exactly the model's regions, a ``total_loops`` that
                 does not give each region a step, or padding before a token.
         """
-        from haltkit.models.execution import run_adaptive
+        from haltkit.models.execution import run_policies
 
-        return run_adaptive(
-            self, tokens, policy, max_loops=max_loops, total_loops=total_loops, rows=rows, keep=keep,
-            observer=observer, execution=execution,
+        x, steps, outcome = run_policies(
+            self, tokens, policy_for_regions(policy, list(self.regions)), max_loops=max_loops,
+            total_loops=total_loops, rows=rows, keep=keep, observer=observer, execution=execution,
         )  # fmt: skip
+        return AdaptiveOutput(self.readout(x), steps, outcome)
 
     def generate(
         self,

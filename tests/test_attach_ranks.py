@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ RANKS = 2
 def inputs(rank: int) -> Tensor:
     """Each rank's rows settle at a step of their own."""
     return (0.01 if rank else 3.0) * torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(rank))
+
+
+def on_ranks(work: Callable[[int, int, str], None], folder: Path) -> list[Any]:
+    """What each process saved in ``FOLDER/RANK.pt``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(port, str(folder)), nprocs=RANKS, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -71,11 +81,7 @@ def work_with_a_broken_row(rank: int, port: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
 @pytest.mark.filterwarnings("ignore")  # spawned processes import under other filters
 def test_a_row_that_breaks_on_one_rank_leaves_the_ranks_in_step(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work_with_a_broken_row, args=(port, str(tmp_path)), nprocs=RANKS, join=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    first, second = on_ranks(work_with_a_broken_row, tmp_path)
     assert first == second
     assert first[:2] == first[2:]  # masked and compact
     # Rank 1's rows move by 2 / 2^k * 2 each: under 0.05 from step 7 on; the mean with rank 0's halves, one step sooner.
@@ -85,11 +91,7 @@ def test_a_row_that_breaks_on_one_rank_leaves_the_ranks_in_step(tmp_path: Path) 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
 @pytest.mark.filterwarnings("ignore")  # spawned processes import under other filters
 def test_a_region_halts_together_on_all_ranks(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=RANKS, join=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    ranks = on_ranks(work, tmp_path)
     alone, mean, largest = (key for key in ranks[0] if "gradient" not in key)
     assert ranks[0][alone][0] != ranks[1][alone][0]  # what the option is for
     for spec in (mean, largest):

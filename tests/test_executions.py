@@ -16,6 +16,7 @@ import torch
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from maps import readout, wiggle
+from test_model import each_choice_of_the_recipe
 from torch import Tensor, nn
 
 import haltkit
@@ -110,14 +111,7 @@ def test_all_executions_are_one_function_in_float64(
     check_all(models[torch.float64], spec, ids, lengths, total, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"injection": "first_step"}, {"injection": "never", "initial_state": "input"}, {"initial_state": "zero"},
-        {"noise": "every_step"}, {"state_norm": False}, {"exit_norm": True}, {"norm_placement": "residual"},
-    ],
-    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
-)  # fmt: skip
+@each_choice_of_the_recipe
 def test_all_executions_are_one_function_for_every_choice_of_the_recipe(
     tiny_config: ModelConfig, changes: dict[str, Any]
 ) -> None:

@@ -345,8 +345,7 @@ def test_fixed_policies_equal_fixed_loop_counts(tiny_model_f64: LoopedGPT) -> No
     torch.testing.assert_close(mixed.logits, tiny_model_f64(ids, {"2": 2, "3-4": 5}), rtol=0, atol=1e-12)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
+each_choice_of_the_recipe = pytest.mark.parametrize(
     "changes",
     [
         {"injection": "first_step"}, {"injection": "never", "initial_state": "input"}, {"initial_state": "zero"},
@@ -354,6 +353,10 @@ def test_fixed_policies_equal_fixed_loop_counts(tiny_model_f64: LoopedGPT) -> No
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
+
+
+@torch.no_grad()
+@each_choice_of_the_recipe
 def test_every_choice_of_the_recipe_runs_and_stays_causal(tiny_config: ModelConfig, changes: dict[str, Any]) -> None:
     model = model_of(tiny_config, **changes)
     ids = tokens(0, 1, 8)
