@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from haltkit.cli.device import Device, choose_device, describe_device
 from haltkit.cli.terminal import check_writable, make_console
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def bench(
     ] = None,
     max_loops: Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
+    device: Device = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
     ] = None,
@@ -64,13 +66,13 @@ def bench(
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
     from haltkit.models.files import write_json
 
-    loaded = load_checkpoint(checkpoint or BUNDLED)
+    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
     model = loaded.model
     if not model.regions:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
-    context = model.block_size
+    context, where = model.block_size, model.wte.weight.device
     windows = comparing.text_windows(loaded, text or comparing.SAMPLE, 32 * context)
-    windows = windows[torch.arange(32) % len(windows)]  # a short text repeats
+    windows = windows[torch.arange(32, device=where) % len(windows)]  # a short text repeats
     ids = windows[:, :-1]
     chosen = benching.choose_specs(loaded, specs, windows, max_loops)
     first, half = chosen[0], context // 2
@@ -79,9 +81,16 @@ def bench(
     measure: dict[str, Callable[[], Any]] = {
         "policies": lambda: [
             *benching.policy_cost(
-                (256, 768), (1, 32, 512, 4096), model.vocab_size, seconds=0.4 * repeats, dtypes=[torch.float32]
+                (256, 768),
+                (1, 32, 512, 4096),
+                model.vocab_size,
+                seconds=0.4 * repeats,
+                dtypes=[torch.float32],
+                device=where,
             ),
-            *benching.policy_cost((768,), (512,), model.vocab_size, seconds=0.4 * repeats, dtypes=[torch.bfloat16]),
+            *benching.policy_cost(
+                (768,), (512,), model.vocab_size, seconds=0.4 * repeats, dtypes=[torch.bfloat16], device=where
+            ),
         ],
         "overhead": lambda: benching.full_depth_overhead(
             model, ids[:8], loops=min(8, max_loops), repeats=2 * repeats + 1
@@ -121,7 +130,7 @@ def bench(
         "model": str(checkpoint) if checkpoint else "bundled",
         "text": str(text) if text else "bundled sample",
         "machine": machine(),
-        "threads": torch.get_num_threads(),
+        "device": describe_device(where),
         "torch": torch.__version__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "max_loops": max_loops,
@@ -129,7 +138,7 @@ def bench(
         "policies": chosen,
     }
     console.print(
-        f"{about['model']} checkpoint, {about['machine']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{about['model']} checkpoint, {about['machine']}, {about['device']}, torch {about['torch']}, "
         f"{about['dtype']}, full depth {max_loops} loops, policies {', '.join(chosen)}",
         highlight=False, markup=False,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from haltkit.cli.device import Device, choose_device, describe_device
 from haltkit.cli.terminal import check_writable, make_console
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def compare(
         Path | None, typer.Option(help="Text file. [default: the bundled held-out sample]", show_default=False)
     ] = None,
     max_loops: Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure quality on.")] = 1536,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure quality on.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 1,
     granularity: Annotated[
         str | None,
@@ -58,6 +59,7 @@ def compare(
         typer.Option(metavar="compact|masked", help="Compute tokens still looping, or all at every step."),
     ] = "compact",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
+    device: Device = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
     ] = None,
@@ -112,6 +114,7 @@ def compare(
             repeats,
             mode,
             execution,
+            device,
         )
     from haltkit.comparison import findings
 
@@ -155,17 +158,15 @@ def _checkpoint(
     repeats: int,
     mode: str,
     execution: str,
+    device: str,
 ) -> tuple[Comparison, dict[str, Any], Sequence[float], list[str], Loop | None]:
     """The comparison on a checkpoint of the bundled architecture."""
-
-    import torch
-
     from haltkit.comparison import CE_LEVELS
     from haltkit.models import comparing
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
     comparing.check_mode(mode, execution)
-    loaded = load_checkpoint(checkpoint or BUNDLED)
+    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
     if not loaded.model.regions:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
     windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)
@@ -179,7 +180,7 @@ def _checkpoint(
         "model": f"{checkpoint or 'bundled'} checkpoint",
         "trained": loaded.trained,
         "text": str(text) if text else "bundled sample",
-        "device": f"cpu, {torch.get_num_threads()} threads",
+        "device": describe_device(loaded.model.wte.weight.device),
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "max_loops": max_loops,
         "batch": batch,
@@ -226,7 +227,7 @@ def _own_model(
 
 def _refuse_with_model(context: typer.Context) -> None:
     """Options that say what a checkpoint is compared on have no meaning for a model that brings its own samples."""
-    for name in ("checkpoint", "text", "max_loops", "tokens", "batch", "mode", "execution"):
+    for name in ("checkpoint", "text", "max_loops", "tokens", "batch", "mode", "execution", "device"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} is for checkpoints; a --model brings its own samples")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from haltkit.cli.device import Device, choose_device
+
 
 def evaluate(
     checkpoint: Annotated[
@@ -29,6 +31,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to evaluate on.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 8,
+    device: Device = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
 ) -> None:
     """Held-out loss of a checkpoint at fixed loop counts and under halting policies."""
@@ -49,7 +52,7 @@ def evaluate(
     settings: list[int | str] = [*_counts(loops), *(policy or [])]
     if not settings:
         raise ValueError("nothing to evaluate: give --loops or --policy")
-    loaded = load_checkpoint(checkpoint or BUNDLED)
+    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
     regions = list(loaded.model.regions)
     if not regions and policy:
         raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
@@ -62,7 +65,7 @@ def evaluate(
                 f"{str(data)!r} was prepared with {shards.vocab_size} tokens, the checkpoint's tokenizer has "
                 f"{loaded.tokenizer.n_vocab}: prepare it with --tokenizer {checkpoint or BUNDLED}"
             )
-        windows = shards.spread(max(1, tokens // loaded.config.block_size))
+        windows = shards.spread(max(1, tokens // loaded.config.block_size)).to(loaded.model.wte.weight.device)
         source = f"{data}, {split}"
     else:
         windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)

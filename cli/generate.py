@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from haltkit.cli.device import Device, choose_device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -56,6 +58,7 @@ def generate(
     layout: Annotated[
         str, typer.Option(metavar="depth-indexed|last|modulo:M", help="What the KV cache keeps; the first is exact.")
     ] = "depth-indexed",
+    device: Device = "auto",
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Show the steps that each token took (colours, or numbers in a pipe).")
     ] = False,
@@ -70,7 +73,7 @@ def generate(
     from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 
     generation.Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
-    loaded = load_checkpoint(checkpoint or BUNDLED)
+    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
     model, tokenizer = loaded.model, loaded.tokenizer
     sampling = generation.Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab)
     prompt_ids = tokenizer.encode_ordinary(text)

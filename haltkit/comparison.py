@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.clock import settled
 from haltkit.loop import Outcome
 
 __all__ = [
@@ -204,9 +204,9 @@ class _Comparer(Generic[W, Out]):
         return times, full.losses.numel(), len(full.losses)
 
     def clock(self, setting: Setting, window: W) -> tuple[float, Out]:
-        started = time.perf_counter()
+        started = settled()
         output = self.run(setting, window)
-        seconds = time.perf_counter() - started
+        seconds = settled() - started
         self.tick()
         return seconds, output
 

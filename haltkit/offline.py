@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haltkit.loop import Keep, LoopResult, Outcome, run_loop
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
 from haltkit.trajectory import RegionTrajectory, TrajectoryError
 
-__all__ = ["replay", "scores"]
+__all__ = ["readout_of_recordings", "replay", "scores"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def _fitting(readout: Readout, width: int) -> Readout:
     return fitting
 
 
+def readout_of_recordings(readout: Readout, model: nn.Module) -> Readout:
+    """A model's readout for recorded states, which lie on the CPU wherever the model is; so do its logits."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    return lambda x: readout(x.to(device)).to(x.device)
+
+
 def replay(
     policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None, keep: Keep = "current"
 ) -> LoopResult:
@@ -90,7 +97,12 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
     Raises:
         TrajectoryError: see :func:`replay`.
     """
-    recorded: dict[int, Tensor] = {}
+    # One tensor for all steps: small ones, one a step, would lie between the large temporaries of a policy that looks
+    # at logits and keep the C library from using their place again.
+    recorded: Tensor | None = None
+    taken = 0  # the loop ends early where no row is finite any more
+
+    last = len(trajectory._consecutive_states()) - 1
 
     class Listening:
         def init(self, x0: Tensor) -> Any:
@@ -98,8 +110,12 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
 
         def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
             state, verdict = policy.update(state, step)
-            recorded[step.k] = verdict.score
+            nonlocal recorded, taken
+            if recorded is None:
+                recorded = verdict.score.new_empty(last, *verdict.score.shape)
+            recorded[step.k - 1], taken = verdict.score, step.k
             return state, Verdict(verdict.score, torch.zeros_like(verdict.halt))
 
     replay(Listening(), trajectory, readout=readout)
-    return torch.stack([recorded[k] for k in sorted(recorded)])
+    assert recorded is not None
+    return recorded[:taken]

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 EPS = 1e-8
+_CACHED = 2**18  # numbers
 KLDirection = Literal["current_previous", "previous_current"]
 
 
@@ -120,7 +121,8 @@ def rounding_floor(size: Tensor | float, dtype: torch.dtype) -> Tensor:
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``log softmax(logits / temperature)`` over the last dimension, in the precision of measurement."""
-    return torch.log_softmax(measured(logits) / temperature, dim=-1)
+    logits = measured(logits)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def kl_divergence(log_p: Tensor, log_p_prev: Tensor, direction: KLDirection = "current_previous") -> Tensor:
@@ -130,6 +132,15 @@ def kl_divergence(log_p: Tensor, log_p_prev: Tensor, direction: KLDirection = "c
     which public implementations compute. Rounding below zero is cut off.
     """
     p, q = (log_p, log_p_prev) if direction == "current_previous" else (log_p_prev, log_p)
+    if p.device.type != "cpu" or p.numel() <= _CACHED:
+        return _kl(p, q)
+    # A few rows at a time: temporaries that fit the caches, where asking the system for large ones takes half the time.
+    rows = max(1, _CACHED // p.shape[-1])
+    flat = (torch.split(x.reshape(-1, p.shape[-1]), rows) for x in (p, q))
+    return torch.cat([_kl(*part) for part in zip(*flat, strict=True)]).view(p.shape[:-1])
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
     # p (log p - log q) is 0 where p is 0, also where q is 0 there and the difference is inf or NaN.
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 

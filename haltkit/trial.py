@@ -15,6 +15,7 @@ from haltkit.attachment import Loop, Session, attach
 from haltkit.attachment.presets import preset_for
 from haltkit.comparison import Comparison, Observation, Setting
 from haltkit.comparison import compare as measure
+from haltkit.offline import readout_of_recordings
 from haltkit.protocol import Readout
 from haltkit.recorder import Recorder
 from haltkit.registry import Spec, parse_spec_list
@@ -216,11 +217,12 @@ class _Trier:
         on_tick: Callable[[int, int], None] | None,
     ) -> Comparison:
         region = self.look()
+        readout = self.readout and readout_of_recordings(self.readout, self.trial.model)
         settings = [Setting("fixed", f"fixed:steps={self.depth}", loops=self.depth)]
         settings += [Setting("fixed", f"fixed:steps={k}", loops=k) for k in FIXED_DEPTHS if k < self.depth]
         # From outside only a halt of all rows saves time, so a policy decides for the batch unless it says otherwise.
         settings += sweep_settings(
-            [spec for spec in specs if spec.name != "fixed"], taus, lambda: [region], self.readout,
+            [spec for spec in specs if spec.name != "fixed"], taus, lambda: [region], readout,
             default_granularity="batch", targets=sorted({max(2, math.ceil(self.depth * s)) for s in TARGET_SHARES}),
         )  # fmt: skip
         with torch.no_grad():

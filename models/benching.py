@@ -7,7 +7,6 @@ are medians over the repeats of the ratio within one.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import haltkit
+from haltkit.clock import settled
 from haltkit.comparison import observed_taus
 from haltkit.loop import LoopRun
 from haltkit.models.checkpoint import Checkpoint
 from haltkit.models.generation import Decoder
 from haltkit.models.gpt import Block, LoopedGPT, Region
 from haltkit.models.memory import CompactMemory, CompactRegionLoop, Rows
-from haltkit.offline import scores
+from haltkit.offline import readout_of_recordings, scores
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of
 from haltkit.registry import Spec, policy_class
 
@@ -50,9 +50,9 @@ Times = dict[str, list[float]]
 
 def clock(call: Callable[[], object]) -> float:
     """Seconds."""
-    started = time.perf_counter()
+    started = settled()
     call()
-    return time.perf_counter() - started
+    return settled() - started
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Times:
@@ -112,8 +112,9 @@ def choose_specs(checkpoint: Checkpoint, specs: Sequence[Spec], windows: Tensor,
                     checkpoint.model(windows[:2, :-1], max_loops)
                 regions = list(recording.trajectory.regions.values())
             policy = spec.with_key("tau", "1").build()
+            readout = readout_of_recordings(checkpoint.model.readout, checkpoint.model)
             with torch.no_grad():
-                seen = torch.cat([scores(policy, r, readout=checkpoint.model.readout).flatten(1) for r in regions], 1)
+                seen = torch.cat([scores(policy, r, readout=readout).flatten(1) for r in regions], 1)
             written = spec.get("patience")
             patience = int(written) if written is not None else getattr(policy_class(spec.name), "patience", 1)
             taus = observed_taus(seen, patience, (TARGET_STEPS,))
@@ -135,21 +136,27 @@ def _update(policy: HaltingPolicy[Any], state: Any, x: Tensor, x_prev: Tensor, l
 
 @torch.inference_mode()
 def policy_cost(
-    widths: Sequence[int], rows: Sequence[int], vocabulary: int, *, seconds: float, dtypes: Sequence[torch.dtype]
+    widths: Sequence[int],
+    rows: Sequence[int],
+    vocabulary: int,
+    *,
+    seconds: float,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """One update of each policy over one step of a body, a transformer layer, by width, rows and dtype."""
     results = []
     for dtype in dtypes:
         for width in widths:
             torch.manual_seed(0)
-            body = Block(width, max(1, width // 64), 4, "branch").to(dtype)
-            head = torch.nn.Linear(width, vocabulary, bias=False).to(dtype)
+            body = Block(width, max(1, width // 64), 4, "branch").to(device, dtype)
+            head = torch.nn.Linear(width, vocabulary, bias=False).to(device, dtype)
             for count in rows:
                 # Sequences of 256: attention over thousands of keys would flatter every policy.
                 shape = (max(1, count // 256), min(count, 256), width)
-                x_prev = torch.randn(shape).to(dtype)
+                x_prev = torch.randn(shape).to(device, dtype)
                 x = body(x_prev)
-                live = torch.ones(shape[:2], dtype=torch.bool)
+                live = torch.ones(shape[:2], dtype=torch.bool, device=device)
                 runs: dict[str, Callable[[], object]] = {"body": partial(body, x_prev)}
                 for name in POLICY_COST:
                     policy = haltkit.policy(name, tau=1e-12)
@@ -333,19 +340,20 @@ def break_even(model: LoopedGPT, rows: Sequence[int], shares: Sequence[float], *
     ``at``: the smallest such share among those tried; None: none of them.
     """
     name, region = next(iter(model.regions.items()))
+    device = model.wte.weight.device
     length = min(256, model.block_size)
     policy = haltkit.policy("accel:tau=1e-30")
     results = []
     for count in rows:
         t = min(count, length)
         b = count // t
-        e = torch.randn(b, t, model.d_model)
+        e = torch.randn(b, t, model.d_model, device=device)
 
         def prepare(b: int = b, t: int = t, e: Tensor = e) -> tuple[CompactRegionLoop, LoopRun]:
             """A loop after its first step."""
             at_hand = Rows(b, t)
             memories = [CompactMemory(at_hand) for _ in region.body.blocks]
-            positions = torch.arange(t).repeat(b)
+            positions = torch.arange(t, device=device).repeat(b)
             body = CompactRegionLoop(region, e.flatten(0, 1), positions, model.noise, at_hand, memories)
             run = LoopRun(policy, region.initial_state(e, model.noise), execution="compact", name=name)
             run.advance_if_sound(body.step(run.x, 1, run.live), body.doubt())
@@ -361,6 +369,7 @@ def break_even(model: LoopedGPT, rows: Sequence[int], shares: Sequence[float], *
                 stay.append(clock(partial(body.step, run.x, 2, run.live)))
                 body, run = prepare()
                 live = torch.randperm(b * t, generator=torch.Generator().manual_seed(0)) >= round(share * b * t)
+                live = live.to(device)
                 go.append(clock(partial(_leave, body, run, live)))
             if statistics.median(g / s for g, s in zip(go, stay, strict=True)) < 1:
                 found = share
@@ -398,8 +407,9 @@ def position_cost(
                     layers += float(taken) * len(model.regions[name].body.blocks)
             applied[place] = plain + layers / count
 
-        q = torch.randn(1, heads, 1, model.d_model // heads)
-        kv = torch.randn(1, place + count // 2, 2, heads, model.d_model // heads).permute(2, 0, 3, 1, 4)
+        device = ids.device
+        q = torch.randn(1, heads, 1, model.d_model // heads, device=device)
+        kv = torch.randn(1, place + count // 2, 2, heads, model.d_model // heads, device=device).permute(2, 0, 3, 1, 4)
         runs[f"token {place}"] = run
         runs[f"attention {place}"] = partial(_attention, q, *kv)
         run()

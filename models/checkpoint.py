@@ -200,13 +200,16 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+def load_checkpoint(
+    folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Checkpoint:
     """Load a checkpoint folder, by default the one that ships with haltkit.
 
     Args:
         folder: written by training or by :func:`save_checkpoint`.
         dtype: of the weights and so of the computation; signals want float32 (the stored bf16 weights lose
             nothing on the way up).
+        device: where the model goes.
 
     Raises:
         CheckpointError: missing or damaged files, or weights that do not match the config.
@@ -235,4 +238,4 @@ def load_checkpoint(folder: str | Path = BUNDLED, *, dtype: torch.dtype = torch.
             f"the tokenizer in {str(folder)!r} has {tokenizer.n_vocab} tokens, the model {config.vocab_size}"
         )
     model.tokenizer, model.trained = tokenizer, trained
-    return Checkpoint(model.to(dtype).eval(), config, tokenizer, trained)
+    return Checkpoint(model.to(device, dtype).eval(), config, tokenizer, trained)

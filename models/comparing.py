@@ -20,6 +20,7 @@ from haltkit.models.checkpoint import BUNDLED, Checkpoint
 from haltkit.models.data import DataError, read_text, windows
 from haltkit.models.generation import Decoder
 from haltkit.models.gpt import AdaptiveOutput, LoopedGPT
+from haltkit.offline import readout_of_recordings
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.registry import Spec
@@ -36,6 +37,8 @@ SAMPLE = BUNDLED / "sample.txt"
 def text_windows(checkpoint: Checkpoint, path: Path, tokens: int) -> Tensor:
     """About ``tokens`` tokens of a text file in windows of the model's context, spread evenly over the file.
 
+    They are where the model is.
+
     Returns:
         ``(N, T + 1)``.
 
@@ -49,7 +52,8 @@ def text_windows(checkpoint: Checkpoint, path: Path, tokens: int) -> Tensor:
     except DataError as error:
         raise DataError(f"{str(path)!r} is too short: {error}") from None
     wanted = min(len(found), max(1, tokens // length))
-    return found[np.linspace(0, len(found) - 1, wanted).round().astype(int)]
+    chosen = found[np.linspace(0, len(found) - 1, wanted).round().astype(int)]
+    return chosen.to(checkpoint.model.wte.weight.device)
 
 
 def choose_settings(
@@ -83,12 +87,16 @@ def choose_settings(
     @cache
     def recorded() -> list[RegionTrajectory]:
         """The sample's loops at full depth: run once, and only if some policy's thresholds are picked from it."""
-        with torch.no_grad(), haltkit.record(model) as recording:
-            model(sample[:, :-1], max_loops)
-        return list(recording.trajectory.regions.values())
+        regions: list[RegionTrajectory] = []
+        for window in torch.split(sample, 1):  # a policy that looks at logits takes memory by the window
+            with torch.no_grad(), haltkit.record(model) as recording:
+                model(window[:, :-1], max_loops)
+            regions += recording.trajectory.regions.values()
+        return regions
 
+    readout = readout_of_recordings(model.readout, model)
     swept = [spec for spec in specs if spec.name != "fixed"]
-    return settings + sweep_settings(swept, taus, recorded, model.readout, granularity=granularity)
+    return settings + sweep_settings(swept, taus, recorded, readout, granularity=granularity)
 
 
 @dataclass(frozen=True)

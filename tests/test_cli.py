@@ -237,7 +237,7 @@ def test_a_model_without_regions_has_nothing_to_halt(
 def test_a_defect_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from haltkit.models import checkpoint
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("defect")
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", broken)

@@ -156,7 +156,7 @@ def test_bench_measures_every_part(
     assert done == 0, shown.err
     measured = json.loads((tmp_path / "b.json").read_text())
     assert set(parts) < measured.keys()
-    assert {"machine", "threads", "torch", "dtype", "policies"} < measured.keys()
+    assert {"machine", "device", "torch", "dtype", "policies"} < measured.keys()
     assert [(row["batch"], row["spec"].partition(":")[0]) for row in measured["decode"]] == [
         (b, p) for b in (1, 8, 32) for p in ("norm", "kl")
     ]

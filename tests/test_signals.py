@@ -129,3 +129,15 @@ def test_eps_keeps_a_ratio_defined_at_zero() -> None:
 def test_an_undefined_scale_gives_infinity() -> None:
     value, scale = torch.tensor([1.0, torch.inf]), torch.tensor([torch.inf, torch.inf])
     assert signals.normalized(value, scale).tolist() == [torch.inf, torch.inf]
+
+
+@pytest.mark.parametrize("shape", [(5, 90_000), (3, 4, 70_000), (300_000,), (2, 0, 8), (7, 300_000)])
+def test_kl_of_many_numbers_is_kl_row_by_row(shape: tuple[int, ...]) -> None:
+    """Taken a few rows at a time where there are many; each row by itself is the reference."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.log_softmax(torch.randn(shape, generator=generator), -1) for _ in range(2))
+    found = signals.kl_divergence(p, q)
+    assert found.shape == shape[:-1]
+    rows = zip(p.reshape(-1, shape[-1]), q.reshape(-1, shape[-1]), strict=True)
+    expected = [float((a.double().exp() * (a.double() - b.double())).sum()) for a, b in rows]
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-4)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CORE = ROOT / "haltkit"
 # Bottom to top; a module imports only from layers below its own, or beside it within one.
 LAYERS = [
-    {"signals"},
+    {"clock", "signals"},
     {"protocol"},
     {"policies", "wrappers"},
     {"loop"},
