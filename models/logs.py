@@ -25,13 +25,13 @@ SCALARS = ("loss", "lr", "grad_norm", "tokens_per_second")
 
 def versions() -> dict[str, str]:
     """What the run is made of, for its log and its checkpoints."""
-    from importlib.metadata import version
-
     import numpy as np
     import torch
 
+    from haltkit import __version__
+
     return {
-        "haltkit": version("haltkit"), "torch": torch.__version__, "numpy": np.__version__,
+        "haltkit": __version__, "torch": torch.__version__, "numpy": np.__version__,
         "python": platform.python_version(), "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}",
     }  # fmt: skip

@@ -600,8 +600,10 @@ def _fault(run: Run, loss: float, grad_norm: float) -> str | None:
 
 def _weights_are_finite(run: Run) -> bool:
     """Whether every weight is finite; about a thousandth of a step's time."""
-    parts = [local(p.detach()) for p in run.model.parameters()]
-    broken = not all(bool(part.abs().amax() < torch.inf) for part in parts if part.numel())
+    parts = [part for p in run.model.parameters() if (part := local(p.detach())).numel()]
+    # One look at the device for all of them; a maximum, for a sum of squares could overflow where no weight does.
+    largest = torch.stack(torch._foreach_norm(parts, math.inf)) if parts else torch.zeros(1)
+    broken = not bool((largest < torch.inf).all())
     return not (run.processes.greatest(int(broken)) if run.sharded else broken)
 
 
@@ -620,7 +622,7 @@ def _step(run: Run) -> tuple[float, float]:
     total = torch.zeros((), device=processes.device)
     for micro_step in range(train.grad_accumulation):
         first = run.samples + micro_step * train.batch_size
-        batch = torch.from_numpy(run.feed.take(first, rows)).to(processes.device)
+        batch = _to_device(torch.from_numpy(run.feed.take(first, rows)), processes.device)
         loops = {
             name: loop_count(
                 model.mean_loops, train.loop_sigma, seed=train.seed, step=run.step, micro_step=micro_step, region=name
@@ -641,11 +643,17 @@ def _step(run: Run) -> tuple[float, float]:
     return float(processes.sum(total)), float(grad_norm)
 
 
+def _to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for what the device is still busy with."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+
 def _statistics(run: Run, weights: dict[str, Tensor], held_out: TokenData) -> dict[str, Any]:
     """Reduced loop statistics of the current weights, on a few held-out windows, in float32."""
     model = build_model(run.config.model)  # a plain one: hooks added to a compiled module do not fire
     load_weights(model, {name: weight.cpu() for name, weight in weights.items()})
-    statistics = loop_statistics(model.eval(), held_out.spread(STATISTICS_WINDOWS)[:, :-1])
+    device = run.processes.device
+    statistics = loop_statistics(model.eval().to(device), held_out.spread(STATISTICS_WINDOWS)[:, :-1].to(device))
     return {"tokens_seen": run.tokens, "steps": run.step, **statistics}
 
 
