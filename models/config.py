@@ -122,6 +122,8 @@ class DataConfig:
     # folder at ``path`` still gives the tokenizer and the evaluation split, whose documents the stream leaves out.
     stream: str = ""
     stream_config: str = ""
+    # A commit, tag or branch of the dataset on the Hub. A commit makes sure that a resumed run reads the same text.
+    stream_revision: str = ""
     stream_column: str = "text"
     # What a document of the stream that cannot be read does: "stop" the run, or be left out and counted in the log.
     bad_documents: Literal["stop", "skip"] = "stop"
@@ -129,6 +131,8 @@ class DataConfig:
     stream_workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.stream_revision and Path(self.stream).exists():
+            raise ConfigError(f"data.stream_revision is of a dataset on the Hub; data.stream {self.stream!r} is local")
         if self.stream_workers < 0:
             raise ConfigError(f"data.stream_workers must not be negative, got {self.stream_workers}")
 

@@ -45,6 +45,8 @@ class Source:
     config: str | None = None
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
     column: str = "text"
+    # Of the dataset on the Hub; None is its newest.
+    revision: str | None = None
     # Give an Unreadable for a document that is not text, for a JSONL line or a text file that cannot be read, and for
     # each document of a damaged row group of a Parquet file (one for a file whose row groups cannot be found).
     skip_bad: bool = False
@@ -60,6 +62,8 @@ class Source:
         keys: dict[str, Any] = {"split": split, "streaming": True}
         try:
             if not self.files:
+                if self.revision is not None:
+                    keys["revision"] = self.revision
                 return datasets.load_dataset(self.name, self.config, **keys)
             paths = dict(self.files)[split]
             builder = _BUILDERS[Path(paths[0]).suffix]

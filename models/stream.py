@@ -139,15 +139,16 @@ class StreamFeed:
         folder = Path(config.path).expanduser()
         manifest = read_manifest(folder)
         source = resolve_source([config.stream], config.stream_config or None, config.stream_column)
-        source = replace(source, skip_bad=config.bad_documents == "skip")
+        source = replace(source, skip_bad=config.bad_documents == "skip", revision=config.stream_revision or None)
         name = manifest["tokenizer"]["name"]
         encoding = load_tokenizer(folder if (folder / TOKENIZER_FILE).is_file() else name)
         self.text = _Text(source, encoding, lanes, length, float(manifest["settings"]["holdout"]))
         files = [[Path(path).name, Path(path).stat().st_size] for path in dict(source.files).get("train", ())]
-        # All that decides which windows come after a position. What a dataset on the Hub holds is not seen from here.
+        # All that decides which windows come after a position. What a branch on the Hub holds is not seen from here.
         self.described = {
             "kind": "stream", "stream": config.stream, "stream_config": config.stream_config,
-            "stream_column": config.stream_column, "bad_documents": config.bad_documents,
+            "stream_revision": config.stream_revision, "stream_column": config.stream_column,
+            "bad_documents": config.bad_documents,
             "files": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16], "tokenizer": fingerprint(encoding),
             "holdout": self.text.holdout, "lanes": lanes, "length": length,
         }  # fmt: skip
@@ -181,16 +182,16 @@ class StreamFeed:
         return {**self.described, "unreadable": unreadable, "positions": positions}
 
     def seek(self, position: dict[str, Any], processes: Processes) -> None:
-        # Older positions say less, and are of when nothing could be skipped.
-        written = {"bad_documents": "stop", **position}
+        # Older positions say less, and are of when nothing could be skipped or pinned.
+        written = {"bad_documents": "stop", "stream_revision": "", **position}
         for key, value in self.described.items():
             if written.get(key, value) != value:
                 raise DataError(
                     f"the checkpoint was written over another stream ({key} {written[key]}, here {value}): resumed, "
                     "the run would not see the samples it would have seen. A stream has a lane for each row of the "
-                    "batch: keep data.stream, its files, its stream_config, stream_column and bad_documents, the "
-                    "tokenizer and holdout of data.path, train.batch_size and block_size (the number of processes is "
-                    "free)"
+                    "batch: keep data.stream, its files, its stream_config, stream_revision, stream_column and "
+                    "bad_documents, the tokenizer and holdout of data.path, train.batch_size and block_size (the number "
+                    "of processes is free)"
                 )
         self.positions = {lane: dict(position["positions"][lane]) for lane in self.positions}
         self._items = None

@@ -2,20 +2,21 @@
 
     python tests/gang.py JOBS.json
 
-JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "file_limit", "fails"}``. Each job must
+JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "file_limit", "fails",
+"backend"}``. Each job must
 finish before the next begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
 ``{"processes", "command"}`` is a command line of haltkit in every process instead.
-With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
+With ``backend`` torch.compile uses that one. With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
 end in it, and writes it to ``OUT/failed-RANK``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # these are imported here so that no child has to
+import torch.distributed as dist
 import torch.distributed.checkpoint.hf_storage
 import torch.distributed.fsdp
 import torch.utils.tensorboard
@@ -32,7 +34,8 @@ import torch.utils.tensorboard
 from haltkit.cli import main as entry
 from haltkit.models import train as training
 from haltkit.models.config import RunConfig, from_dict
-from haltkit.models.data import ShardFeed
+from haltkit.models.data import Feed, ShardFeed
+from haltkit.models.stream import StreamFeed
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -56,14 +59,13 @@ def fork(work: Callable[[], None]) -> int:
 
 def spread(processes: int, work: Callable[[], None], seconds: float = 120) -> None:
     """Run ``work`` in so many processes that find each other as under torchrun; all must succeed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun's agent does: it holds the store itself, on a port that nobody can take in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def one(rank: int) -> None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
         )  # fmt: skip
         work()
 
@@ -81,11 +83,12 @@ def spread(processes: int, work: Callable[[], None], seconds: float = 120) -> No
 
 def watch_samples(config: RunConfig, out: Path) -> None:
     """Have every window that training takes written down: sample number and what is in it."""
-    take = ShardFeed.take
+    kind = StreamFeed if config.data.stream else ShardFeed
+    take: Callable[..., Any] = kind.take
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"samples-{os.getpid()}.jsonl"
 
-    def taking(feed: ShardFeed, first: int, rows: Iterable[int]) -> Any:
+    def taking(feed: Feed, first: int, rows: Iterable[int]) -> Any:
         rows = list(rows)
         found = take(feed, first, rows)
         with path.open("a") as file:
@@ -93,7 +96,7 @@ def watch_samples(config: RunConfig, out: Path) -> None:
                 file.write(json.dumps([first + row, hash(window.tobytes())]) + "\n")
         return found
 
-    ShardFeed.take = taking  # type: ignore[method-assign]
+    kind.take = taking  # type: ignore[assignment,method-assign]
 
 
 def command(arguments: list[str]) -> None:
@@ -113,6 +116,8 @@ def run(job: dict[str, Any]) -> None:
     stop_at = job.get("stop_at")
 
     def work() -> None:
+        if "backend" in job:
+            torch.compile = functools.partial(torch.compile, backend=job["backend"])  # type: ignore[assignment]
         watch_samples(config, out)
         rank = int(os.environ["RANK"])
         if "file_limit" in job and rank == job["processes"] - 1:

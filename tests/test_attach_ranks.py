@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,15 @@ def inputs(rank: int) -> Tensor:
     return (0.01 if rank else 3.0) * torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(rank))
 
 
-def on_ranks(work: Callable[[int, int, str], None], folder: Path) -> list[Any]:
+def on_ranks(work: Callable[[int, str], None], folder: Path) -> list[Any]:
     """What each process saved in ``FOLDER/RANK.pt``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=RANKS, join=True)
+    mp.spawn(work, args=(str(folder),), nprocs=RANKS, join=True)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     model = Refiner()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     found: dict[str, Any] = {}
@@ -55,9 +51,9 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def work_with_a_broken_row(rank: int, port: int, folder: str) -> None:
+def work_with_a_broken_row(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     found: list[int] = []
     for execution in ("masked", "compact"):
         for pool in ("mean", "max"):

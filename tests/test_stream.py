@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import write_documents
 
-from haltkit.models.config import DataConfig, RunConfig, load_config
+from haltkit.models.config import ConfigError, DataConfig, RunConfig, load_config
 from haltkit.models.data import MANIFEST, DataError, TokenData
 from haltkit.models.distributed import Processes
 from haltkit.models.prepare import Unreadable, prepare, resolve_source
@@ -122,6 +122,32 @@ def test_a_position_says_all_that_decides_what_comes_next(
         here = replace(here, path=str(tmp_path / "other"))
     with pytest.raises(DataError, match=f"written over another stream .{changed} "):
         feed(here).seek(position, Processes())
+
+
+def test_a_dataset_on_the_hub_can_be_pinned(settings: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the Hub, which cannot be reached from a test."""
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **keys: Any) -> Any:
+        asked.append((args, keys))
+        texts = [f"Document {i} says {keys.get('revision', 'newest')}. " * 9 for i in range(40)]
+        return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    newest = replace(settings, stream="some/corpus", stream_config="part")
+    pinned = replace(newest, stream_revision="0a1b2c")
+    stream = feed(pinned)
+    assert "0a1b2c" in stream.text.encoding.decode(draw(stream, 1)[0][0])
+    assert asked[-1] == (("some/corpus", "part"), {"split": "train", "streaming": True, "revision": "0a1b2c"})
+    feed(pinned).seek(stream.position(Processes()), Processes())
+    with pytest.raises(DataError, match="another stream .stream_revision 0a1b2c, here "):
+        feed(newest).seek(stream.position(Processes()), Processes())
+    draw(feed(newest), 1)
+    assert "revision" not in asked[-1][1]
+    with pytest.raises(ConfigError, match="stream_revision is of a dataset on the Hub"):
+        replace(settings, stream_revision="0a1b2c")
 
 
 @pytest.fixture
