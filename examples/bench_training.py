@@ -140,6 +140,7 @@ def kept(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="small", help="a training config; its batch, width and depth are used")
+    parser.add_argument("--batch", type=int, help="[default: the config's]")
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py")
     parser.add_argument("--layers", type=int, help="fewer layers for the comparison with the loops off")
     parser.add_argument("--loops", type=int, help="[default: the config's mean]")
@@ -151,10 +152,11 @@ def main() -> None:
 
     config = load_config(arguments.config)
     train, compiled = config.train, not arguments.eager
+    batch = arguments.batch or train.batch_size
     bf16 = train.precision == "bf16"
     torch.manual_seed(0)
     model = config.model
-    windows = torch.randint(0, model.vocab_size, (train.batch_size, model.block_size + 1), device=DEVICE)
+    windows = torch.randint(0, model.vocab_size, (batch, model.block_size + 1), device=DEVICE)
     plain = replace(model, regions=(), n_layer=arguments.layers or model.n_layer)
     loops = arguments.loops or model.mean_loops
     counts = dict.fromkeys(model.regions, loops)
@@ -185,7 +187,7 @@ def main() -> None:
 
     tokens = windows[:, 1:].numel()
     print(
-        f"{arguments.config}: batch {train.batch_size} x {model.block_size}, width {model.d_model}, {plain.n_layer} "
+        f"{arguments.config}: batch {batch} x {model.block_size}, width {model.d_model}, {plain.n_layer} "
         f"layers with the loops off, {train.precision}, {'compiled' if compiled else 'not compiled'}; {DEVICE.type}, "
         f"{torch.get_num_threads()} threads; measured bf16 matmul peak {peak / 1e9:,.0f} GFLOP/s"
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from haltkit.loop import LoopResult as LoopResult
     from haltkit.loop import Outcome as Outcome
     from haltkit.loop import run_loop as run_loop
+    from haltkit.offline import readout_of_recordings as readout_of_recordings
     from haltkit.offline import replay as replay
     from haltkit.protocol import HaltingPolicy as HaltingPolicy
     from haltkit.protocol import LoopStep as LoopStep
@@ -39,7 +40,7 @@ _HOMES = {
     "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),
     "haltkit.recorder": ("Record", "Recorder", "record"),
     "haltkit.registry": ("policy",),
-    "haltkit.offline": ("replay",),
+    "haltkit.offline": ("readout_of_recordings", "replay"),
     "haltkit.trajectory": ("Trajectory",),
     "haltkit.trial": ("Trial", "compare"),
 }

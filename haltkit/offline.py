@@ -40,7 +40,7 @@ def _states(trajectory: RegionTrajectory) -> Tensor:
 
 
 def _fitting(readout: Readout, width: int) -> Readout:
-    """The readout; where it cannot take states of this width, the recording is of another model."""
+    """The readout; where it cannot take the states, the recording is of another model, or the readout elsewhere."""
 
     def fitting(x: Tensor) -> Tensor:
         try:
@@ -49,7 +49,8 @@ def _fitting(readout: Readout, width: int) -> Readout:
             raise
         except RuntimeError as error:
             raise TrajectoryError(
-                f"the recording's states, of width {width}, do not fit the readout: it is of another model "
+                f"the recording's states, of width {width}, do not fit the readout: it is of another model, or on "
+                "another device, where haltkit.readout_of_recordings(readout, model) would carry them "
                 f"({' '.join(str(error).split())})"
             ) from error
 
@@ -77,7 +78,8 @@ def replay(
     Args:
         policy: judged as in :func:`haltkit.run_loop`.
         trajectory: every state of a loop run at a fixed depth, which becomes the budget.
-        readout: for policies that look at logits.
+        readout: for policies that look at logits; of a model that is not on the CPU, as recordings are, give
+            :func:`readout_of_recordings`.
         keep: as in :func:`haltkit.run_loop`.
 
     Raises:
@@ -94,14 +96,14 @@ def replay(
 def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:
     """What a policy measures at each step of a recording, ``(K, ...)``, were nothing ever halted.
 
+    ``+inf`` after a step at which no row was finite any more.
+
     Raises:
         TrajectoryError: see :func:`replay`.
     """
     # One tensor for all steps: small ones, one a step, would lie between the large temporaries of a policy that looks
     # at logits and keep the C library from using their place again.
     recorded: Tensor | None = None
-    taken = 0  # the loop ends early where no row is finite any more
-
     last = len(trajectory._consecutive_states()) - 1
 
     class Listening:
@@ -110,12 +112,12 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
 
         def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
             state, verdict = policy.update(state, step)
-            nonlocal recorded, taken
+            nonlocal recorded
             if recorded is None:
-                recorded = verdict.score.new_empty(last, *verdict.score.shape)
-            recorded[step.k - 1], taken = verdict.score, step.k
+                recorded = verdict.score.new_full((last, *verdict.score.shape), torch.inf)
+            recorded[step.k - 1] = verdict.score
             return state, Verdict(verdict.score, torch.zeros_like(verdict.halt))
 
     replay(Listening(), trajectory, readout=readout)
     assert recorded is not None
-    return recorded[:taken]
+    return recorded

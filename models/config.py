@@ -131,8 +131,8 @@ class DataConfig:
     stream_workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.stream_revision and Path(self.stream).exists():
-            raise ConfigError(f"data.stream_revision is of a dataset on the Hub; data.stream {self.stream!r} is local")
+        if self.stream_revision and not self.stream:
+            raise ConfigError("data.stream_revision is of a dataset on the Hub: name that in data.stream")
         if self.stream_workers < 0:
             raise ConfigError(f"data.stream_workers must not be negative, got {self.stream_workers}")
 

@@ -65,7 +65,7 @@ class TrainingNoise:
     """Fresh noise for each sample, region and loop step of one training step.
 
     Drawn where it is used, by that device's own generator: a GPU would wait for a CPU's draws longer than for all else
-    in a step. The same key gives the same numbers on every device of one kind, and others on another kind.
+    in a step. The same key gives the same numbers on every CPU; a GPU's are its model's own, and may be its PyTorch's.
 
     Args:
         seed: the run's seed.

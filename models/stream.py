@@ -133,12 +133,20 @@ class StreamFeed:
         lanes: rows of the global batch.
         length: inputs a window.
         rows: the rows that this process takes.
+
+    Raises:
+        DataError: nothing to read there, or a revision of files.
     """
 
     def __init__(self, config: DataConfig, lanes: int, length: int, rows: Iterable[int]) -> None:
         folder = Path(config.path).expanduser()
         manifest = read_manifest(folder)
         source = resolve_source([config.stream], config.stream_config or None, config.stream_column)
+        if source.files and config.stream_revision:
+            raise DataError(
+                f"data.stream_revision is of a dataset on the Hub, and data.stream {config.stream!r} names files: "
+                "leave it empty"
+            )
         source = replace(source, skip_bad=config.bad_documents == "skip", revision=config.stream_revision or None)
         name = manifest["tokenizer"]["name"]
         encoding = load_tokenizer(folder if (folder / TOKENIZER_FILE).is_file() else name)
@@ -190,8 +198,8 @@ class StreamFeed:
                     f"the checkpoint was written over another stream ({key} {written[key]}, here {value}): resumed, "
                     "the run would not see the samples it would have seen. A stream has a lane for each row of the "
                     "batch: keep data.stream, its files, its stream_config, stream_revision, stream_column and "
-                    "bad_documents, the tokenizer and holdout of data.path, train.batch_size and block_size (the number "
-                    "of processes is free)"
+                    "bad_documents, the tokenizer and holdout of data.path, train.batch_size and block_size (the "
+                    "number of processes is free)"
                 )
         self.positions = {lane: dict(position["positions"][lane]) for lane in self.positions}
         self._items = None

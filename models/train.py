@@ -12,7 +12,6 @@ import signal
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from haltkit.clock import settled
 from haltkit.models.checkpoint import (
     CheckpointError,
     build_model,
@@ -396,13 +396,13 @@ class _Trainer:
         run, train = self.run, self.train
         asked = 0
         while run.step < train.max_steps and not (asked := run.processes.greatest(self.stop.number)):
-            started = time.monotonic()
+            started = settled()
             loss, grad_norm = _step(run)
             fault = _fault(run, loss, grad_norm)
             if fault is None:
                 run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-            elapsed = time.monotonic() - started
+            elapsed = settled() - started
             run.samples += run.samples_per_step
             run.seconds += elapsed
             if fault is not None and self._handle(fault, loss, grad_norm):
@@ -551,11 +551,11 @@ def forecast(config: RunConfig, steps: int = 3) -> Forecast:
         run.optimizer.zero_grad(set_to_none=True)
         counts = [0.0, 0.0]
         for number in range(steps):
-            started = time.monotonic()
+            started = settled()
             _step(run)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-            counts[0] += time.monotonic() - started
+            counts[0] += settled() - started
             for micro_step in range(config.train.grad_accumulation):
                 drawn = {
                     name: loop_count(
@@ -601,9 +601,8 @@ def _fault(run: Run, loss: float, grad_norm: float) -> str | None:
 def _weights_are_finite(run: Run) -> bool:
     """Whether every weight is finite; about a thousandth of a step's time."""
     parts = [part for p in run.model.parameters() if (part := local(p.detach())).numel()]
-    # One look at the device for all of them; a maximum, for a sum of squares could overflow where no weight does.
-    largest = torch.stack(torch._foreach_norm(parts, math.inf)) if parts else torch.zeros(1)
-    broken = not bool((largest < torch.inf).all())
+    extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
+    broken = bool(extremes) and not bool(torch.stack(extremes).isfinite().all())  # one look at the device for all
     return not (run.processes.greatest(int(broken)) if run.sharded else broken)
 
 

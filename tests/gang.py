@@ -6,7 +6,7 @@ JOBS.json is a list of ``{"processes", "config", "out", "resume", "stop_at", "fi
 "backend"}``. Each job must
 finish before the next begins. Every process writes the ids of the windows it trained on to ``OUT/samples-*.jsonl``.
 ``{"processes", "command"}`` is a command line of haltkit in every process instead.
-With ``backend`` torch.compile uses that one. With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
+With ``backend`` torch.compile uses that one, and ``OUT/compiled`` has a line a graph. With ``file_limit`` the last process may write no larger file; with ``fails``, the name of an error, every process must
 end in it, and writes it to ``OUT/failed-RANK``.
 """
 
@@ -99,6 +99,18 @@ def watch_samples(config: RunConfig, out: Path) -> None:
     kind.take = taking  # type: ignore[assignment,method-assign]
 
 
+def counting(name: str, out: Path) -> Callable[..., Any]:
+    """A backend of torch.compile that leaves a line in ``OUT/compiled`` for every graph."""
+    compiler = torch._dynamo.lookup_backend(name)
+
+    def compiled(graph: Any, inputs: Any) -> Any:
+        with (out / "compiled").open("a") as file:
+            file.write(f"{len(inputs)}\n")
+        return compiler(graph, inputs)
+
+    return compiled
+
+
 def command(arguments: list[str]) -> None:
     sys.argv = ["haltkit", *arguments]
     try:
@@ -117,7 +129,7 @@ def run(job: dict[str, Any]) -> None:
 
     def work() -> None:
         if "backend" in job:
-            torch.compile = functools.partial(torch.compile, backend=job["backend"])  # type: ignore[assignment]
+            torch.compile = functools.partial(torch.compile, backend=counting(job["backend"], out))  # type: ignore[assignment]
         watch_samples(config, out)
         rank = int(os.environ["RANK"])
         if "file_limit" in job and rank == job["processes"] - 1:

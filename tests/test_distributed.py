@@ -138,6 +138,11 @@ def test_a_stream_saved_by_two_goes_on_with_one_and_with_three(
             assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
 
 
+def test_compiled_blocks_were_compiled(runs: Path) -> None:
+    assert len((runs / "ddp-2-compiled" / "compiled").read_text().splitlines()) >= 2 * 5  # two processes, five layers
+    assert not (runs / "ddp-2" / "compiled").exists()
+
+
 def test_processes_share_the_work(runs: Path) -> None:
     counts = sorted(len(file.read_text().splitlines()) for file in (runs / "ddp-3").glob("samples-*"))
     assert counts == [STEPS * 2 * rows for rows in (1, 1, 2)]

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
     "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
+    "bench_region_depths.py": ["--tokens", "512", "--max-loops", "8", "--depths", "2"],
     "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
 }
 
@@ -50,7 +51,9 @@ def test_what_run_folders_know_is_collected(data_folder: Path, tmp_path: Path) -
 
     rows = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["rows"]
     runs = [row["run"] for row in rows]
-    assert runs == ["looped"] * runs.count("looped") + ["release (annealed)"] + ["control"] * runs.count("control")
+    assert runs == ["looped"] * runs.count("looped") + ["release (annealed)"] + ["control"] * runs.count("control") + [
+        "control (annealed)"
+    ]
     assert min(runs.count("looped"), runs.count("control")) >= 1
     last = [row for row in rows if row["run"] == "looped"][-1]
     snapshot = tmp_path / "out" / "snapshots" / f"tokens-{last['tokens']:010d}.json"

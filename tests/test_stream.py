@@ -146,8 +146,11 @@ def test_a_dataset_on_the_hub_can_be_pinned(settings: DataConfig, monkeypatch: p
         feed(newest).seek(stream.position(Processes()), Processes())
     draw(feed(newest), 1)
     assert "revision" not in asked[-1][1]
-    with pytest.raises(ConfigError, match="stream_revision is of a dataset on the Hub"):
-        replace(settings, stream_revision="0a1b2c")
+    for local in (settings.stream, f"{settings.stream}/*.jsonl"):
+        with pytest.raises(DataError, match="stream_revision is of a dataset on the Hub, and .* names files"):
+            feed(replace(settings, stream=local, stream_revision="0a1b2c"))
+    with pytest.raises(ConfigError, match="name that in data.stream"):
+        DataConfig(path=settings.path, stream_revision="0a1b2c")
 
 
 @pytest.fixture

@@ -406,9 +406,8 @@ def survey_tokens(subject: Subject, window: Tensor, policies: Sequence[str], loo
                 taken = subject.halted(window[None], spec, loops)
             else:
                 policy = haltkit.policy(spec)
-                taken = {
-                    n: haltkit.replay(policy, r, readout=subject.readout).steps for n, r in trajectory.regions.items()
-                }
+                readout = subject.readout and haltkit.readout_of_recordings(subject.readout, subject.model)
+                taken = {n: haltkit.replay(policy, r, readout=readout).steps for n, r in trajectory.regions.items()}
         except ValueError as error:
             left_out[spec] = str(error)
             continue
