@@ -1,9 +1,10 @@
 """Bring what run folders know of training into this folder, where it is kept when they are gone.
 
-    python examples/reproduction/collect.py runs/small --control runs/small-control --release runs/release
+    python examples/reproduction/collect.py runs/small --control runs/small-control --release runs/small
 
-Writes ``snapshots/tokens-*.json``, ``snapshots/release.json`` and ``training.json``; ``haltkit diagnose`` reads the
-first two. Without ``--release`` or ``--control`` those parts are left out.
+Writes ``tokens-*.json``, ``untrained.json`` and ``release.json`` into ``snapshots``, and ``training.json``;
+``haltkit diagnose`` reads the first. ``--release`` is an annealed copy of the run, or the run itself if it went to its
+end. Without ``--release`` or ``--control`` those parts are left out.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from haltkit.models.checkpoint import load_checkpoint, read_config
+import torch
+
+from haltkit.models.checkpoint import build_model, load_checkpoint, read_config
 from haltkit.models.data import TokenData
 from haltkit.models.files import write_json
+from haltkit.models.gpt import LoopedGPT
 from haltkit.models.statistics import loop_statistics
 from haltkit.models.train import STATISTICS_FILE, STATISTICS_WINDOWS, read_run_config
 
@@ -35,17 +39,20 @@ def losses(folder: Path) -> dict[str, Any]:
     return {"tokens": trained["tokens"], "seconds": trained["seconds"], "held_out_loss": loss}
 
 
-def measure(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """Statistics of a checkpoint, on the held-out windows that training takes for its snapshots."""
-    config, loaded = read_run_config(run), load_checkpoint(checkpoint)
+def measure(run: Path, model: LoopedGPT) -> dict[str, Any]:
+    """Statistics of a model, on the held-out windows that training takes for its snapshots."""
+    config = read_run_config(run)
     held_out = TokenData(Path(config.data.path).expanduser(), config.data.eval_split, config.model.block_size)
-    seen = {"tokens_seen": loaded.trained["tokens"], "steps": loaded.trained["steps"]}
-    return {**seen, **loop_statistics(loaded.model, held_out.spread(STATISTICS_WINDOWS)[:, :-1])}
+    seen = {"tokens_seen": model.trained.get("tokens", 0), "steps": model.trained.get("steps", 0)}
+    return {**seen, **loop_statistics(model, held_out.spread(STATISTICS_WINDOWS)[:, :-1])}
 
 
 def collect(run: Path, control: Path | None, release: Path | None, out: Path) -> None:
     (out / "snapshots").mkdir(parents=True, exist_ok=True)
     rows = []
+    config = read_run_config(run)
+    torch.manual_seed(config.train.seed)  # as training begins
+    write_json(out / "snapshots" / "untrained.json", measure(run, build_model(config.model).eval()))
     for folder in snapshots(run):
         rows.append({"run": "looped", **losses(folder)})
         statistics = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
@@ -53,9 +60,11 @@ def collect(run: Path, control: Path | None, release: Path | None, out: Path) ->
     if release is not None:
         final = release / "final"
         rows.append({"run": "release (annealed)", **losses(final)})
-        write_json(out / "snapshots" / "release.json", measure(release, final))
+        write_json(out / "snapshots" / "release.json", measure(release, load_checkpoint(final).model))
     if control is not None:
         rows += [{"run": "control", **losses(folder)} for folder in snapshots(control)]
+        if (control / "final").is_dir():
+            rows.append({"run": "control (annealed)", **losses(control / "final")})
     what = (
         "held-out cross-entropy (nats) at each loop count, on windows spread over the validation split, in the "
         "precision of training; control: the same model with its loops off; seconds: of training, on whatever else "
