@@ -64,7 +64,6 @@ wheel: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_policy_cost.py
 	$(BIN)/python examples/bench_attach.py
-	$(BIN)/python examples/bench_region_depths.py
 	$(BIN)/python examples/bench_training.py
 	$(BIN)/haltkit bench --json haltkit-bench.json
 

@@ -363,8 +363,10 @@ def _title(result: Comparison, about: dict[str, Any]) -> str:
 
 def _label(row: Row) -> str:
     """What tells this row from its neighbours."""
+    from haltkit.comparison import depth_label
+
     if row.policy == "fixed":
-        return f"fixed {row.spec.removeprefix('fixed:steps=')}"
+        return f"fixed {depth_label(row.spec)}"
     return f"{row.policy} tau={row.tau:g}" if row.tau is not None else row.spec
 
 

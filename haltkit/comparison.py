@@ -8,8 +8,9 @@ quality, which is the baseline to beat.
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "Setting",
     "compare",
+    "depth_label",
     "findings",
     "observed_taus",
     "sweep_spread",
@@ -52,13 +54,14 @@ Judgement = Literal["yes", "no", "cannot tell"]
 class Setting:
     """One line of a comparison: a policy at one threshold, or a fixed depth.
 
-    ``policy`` names the sweep that it belongs to; ``causal`` says that no row's depth depends on later rows.
+    ``policy`` names the sweep that it belongs to; ``loops`` is the fixed depth, the same in every region or by region;
+    ``causal`` says that no row's depth depends on later rows.
     """
 
     policy: str
     spec: str
     tau: float | None = None
-    loops: int | None = None
+    loops: int | Mapping[str, int] | None = None
     causal: bool = True
 
 
@@ -111,6 +114,11 @@ class Row:
     speedup: float
     outcomes: dict[str, float]
     causal: bool = True
+
+
+def depth_label(spec: str) -> str:
+    """``8`` for ``fixed:steps=8``; ``3 6 3`` for a spec that gives each region its own fixed depth."""
+    return " ".join(re.findall(r"fixed:steps=(\d+)", spec)) or spec
 
 
 @dataclass(frozen=True)

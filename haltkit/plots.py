@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from haltkit.comparison import Row
+from haltkit.comparison import Row, depth_label
 
 __all__ = ["plot_comparison"]
 
@@ -82,17 +82,23 @@ def _frontier(
     """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    fixed = sorted((row for row in rows if row.policy == "fixed"), key=lambda row: row.ms_per_token)
-    axes.plot(
-        [row.ms_per_token for row in fixed],
-        [row.delta_ce for row in fixed],
-        color="0.35", marker="s", markerfacecolor="white", label="fixed depth",
-    )  # fmt: skip
-    for row in fixed:
-        axes.annotate(
-            row.spec.removeprefix("fixed:steps="), (row.ms_per_token, row.delta_ce), xytext=(4, 5),
-            textcoords="offset points", fontsize=8, color="0.35",
-        )  # fmt: skip
+    for by_region, label, look in (
+        (False, "fixed depth", {"marker": "s", "linestyle": "-"}),
+        (True, "fixed depth for each region", {"marker": "v", "linestyle": ":"}),
+    ):
+        fixed = [row for row in rows if row.policy == "fixed" and (" " in depth_label(row.spec)) == by_region]
+        fixed.sort(key=lambda row: row.ms_per_token)
+        if fixed:
+            axes.plot(
+                [row.ms_per_token for row in fixed],
+                [row.delta_ce for row in fixed],
+                color="0.35", markerfacecolor="white", label=label, **look,
+            )  # fmt: skip
+        for row in () if by_region else fixed:  # close together: the table has their depths
+            axes.annotate(
+                depth_label(row.spec), (row.ms_per_token, row.delta_ce), xytext=(4, 5), textcoords="offset points",
+                fontsize=8, color="0.35",
+            )  # fmt: skip
     for name in names:
         own = sorted((row for row in rows if row.policy == name), key=lambda row: row.ms_per_token)
         axes.errorbar(

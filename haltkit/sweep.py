@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from haltkit.comparison import PAPER_TAUS, TARGET_STEPS, Setting, observed_taus
-from haltkit.offline import scores
+from haltkit.offline import replay, scores
 from haltkit.protocol import Readout, check_tau
-from haltkit.registry import Spec, policy_class
+from haltkit.registry import Spec, policy, policy_class
 from haltkit.trajectory import RegionTrajectory
 
-__all__ = ["sweep_settings"]
+__all__ = ["depth_settings", "sweep_settings"]
+
+SUGGESTED = 6  # depths at most
 
 
 def sweep_settings(
@@ -65,6 +67,40 @@ def sweep_settings(
     return settings
 
 
+def depth_settings(
+    settings: Sequence[Setting], recorded: Mapping[str, RegionTrajectory], readout: Readout | None
+) -> list[Setting]:
+    """The fixed depths that policies suggest: in each region the mean of the steps that a policy takes there, rounded.
+
+    What a policy finds may be no more than the depth of each region. A fixed depth has that for nothing, so it is the
+    baseline that a policy must beat.
+
+    Args:
+        settings: those of policies are judged on the recording; the depths of the others are known already.
+        recorded: the loops at full depth by region, on some text.
+
+    Returns:
+        the ``SUGGESTED`` least deep ones that are not known already.
+    """
+    known = {setting.loops for setting in settings if isinstance(setting.loops, int)}
+    found: dict[tuple[int, ...], None] = {}
+    for setting in settings:
+        if setting.loops is None:
+            judge = policy(setting.spec)
+            with torch.no_grad():
+                steps = [replay(judge, region, readout=readout).steps for region in recorded.values()]
+            found[tuple(max(1, round(float(taken.double().mean()))) for taken in steps)] = None
+    suggested = []
+    for depths in sorted(found, key=lambda depths: (sum(depths), depths)):
+        if len(set(depths)) > 1:
+            by_region = dict(zip(recorded, depths, strict=True))
+            spec = ";".join(f"{name}=fixed:steps={depth}" for name, depth in by_region.items())
+            suggested.append(Setting("fixed", spec, loops=by_region))
+        elif depths[0] not in known:
+            suggested.append(Setting("fixed", f"fixed:steps={depths[0]}", loops=depths[0]))
+    return suggested[:SUGGESTED]
+
+
 def _sweep(
     spec: Spec,
     taus: str | Sequence[float],
@@ -85,9 +121,9 @@ def _sweep(
         )
     found = set(PAPER_TAUS) if taus in ("paper", "both") else set()
     if taus in ("auto", "both"):
-        policy = spec.with_key("tau", "1").build()
+        judge = spec.with_key("tau", "1").build()
         with torch.no_grad():
-            seen = [scores(policy, region, readout=readout).flatten(1) for region in recorded()]
+            seen = [scores(judge, region, readout=readout).flatten(1) for region in recorded()]
         written = spec.get("patience")
         patience = int(written) if written is not None else getattr(policy_class(spec.name), "patience", 1)
         found |= set(observed_taus(torch.cat(seen, 1), patience, targets))

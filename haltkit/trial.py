@@ -19,7 +19,7 @@ from haltkit.offline import readout_of_recordings
 from haltkit.protocol import Readout
 from haltkit.recorder import Recorder
 from haltkit.registry import Spec, parse_spec_list
-from haltkit.sweep import sweep_settings
+from haltkit.sweep import depth_settings, sweep_settings
 from haltkit.trajectory import RegionTrajectory
 
 __all__ = ["FIXED_DEPTHS", "Trial", "compare"]
@@ -221,10 +221,11 @@ class _Trier:
         settings = [Setting("fixed", f"fixed:steps={self.depth}", loops=self.depth)]
         settings += [Setting("fixed", f"fixed:steps={k}", loops=k) for k in FIXED_DEPTHS if k < self.depth]
         # From outside only a halt of all rows saves time, so a policy decides for the batch unless it says otherwise.
-        settings += sweep_settings(
+        swept = sweep_settings(
             [spec for spec in specs if spec.name != "fixed"], taus, lambda: [region], readout,
             default_granularity="batch", targets=sorted({max(2, math.ceil(self.depth * s)) for s in TARGET_SHARES}),
         )  # fmt: skip
+        settings += [*depth_settings([*settings, *swept], {"loop": region}, readout), *swept]
         with torch.no_grad():
             for setting in (settings[0], settings[-1]):  # warm up before anything is timed
                 with self.prepare(setting):

@@ -24,7 +24,7 @@ from haltkit.offline import readout_of_recordings
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.registry import Spec
-from haltkit.sweep import sweep_settings
+from haltkit.sweep import depth_settings, sweep_settings
 from haltkit.trajectory import RegionTrajectory
 
 __all__ = ["FIXED_DEPTHS", "SAMPLE", "Mode", "check_mode", "choose_settings", "compare_checkpoint", "text_windows"]
@@ -64,7 +64,7 @@ def choose_settings(
     sample: Tensor,
     granularity: str | None = None,
 ) -> list[Setting]:
-    """Full depth, the other fixed depths, and each policy at each of its thresholds.
+    """Full depth, the other fixed depths and those that the policies suggest, and each policy at its thresholds.
 
     Args:
         specs: those with a ``tau`` stand for one setting, the others for a sweep.
@@ -85,18 +85,22 @@ def choose_settings(
     model = checkpoint.model
 
     @cache
-    def recorded() -> list[RegionTrajectory]:
-        """The sample's loops at full depth: run once, and only if some policy's thresholds are picked from it."""
-        regions: list[RegionTrajectory] = []
+    def recorded() -> list[Mapping[str, RegionTrajectory]]:
+        """The loops of each window of the sample at full depth, by region: run once, and only if somebody asks."""
+        loops: list[Mapping[str, RegionTrajectory]] = []
         for window in torch.split(sample, 1):  # a policy that looks at logits takes memory by the window
             with torch.no_grad(), haltkit.record(model) as recording:
                 model(window[:, :-1], max_loops)
-            regions += recording.trajectory.regions.values()
-        return regions
+            loops.append(recording.trajectory.regions)
+        return loops
 
     readout = readout_of_recordings(model.readout, model)
-    swept = [spec for spec in specs if spec.name != "fixed"]
-    return settings + sweep_settings(swept, taus, recorded, readout, granularity=granularity)
+    swept = sweep_settings(
+        [spec for spec in specs if spec.name != "fixed"], taus,
+        lambda: [region for loops in recorded() for region in loops.values()], readout, granularity=granularity,
+    )  # fmt: skip
+    suggested = depth_settings([*settings, *swept], recorded()[0], readout) if swept else []
+    return [*settings, *suggested, *swept]
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,10 @@ class _Runner:
 
     def decode(self, setting: Setting, inputs: Tensor) -> Tensor | AdaptiveOutput:
         """Token by token with the exact cache, the text being given; a fixed depth with nothing but its loop."""
-        decoder = Decoder(self.model, self.policies[setting.spec], max_loops=self.max_loops)
+        decoder = Decoder(self.model, self.policies.get(setting.spec, setting.spec), max_loops=self.max_loops)
         first = decoder.prefill(inputs[:, :1])
         if setting.loops is not None:
-            loops = dict.fromkeys(self.model.regions, setting.loops)
+            loops = self.model.loop_counts(setting.loops)
             rest = [decoder.step_fixed(inputs[:, i], loops) for i in range(1, inputs.shape[1])]
             return torch.stack([first.logits, *rest], 1)
         seen = [first, *(decoder.step(inputs[:, i]) for i in range(1, inputs.shape[1]))]
@@ -139,7 +143,7 @@ class _Runner:
         losses = F.cross_entropy(logits.float().transpose(1, 2), window[:, 1:], reduction="none")
         if isinstance(output, AdaptiveOutput):
             return Observation(logits, losses, output.steps, output.outcome)
-        steps = {name: torch.full_like(losses, setting.loops or 0) for name in self.model.regions}
+        steps = {name: torch.full_like(losses, depth) for name, depth in self.model.loop_counts(setting.loops).items()}
         return Observation(logits, losses, steps, {})
 
 
@@ -184,7 +188,7 @@ def compare_checkpoint(
     if batch < 1 or len(sequences) < batch:
         raise ValueError(f"batch={batch} does not fit {len(sequences)} windows of text: lower it or give more text")
     batches = [part for part in torch.split(sequences, batch) if len(part) == batch]
-    policies = {setting.spec: haltkit.policy(setting.spec) for setting in settings}
+    policies = {setting.spec: haltkit.policy(setting.spec) for setting in settings if setting.loops is None}
     for spec, policy in policies.items():
         if mode == "decode" and (granularity := granularity_of(policy)) != "token":
             raise ValueError(

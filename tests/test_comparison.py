@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from haltkit.comparison import (
     Row,
     Setting,
     compare,
+    depth_label,
     findings,
     observed_taus,
     sweep_spread,
@@ -27,6 +28,9 @@ from haltkit.comparison import (
 from haltkit.offline import scores
 from haltkit.plots import plot_comparison
 from haltkit.recorder import Recorder
+from haltkit.registry import policy_for_regions
+from haltkit.sweep import depth_settings
+from haltkit.trajectory import RegionTrajectory
 
 SETTINGS = [
     Setting("fixed", "fixed:steps=8", loops=8),
@@ -37,8 +41,11 @@ COST = {"fixed:steps=8": 0.008, "fixed:steps=1": 0.001, "norm:tau=0.1": 0.003}
 LOSS = {"fixed:steps=8": 2.0, "fixed:steps=1": 2.5, "norm:tau=0.1": 2.003}
 
 
+NOW = [0.0]  # the clock of these tests: a real one would tell how busy the machine is
+
+
 def run(setting: Setting, window: int) -> str:
-    time.sleep(COST[setting.spec])
+    NOW[0] += COST[setting.spec]
     return setting.spec
 
 
@@ -56,7 +63,9 @@ def observe(setting: Setting, output: str, window: int) -> Observation:
 
 @pytest.fixture(scope="module")
 def result() -> Comparison:
-    return compare(run, observe, SETTINGS, [0, 1, 2], timed=2, repeats=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("haltkit.comparison.settled", lambda: NOW[0])
+        return compare(run, observe, SETTINGS, [0, 1, 2], timed=2, repeats=3)
 
 
 def test_quality_is_what_was_observed(result: Comparison) -> None:
@@ -80,10 +89,10 @@ def test_quality_is_what_was_observed(result: Comparison) -> None:
 def test_time_is_wall_clock(result: Comparison) -> None:
     for row in result.rows:
         assert len(row.ms_repeats) == 3
-        assert row.ms_per_token >= 1e3 * COST[row.spec] / 8
+        assert row.ms_per_token == pytest.approx(1e3 * COST[row.spec] / 8)
         assert row.ms_spread == (min(row.ms_repeats), max(row.ms_repeats))
     assert result.rows[0].speedup == 1
-    assert result.rows[1].speedup > 2
+    assert result.rows[1].speedup == pytest.approx(8)
 
 
 def test_the_conclusion_is_the_frontiers(result: Comparison) -> None:
@@ -191,3 +200,46 @@ def test_what_compare_refuses() -> None:
         compare(run, observe, [], [0])
     with pytest.raises(ValueError, match="at least one"):
         compare(run, observe, SETTINGS, [])
+
+
+def shrinking(rates: Sequence[float]) -> dict[str, RegionTrajectory]:
+    """Loops ``x_k = rate^k x_0`` from rows of norm 1, by region: the norm of step k is ``(1 - rate) rate^(k-1)``."""
+    recorder = Recorder()
+    for number, rate in enumerate(rates):
+        x0 = torch.tensor([[0.6, 0.8], [-1.0, 0.0]], dtype=torch.float64)
+        haltkit.run_loop(
+            lambda x, rate=rate: rate * x, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder,
+            name=str(number),
+        )  # fmt: skip
+    return dict(recorder.trajectory.regions)
+
+
+def first_below(tau: float, rate: float) -> int:
+    return next(k for k in range(1, 21) if (1 - rate) * rate ** (k - 1) < tau)
+
+
+def test_policies_suggest_a_depth_for_each_region() -> None:
+    rates = (0.3, 0.8)
+    taus = (0.1, 0.05, 0.01)
+    settings = [Setting("fixed", "fixed:steps=20", loops=20)]
+    settings += [Setting("norm", f"norm:tau={tau}", tau) for tau in taus]
+    suggested = depth_settings(settings, shrinking(rates), None)
+    expected = [{"0": first_below(tau, 0.3), "1": first_below(tau, 0.8)} for tau in taus]
+    assert [setting.loops for setting in suggested] == expected
+    assert expected[0]["0"] != expected[0]["1"]
+    assert {setting.policy for setting in suggested} == {"fixed"}
+    label = depth_label(suggested[0].spec)
+    assert label == f"{expected[0]['0']} {expected[0]['1']}"
+    built = policy_for_regions(suggested[0].spec, ["0", "1"])
+    assert [built[name].steps for name in ("0", "1")] == list(expected[0].values())
+
+
+def test_suggested_depths_are_new_few_and_shallow() -> None:
+    one = shrinking((0.8,))
+    many = [Setting("norm", f"norm:tau={tau}", tau) for tau in (0.15, 0.1, 0.08, 0.06, 0.05, 0.03, 0.02, 0.01)]
+    depths = [first_below(setting.tau or 0, 0.8) for setting in many]
+    known = Setting("fixed", f"fixed:steps={depths[1]}", loops=depths[1])
+    suggested = depth_settings([known, *many], one, None)
+    assert [setting.loops for setting in suggested] == [depths[0], *depths[2:7]]
+    assert [setting.spec for setting in suggested] == [f"fixed:steps={setting.loops}" for setting in suggested]
+    assert depth_settings([known], one, None) == []

@@ -17,7 +17,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
     "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
-    "bench_region_depths.py": ["--tokens", "512", "--max-loops", "8", "--depths", "2"],
     "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
 }
 
