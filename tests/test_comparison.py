@@ -28,8 +28,8 @@ from haltkit.comparison import (
 from haltkit.offline import scores
 from haltkit.plots import plot_comparison
 from haltkit.recorder import Recorder
-from haltkit.registry import policy_for_regions
-from haltkit.sweep import depth_settings
+from haltkit.registry import parse_spec_list, policy_for_regions
+from haltkit.sweep import depth_settings, sweep_settings
 from haltkit.trajectory import RegionTrajectory
 
 SETTINGS = [
@@ -243,3 +243,33 @@ def test_suggested_depths_are_new_few_and_shallow() -> None:
     assert [setting.loops for setting in suggested] == [depths[0], *depths[2:7]]
     assert [setting.spec for setting in suggested] == [f"fixed:steps={setting.loops}" for setting in suggested]
     assert depth_settings([known], one, None) == []
+
+
+class Shrink(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rate: float) -> torch.Tensor:
+        return rate * x
+
+
+class Breaking(torch.nn.Module):
+    """Twenty loops of ``0.8 x``, whose fourth gives NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Shrink()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for k in range(1, 21):
+            x = self.body(x, math.nan if k == 4 else 0.8)
+        return x
+
+
+def test_thresholds_are_picked_where_one_recording_stops_being_finite() -> None:
+    model, sound = Breaking(), shrinking((0.8,))["0"]
+    with haltkit.record(model, {"broken": "body"}) as recording:
+        model(torch.ones(2, 2, dtype=torch.float64))
+    broken = recording.trajectory["broken"]
+    seen = scores(haltkit.policy("norm:tau=1"), broken)
+    assert len(seen) == len(broken.recorded) - 1
+    assert seen[1:2].isfinite().all()
+    assert (seen[4:] == math.inf).all()
+    assert sweep_settings(parse_spec_list("norm"), "auto", lambda: [sound, broken], None)
