@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haltkit.clock import settled
 from haltkit.models.checkpoint import build_model
 from haltkit.models.config import ModelConfig, load_config
 from haltkit.models.cost import saved_bytes, step_flops
@@ -35,17 +35,10 @@ Step = Callable[[], None]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(step: Step) -> float:
-    wait()
-    started = time.perf_counter()
+    started = settled()
     step()
-    wait()
-    return time.perf_counter() - started
+    return settled() - started
 
 
 def matmul_peak(repeats: int) -> float:
@@ -129,12 +122,11 @@ def kept(
     objective = Objective(model, head_loss, head_loss)
     counts = dict.fromkeys(model.regions, loops)
     noise = TrainingNoise(0, range(len(windows)))
-    started = time.perf_counter()
+    started = settled()
     with saved_bytes(model.parameters()) as measured, torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
         loss = objective(windows, counts, noise, depth, recompute)
     loss.backward()
-    wait()
-    return measured.value, time.perf_counter() - started
+    return measured.value, settled() - started
 
 
 def main() -> None:

@@ -599,7 +599,7 @@ def _fault(run: Run, loss: float, grad_norm: float) -> str | None:
 
 
 def _weights_are_finite(run: Run) -> bool:
-    """Whether every weight is finite; about a thousandth of a step's time."""
+    """Whether every weight is finite; under a hundredth of a step's time."""
     parts = [part for p in run.model.parameters() if (part := local(p.detach())).numel()]
     extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
     broken = bool(extremes) and not bool(torch.stack(extremes).isfinite().all())  # one look at the device for all
