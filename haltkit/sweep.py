@@ -83,13 +83,13 @@ def depth_settings(
         the ``SUGGESTED`` least deep ones that are not known already.
     """
     known = {setting.loops for setting in settings if isinstance(setting.loops, int)}
-    found: dict[tuple[int, ...], None] = {}
+    found: set[tuple[int, ...]] = set()
     for setting in settings:
         if setting.loops is None:
             judge = policy(setting.spec)
             with torch.no_grad():
                 steps = [replay(judge, region, readout=readout).steps for region in recorded.values()]
-            found[tuple(max(1, round(float(taken.double().mean()))) for taken in steps)] = None
+            found.add(tuple(max(1, round(float(taken.double().mean()))) for taken in steps))
     suggested = []
     for depths in sorted(found, key=lambda depths: (sum(depths), depths)):
         if len(set(depths)) > 1:
