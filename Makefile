@@ -1,14 +1,19 @@
-# make compare   the main job on the bundled checkpoint        make test   everything CI runs
+# make compare   the main job on the bundled models            make test   everything CI runs
 # make check     lint and types                                make bench  the benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: compare reproduction test check lint types unit bench wheel format clean
+.PHONY: compare figure reproduction test quick check lint types unit fuzz bench wheel format clean
 
 compare: $(VENV)/.installed
-	$(BIN)/haltkit compare --policies accel,kl,norm --json haltkit-compare.json --plot haltkit-compare.png
+	$(BIN)/haltkit compare text --policies accel,kl,norm --json haltkit-compare.json --plot haltkit-compare.png
+	$(BIN)/haltkit compare chase --policies accel,kl,norm --taus auto --json haltkit-chase.json --plot haltkit-chase.png
+
+# README's first picture, of what make compare measured.
+figure: $(VENV)/.installed
+	$(BIN)/python examples/draw_overview.py --chase haltkit-chase.json --text haltkit-compare.json --out examples/overview.png
 
 # The claims of the papers, judged on the bundled checkpoint: examples/reproduction.
 reproduction: $(VENV)/.installed
@@ -27,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,third-party]'
+	$(PIP) --editable '.[dev,third-party,eval]'
 	$(PIP) --no-deps open-mythos
 	touch $@
 
@@ -50,6 +55,16 @@ PYTEST_ARGS ?= -n 2
 unit: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=$(if $(CI),ci,default) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# A minute: no other process, no training, no browser.
+quick: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+# Damaged files and odd text, other ones each time, for MINUTES.
+MINUTES ?= 60
+fuzz: $(VENV)/.installed-dev
+	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+	  HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) -q tests/test_fuzz.py || exit 1; done
+
 # The wheel must work on its own, in an empty folder, checkpoint and text included.
 wheel: $(VENV)/.installed-dev
 	rm -rf build/wheel && mkdir -p build/wheel/empty
@@ -63,8 +78,15 @@ wheel: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_policy_cost.py
+	$(BIN)/python examples/bench_rows.py
+	$(BIN)/python examples/bench_queue.py
+	$(BIN)/python examples/bench_sudoku.py
+	$(BIN)/python examples/bench_kinds.py
 	$(BIN)/python examples/bench_attach.py
+	$(BIN)/python examples/bench_attach_rows.py
+	$(BIN)/python examples/bench_generate.py
 	$(BIN)/python examples/bench_training.py
+	$(BIN)/python examples/bench_calibration.py
 	$(BIN)/haltkit bench --json haltkit-bench.json
 
 clean:

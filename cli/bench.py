@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haltkit.cli.device import Device, choose_device, describe_device
+from haltkit.cli.device import Device, describe_device
+from haltkit.cli.options import (
+    JsonPath,
+    MaxLoops,
+    Model,
+    OldCheckpoint,
+    Repeats,
+    Text,
+    check_policies,
+    chosen_model,
+)
+from haltkit.cli.subjects import text_model
 from haltkit.cli.terminal import check_writable, make_console
 
 if TYPE_CHECKING:
@@ -23,97 +34,97 @@ _MEANING = {
     "forward": "teacher-forced passes against full depth",
     "decode": "cached decoding against cached decoding at full depth",
     "slowest": "against iterating until the slowest token is done (bare: no policy; Scripted: drawn depths)",
-    "break-even": "share of halted rows from which leaving them behind pays within a step",
-    "position": "time a token by its position",
+    "break-even": "share of halted rows from which retiring them pays within a step",
+    "position": "time per token by its position",
     "layouts": "KV layouts: what they take, what they lose",
 }
 
 
 def bench(
+    model: Model = None,
     policies: Annotated[
-        str, typer.Option(help="Comma-separated; one without tau gets that at which a typical token takes 6 steps.")
+        str,
+        typer.Option(
+            help="Comma-separated specs, also per region, and paths of saved choices; one without tau gets that at "
+            "which a typical token takes 6 steps."
+        ),
     ] = "accel,kl",
     only: Annotated[str, typer.Option(metavar="LIST", help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. \\[default: the bundled one]", show_default=False)
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file. \\[default: the bundled held-out sample]", show_default=False)
-    ] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")] = 3,
+    text: Text = None,
+    max_loops: MaxLoops = 32,
+    repeats: Repeats = 3,
     device: Device = "auto",
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")
-    ] = None,
+    json_path: JsonPath = None,
+    checkpoint: OldCheckpoint = None,
 ) -> None:
     """Measure, side by side in one run, what halting costs and saves on this machine.
 
     The bound is the speed-up that counted floating-point operations allow for the steps that occurred, layers that do
-    not loop included; realised is the measured speed-up over it. Takes some minutes; leave the machine alone.
+    not loop included; realised is the measured speed-up over it. Takes some minutes; run nothing else meanwhile.
     """
-    from haltkit.registry import parse_spec_list
-
+    named = chosen_model(model, checkpoint)
     parts = [part.strip() for part in only.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"--only {only}: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
-    specs = parse_spec_list(policies)
-    check_writable(json_path)
+    check_policies(policies)
+    json_path = check_writable(json_path)
 
     import torch
 
-    from haltkit.models import benching, comparing
-    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
-    from haltkit.models.files import write_json
+    from haltkit.comparison.settings import candidates
+    from haltkit.files import write_json
+    from haltkit.models.gpt import bench as benching
+    from haltkit.models.gpt.subject import SAMPLE, gpt_subject, text_windows
 
-    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
-    model = loaded.model
-    if not model.regions:
-        raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
-    context, where = model.block_size, model.wte.weight.device
-    windows = comparing.text_windows(loaded, text or comparing.SAMPLE, 32 * context)
+    loaded = text_model(named, "bench", device)
+    gpt = loaded.model
+    if not gpt.regions:
+        raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
+    context, where = gpt.block_size, gpt.wte.weight.device
+    windows = text_windows(loaded, text or SAMPLE, 32 * context)
     windows = windows[torch.arange(32, device=where) % len(windows)]  # a short text repeats
     ids = windows[:, :-1]
-    chosen = benching.choose_specs(loaded, specs, windows, max_loops)
-    first, half = chosen[0], context // 2
-    count = max(1, min(12, context // 8))
+    subject = gpt_subject(gpt, windows[:2], max_loops=max_loops)
+    chosen = benching.choose_policies(subject, candidates(policies, subject))
+    first, half = next(iter(chosen.values())), context // 2
+    count, scripted = max(1, min(12, context // 8)), benching.Scripted(min(16, max_loops))
     shares = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
     measure: dict[str, Callable[[], Any]] = {
         "policies": lambda: [
             *benching.policy_cost(
                 (256, 768),
                 (1, 32, 512, 4096),
-                model.vocab_size,
+                gpt.vocab_size,
                 seconds=0.4 * repeats,
                 dtypes=[torch.float32],
                 device=where,
             ),
             *benching.policy_cost(
-                (768,), (512,), model.vocab_size, seconds=0.4 * repeats, dtypes=[torch.bfloat16], device=where
+                (768,), (512,), gpt.vocab_size, seconds=0.4 * repeats, dtypes=[torch.bfloat16], device=where
             ),
         ],
         "overhead": lambda: benching.full_depth_overhead(
-            model, ids[:8], loops=min(8, max_loops), repeats=2 * repeats + 1
+            gpt, ids[:8], loops=min(8, max_loops), repeats=2 * repeats + 1
         ),
         "forward": lambda: [
             row
             for batch in (ids[:1], ids[:8], ids[:, : context // 4])
-            for row in benching.forward_speed(model, batch, chosen, max_loops=max_loops, repeats=repeats)
+            for row in benching.forward_speed(gpt, batch, chosen, max_loops=max_loops, repeats=repeats)
         ],
         "decode": lambda: [
             row
             for batch in (ids[:1], ids[:8], ids)
             for row in benching.decode_speed(
-                model, batch[:, : half + count], chosen, start=half, max_loops=max_loops, repeats=repeats
+                gpt, batch[:, : half + count], chosen, start=half, max_loops=max_loops, repeats=repeats
             )
         ],
         "slowest": lambda: [
-            benching.slowest_row(model, ids[:16, :half], spec, max_loops=max_loops, repeats=repeats)
-            for spec in (*chosen, f"haltkit.models.benching:Scripted:deepest={min(16, max_loops)}")
+            benching.slowest_row(gpt, ids[:16, :half], name, policy, max_loops=max_loops, repeats=repeats)
+            for name, policy in {**chosen, f"Scripted:deepest={scripted.deepest}": scripted}.items()
         ],
-        "break-even": lambda: benching.break_even(model, (8, 32, 128, 1024), shares, repeats=2 * repeats + 1),
+        "break-even": lambda: benching.break_even(gpt, (8, 32, 128, 1024), shares, repeats=2 * repeats + 1),
         "position": lambda: benching.position_cost(
-            model,
+            gpt,
             ids[:1],
             first,
             (context // 4, context - count),
@@ -122,26 +133,27 @@ def bench(
             repeats=2 * repeats + 1,
         ),
         "layouts": lambda: benching.approximate_layouts(
-            model, windows[:1, : half + 1], first, LAYOUTS, max_loops=max_loops
+            gpt, windows[:1, : half + 1], first, LAYOUTS, max_loops=max_loops
         ),
     }
     console = make_console()
     about = {
-        "model": str(checkpoint) if checkpoint else "bundled",
+        "model": named or "bundled",
         "text": str(text) if text else "bundled sample",
         "machine": machine(),
         "device": describe_device(where),
         "torch": torch.__version__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(gpt.parameters()).dtype).removeprefix("torch."),
         "max_loops": max_loops,
         "repeats": repeats,
-        "policies": chosen,
+        "policies": list(chosen),
     }
     console.print(
         f"{about['model']} checkpoint, {about['machine']}, {about['device']}, torch {about['torch']}, "
         f"{about['dtype']}, full depth {max_loops} loops, policies {', '.join(chosen)}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        highlight=False,
+        markup=False,
+    )
     results: dict[str, Any] = {}
     for part in PARTS:
         if part not in parts:
@@ -199,15 +211,20 @@ def _print(console: Console, part: str, result: Any) -> None:
         grid = table("batch x tokens", "policy", "steps", "full ms/token", "ms/token", "bound", "speed-up", "realised")
         for row in result:
             grid.add_row(
-                f"{row['batch']} x {row['length']}", row["spec"], steps_of(row), f"{row['full_ms_per_token']:.3f}",
-                f"{row['ms_per_token']:.3f}", f"{row['bound']:.2f}x", f"{row['speedup']:.2f}x",
+                f"{row['batch']} x {row['length']}",
+                row["spec"],
+                steps_of(row),
+                f"{row['full_ms_per_token']:.3f}",
+                f"{row['ms_per_token']:.3f}",
+                f"{row['bound']:.2f}x",
+                f"{row['speedup']:.2f}x",
                 f"{row['realised']:.2f}",
-            )  # fmt: skip
+            )
     elif part == "slowest":
         grid = table("policy", "batch", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s")
         for row in result:
             grid.add_row(
-                row["spec"].removeprefix("haltkit.models.benching:"),
+                row["spec"],
                 f"{row['batch']} x {row['length']}",
                 steps_of(row),
                 " ".join(map(str, row["slowest"].values())),
@@ -217,7 +234,7 @@ def _print(console: Console, part: str, result: Any) -> None:
                 f"{row['tokens_per_second']:,.0f}",
             )
     elif part == "break-even":
-        grid = table("rows at hand", "share halted")
+        grid = table("rows computed", "share halted")
         for row in result:
             grid.add_row(f"{row['rows']:,}", "never" if row["at"] is None else f"{row['at']:.1%}")
     elif part == "position":
@@ -228,8 +245,12 @@ def _print(console: Console, part: str, result: Any) -> None:
         grid = table("layout", "KiB/token", "CE change", "largest logit error", "mean", "agreement", "steps")
         for row in result:
             grid.add_row(
-                row["layout"], f"{row['bytes_per_token'] / 1024:.1f}", f"{row['ce_change']:+.5f}",
-                f"{row['max_logit_error']:.4f}", f"{row['mean_logit_error']:.4f}", f"{row['agreement']:.1%}",
+                row["layout"],
+                f"{row['bytes_per_token'] / 1024:.1f}",
+                f"{row['ce_change']:+.5f}",
+                f"{row['max_logit_error']:.4f}",
+                f"{row['mean_logit_error']:.4f}",
+                f"{row['agreement']:.1%}",
                 steps_of(row),
-            )  # fmt: skip
+            )
     console.print(grid)

@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
     """The device of this name.
 
     Raises:
-        ValueError: no such device, or not here.
+        ValueError: an unknown device, or one that this machine lacks.
     """
     import torch
 

@@ -1,98 +1,107 @@
-"""``haltkit eval``: held-out loss of a checkpoint at any loop count or policy."""
+"""``haltkit eval``: the loss of a model at any number of steps or under any policy."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from haltkit.cli.device import Device, choose_device
+from haltkit.cli.device import Device
+from haltkit.cli.options import Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
+from haltkit.cli.subjects import asked_options, resolve
+from haltkit.cli.terminal import check_writable
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder. [default: the bundled one]", show_default=False)
-    ] = None,
+    context: typer.Context,
+    model: Model = None,
     loops: Annotated[
-        str, typer.Option(metavar="LIST", help="Loop counts, the same in every region; empty for none.")
+        str, typer.Option(metavar="LIST", help="Numbers of steps, the same in every region; empty for none.")
     ] = "1,4,12,32",
     policy: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="A policy with its tau; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="A policy with its tau, one per region as in '4=accel:tau=0.1;5-6=...', or the path of a saved "
+            "choice; may be given several times.",
+        ),
     ] = None,
     max_loops: Annotated[int, typer.Option(min=1, help="A policy's budget in each region.")] = 32,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder made by 'haltkit prepare' with the checkpoint's tokenizer.")
-    ] = None,
+    data: Data = None,
     split: Annotated[str, typer.Option(help="The split of --data.")] = "validation",
-    text: Annotated[
-        Path | None, typer.Option(help="Text file instead. [default: the bundled held-out sample]", show_default=False)
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to evaluate on.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
     device: Device = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
+    json_path: JsonPath = None,
+    checkpoint: OldCheckpoint = None,
 ) -> None:
-    """Held-out loss of a checkpoint at fixed loop counts and under halting policies."""
-    import torch
+    """The loss of a model at fixed numbers of steps and under halting policies."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Line
 
-    from haltkit.models import comparing
-    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
-    from haltkit.models.data import DataError, TokenData
-    from haltkit.models.evaluate import evaluate as measure
-    from haltkit.models.files import write_json
-    from haltkit.registry import policy_for_regions
+    from haltkit.comparison.evaluate import evaluate as measure
+    from haltkit.files import write_json
+    from haltkit.setting import Setting
 
+    named = chosen_model(model, checkpoint)
+    json_path = check_writable(json_path)
     if data is not None and text is not None:
         raise ValueError(f"--data {data} and --text {text}: give one of them")
-    settings: list[int | str] = [*_counts(loops), *(policy or [])]
-    if not settings:
+    counts = _counts(loops)
+    if not counts and not policy:
         raise ValueError("nothing to evaluate: give --loops or --policy")
-    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
-    regions = list(loaded.model.regions)
+    options = {
+        "text": text,
+        "data": data,
+        "split": split,
+        "max_loops": max_loops,
+        "tokens": tokens,
+        "batch": batch,
+        "execution": "masked",
+        "ragged": True,
+    }
+    subject = resolve(named, options, asked_options(context), device)
+    regions = subject.regions
     if not regions and policy:
-        raise ValueError(f"{str(checkpoint)!r} is a model without looped regions: there is nothing to halt")
+        raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
+    settings = {f"{n} loop{'s' * (n > 1)}": Setting.of(n, regions) for n in counts}
     for spec in policy or []:
-        policy_for_regions(spec, regions)  # a mistake shows before anything is computed
-    if data is not None:
-        shards = TokenData(data, split, loaded.config.block_size)
-        if shards.vocab_size != loaded.tokenizer.n_vocab:
-            raise DataError(
-                f"{str(data)!r} was prepared with {shards.vocab_size} tokens, the checkpoint's tokenizer has "
-                f"{loaded.tokenizer.n_vocab}: prepare it with --tokenizer {checkpoint or BUNDLED}"
-            )
-        windows = shards.spread(max(1, tokens // loaded.config.block_size)).to(loaded.model.wte.weight.device)
-        source = f"{data}, {split}"
-    else:
-        windows = comparing.text_windows(loaded, text or comparing.SAMPLE, tokens)
-        source = str(text) if text else "bundled sample"
-    batches = torch.split(windows, batch)
-
+        settings[spec] = Setting.of(read_policies(spec, subject.model, regions, subject.full_depth), regions)
+    if not regions:
+        settings = {"no loops": Setting.of(1, regions)}
+    found = {label: measure(subject, setting) for label, setting in settings.items()}
+    items = next(iter(found.values())).items
+    about = subject.about
+    shown = "bundled checkpoint" if str(about["model"]).startswith("bundled") else str(named)
     table = Table(
-        title=f"{checkpoint or 'bundled checkpoint'}, {windows[:, 1:].numel():,} tokens of {source}", box=None,
-        pad_edge=False, padding=(0, 2, 0, 0), title_justify="left",
-    )  # fmt: skip
+        title=f"{shown}, {items:,} {subject.item}s of {about['text']}",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+    )
     table.add_column("setting", overflow="fold")
-    for heading in ("CE (nats)", "PPL", *(f"steps {name}" for name in regions)):
+    nats = subject.unit == "nats"
+    headings = [f"{subject.metric} ({subject.unit})" if nats else subject.metric, *(["PPL"] if nats else [])]
+    for heading in (*headings, *(f"steps {name}" for name in regions)):
         table.add_column(heading, justify="right", no_wrap=True)
-    results = []
-    for setting in settings if regions else settings[:1]:
-        found = measure(loaded.model, batches, setting, max_loops)
-        label = (
-            setting if isinstance(setting, str) else f"{setting} loop{'s' * (setting > 1)}" if regions else "no loops"
-        )
-        results.append({"setting": label, "loss": found.loss, "steps": found.steps})
-        table.add_row(
-            Text(label), f"{found.loss:.4f}", f"{math.exp(found.loss):.1f}", *(f"{n:.1f}" for n in found.steps.values())
-        )
+    for label, one in found.items():
+        cells = [f"{one.loss:.4f}", f"{math.exp(one.loss):.1f}"] if nats else [f"{one.loss:.4g}"]
+        table.add_row(Line(label), *cells, *(f"{n:.1f}" for n in one.steps.values()))
     Console().print(table)
     if json_path is not None:
-        about = {"checkpoint": str(checkpoint or "bundled"), "text": source, "tokens": windows[:, 1:].numel()}
-        write_json(json_path, {**about, "max_loops": max_loops, "trained": loaded.trained, "results": results})
+        results = [{"setting": label, "loss": one.loss, "steps": one.steps} for label, one in found.items()]
+        kept = {"checkpoint": named or "bundled", "text": about["text"], f"{subject.item}s": items}
+        extra = {
+            "max_loops": max_loops,
+            "trained": about.get("trained"),
+            "metric": subject.metric,
+            "unit": subject.unit,
+        }
+        write_json(json_path, {**kept, **extra, "results": results})
 
 
 def _counts(loops: str) -> list[int]:

@@ -17,7 +17,7 @@ def export(
     """Make a checkpoint folder (bf16 weights, tokenizer, model card) of a run's checkpoint, also of one in shards."""
     from rich.console import Console
 
-    from haltkit.models.export import export as write
+    from haltkit.models.training.export import export as write
 
-    found = write(source, out)
+    found = write(source.expanduser(), out.expanduser())
     Console().print(f"{out}: {found.name}, for haltkit eval, compare and generate", highlight=False, soft_wrap=True)

@@ -8,16 +8,16 @@ from typing import Any
 __all__ = ["call_factory"]
 
 
-def call_factory(path: str, kind: type[Any], what: str) -> Any:
+def call_factory(path: str, kind: type[Any] | tuple[type[Any], ...], what: str) -> Any:
     """What the function returns; modules in the current folder are found.
 
     Args:
         path: ``pkg.mod:function``.
-        kind: what it must return.
+        kind: what it must return, or one of which.
         what: begins every message: the option or argument.
 
     Raises:
-        ValueError: no such module or function, or it returns something else.
+        ValueError: an unknown module or function, or one that returns something else.
     """
     import importlib
     import sys
@@ -37,5 +37,7 @@ def call_factory(path: str, kind: type[Any], what: str) -> Any:
         raise ValueError(f"{what}: {module} has no function {name!r}")
     made = function()
     if not isinstance(made, kind):
-        raise ValueError(f"{what}: it must return a {kind.__module__}.{kind.__qualname__}, not a {type(made).__name__}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        named = " or a ".join(f"{one.__module__}.{one.__qualname__}" for one in kinds)
+        raise ValueError(f"{what}: it must return a {named}, not a {type(made).__name__}")
     return made

@@ -7,11 +7,13 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from haltkit.cli.device import Device, choose_device
+from haltkit.cli.device import Device
+from haltkit.cli.options import ModelOption, OldCheckpoint, chosen_model, read_policies
+from haltkit.cli.subjects import text_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +24,16 @@ if TYPE_CHECKING:
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # of Unicode's bidirectional controls
 # Steps up to which a shade is used, coldest first; beyond the last, the hottest.
 _SHADES = (
-    (1, "color(33)"), (2, "color(44)"), (3, "color(42)"), (4, "color(76)"), (6, "color(148)"), (8, "color(220)"),
-    (12, "color(208)"), (16, "color(202)"), (10**9, "color(196)"),
-)  # fmt: skip
+    (1, "color(33)"),
+    (2, "color(44)"),
+    (3, "color(42)"),
+    (4, "color(76)"),
+    (6, "color(148)"),
+    (8, "color(220)"),
+    (12, "color(208)"),
+    (16, "color(202)"),
+    (10**9, "color(196)"),
+)
 
 
 def generate(
@@ -35,17 +44,15 @@ def generate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="When a token has thought enough: a spec, or one a region as in '4=accel:tau=0.1;5-6=...'. "
-            "\\[default: the depth that the model was trained around, fixed]",
+            help="When a token has thought enough: a spec, one per region as in '4=accel:tau=0.1;5-6=...', or the "
+            "path of a saved choice. \\[default: the mean number of steps used in training, in every region]",
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder. \\[default: the bundled one]", show_default=False)
-    ] = None,
+    model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many most likely tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="How many of the most likely tokens to choose among.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Choose among the fewest tokens that have this probability.")
     ] = None,
@@ -58,10 +65,22 @@ def generate(
     layout: Annotated[
         str, typer.Option(metavar="depth-indexed|last|modulo:M", help="What the KV cache keeps; the first is exact.")
     ] = "depth-indexed",
+    sampler: Annotated[
+        str,
+        typer.Option(metavar="sequential|wavefront", help="Token by token, or several positions at once (inexact)."),
+    ] = "sequential",
+    width: Annotated[
+        int | None, typer.Option(help="Open positions of a wavefront.  \\[default: 8]", show_default=False)
+    ] = None,
+    commit: Annotated[
+        str | None,
+        typer.Option(help="Policy that settles a wavefront's tokens.  \\[default: --policy]", show_default=False),
+    ] = None,
     device: Device = "auto",
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Show the steps that each token took (colours, or numbers in a pipe).")
     ] = False,
+    checkpoint: OldCheckpoint = None,
 ) -> None:
     """Continue a text with the looped model, as it comes. The text ends at an end-of-text token of the model too."""
     from rich.console import Console
@@ -69,19 +88,28 @@ def generate(
 
     text = _read_prompt(prompt, file)
 
-    from haltkit.models import generation
-    from haltkit.models.checkpoint import BUNDLED, load_checkpoint
+    from haltkit.models.gpt.generation import Settings
+    from haltkit.models.gpt.generation import stream as generate_stream
+    from haltkit.models.gpt.sampling import Sampling
 
-    generation.Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
-    loaded = load_checkpoint(checkpoint or BUNDLED, device=choose_device(device))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    sampling = generation.Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab)
-    prompt_ids = tokenizer.encode_ordinary(text)
-    stream = generation.stream(
-        model, [prompt_ids], policy or f"fixed:steps={min(model.mean_loops, max_loops)}",
-        max_new_tokens=max_new_tokens, sampling=sampling, stop=[tokenizer.eot_token, *_stops(tokenizer, stop or [])],
-        layout=layout, max_loops=max_loops, total_loops=total_loops,
-    )  # fmt: skip
+    named = chosen_model(model, checkpoint)
+    Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
+    loaded = text_model(named, "generate", device)
+    gpt, tokenizer = loaded.model, loaded.tokenizer
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab),
+        stop=[tokenizer.eot_token, *_stops(tokenizer, stop or [])],
+        layout=layout,
+        max_loops=max_loops,
+        total_loops=total_loops,
+        sampler=cast(Any, sampler),  # an unknown name is refused there
+        width=width,
+        commit=None if commit is None else read_policies(commit, gpt, list(gpt.regions), max_loops),
+    )
+    usual = f"fixed:steps={min(gpt.mean_loops, max_loops)}"
+    policies = read_policies(policy or usual, gpt, list(gpt.regions), max_loops)
+    stream = generate_stream(gpt, [tokenizer.encode_ordinary(text)], policies, settings)
     console = Console(highlight=False)
     writer = _Writer(console, tokenizer, show_depth)
     if console.is_terminal:
@@ -100,11 +128,11 @@ def generate(
     ended = time.perf_counter()
     writer.close()
     mean = ", ".join(f"{name}: {sum(steps) / len(steps):.1f}" for name, steps in writer.steps.items() if steps)
-    pace = f", {1e3 * (ended - first) / (writer.count - 1):.1f} ms a token after the first" if writer.count > 1 else ""
+    pace = f", {1e3 * (ended - first) / (writer.count - 1):.1f} ms/token after the first" if writer.count > 1 else ""
     why = {
         "stop": "a stop token",
         "length": "--max-new-tokens",
-        "context": f"the model's context of {model.block_size} tokens is full",
+        "context": f"the model's context of {gpt.block_size} tokens is full",
         "nonfinite": "the model's logits are not finite",
         "interrupted": "interrupted",
     }[reason or "interrupted"]
@@ -122,7 +150,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         text = prompt
     elif file is not None:
-        from haltkit.models.data import read_text
+        from haltkit.models.text.data import read_text
 
         text = read_text(file, "prompt")
     elif sys.stdin.isatty():
@@ -147,12 +175,12 @@ def _stops(tokenizer: tiktoken.Encoding, texts: Sequence[str]) -> list[int]:
 
 def _harmless(piece: str) -> str:
     """What a model writes must not steer the terminal: controls and changes of direction are replaced."""
-    steering = {"Cc", "Cs"}
-    return "".join(
-        "�" if (unicodedata.category(c) in steering and c not in "\n\t") or unicodedata.bidirectional(c) in _DIRECTIONS
-        else c
-        for c in piece
-    )  # fmt: skip
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(letter) else letter for letter in piece)
+
+
+def _steers(letter: str) -> bool:
+    control = unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
+    return control or unicodedata.bidirectional(letter) in _DIRECTIONS
 
 
 def _shade(steps: float) -> str:

@@ -9,7 +9,23 @@ import sys
 
 import typer
 
-from haltkit.cli import bench, compare, diagnose, eval, export, generate, policies, prepare, report, train
+from haltkit.cli import (
+    bench,
+    calibrate,
+    compare,
+    diagnose,
+    doctor,
+    eval,
+    export,
+    generate,
+    headroom,
+    lm_eval,
+    policies,
+    prepare,
+    report,
+    solve,
+    train,
+)
 
 app = typer.Typer(
     name="haltkit",
@@ -32,26 +48,41 @@ def _version(wanted: bool) -> None:
 def main(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    allow_code: bool = typer.Option(
+        False, "--allow-code", help="Import code that files name: policies of cards, tasks of checkpoints and configs."
+    ),
 ) -> None:
     """Decide when a looped model has thought enough."""
+    if allow_code:
+        from haltkit import trust
+
+        context.with_resource(trust.allow_code())
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
+app.command("doctor")(doctor.doctor)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("headroom")(headroom.headroom)
+app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(lm_eval.lm_eval)
 app.command("policies")(policies.policies)
 app.command("prepare")(prepare.prepare)
 app.command("report")(report.report)
+app.command("solve")(solve.solve)
 app.command("train")(train.train)
 
 
 def run() -> None:
     """Console entry point: what a user got wrong is one line on standard error and exit code 2."""
+    sys.path.append("")  # modules in the current folder are found: policies and models as pkg.mod:name
     try:
         code = app(standalone_mode=False)
     except Exception as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+if typing.TYPE_CHECKING:
+    from haltkit.registry import PolicyRecord
+
 
 def policies() -> None:
     """List the halting policies: formula, scale of the signal, keys and defaults."""
@@ -12,7 +15,8 @@ def policies() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from haltkit import registry
+    from haltkit.registry import records
+    from haltkit.specs import WRAPPER_KEYS
 
     console = Console()
 
@@ -22,15 +26,18 @@ def policies() -> None:
         grid.add_column(no_wrap=True, style="bold cyan")
         grid.add_column(overflow="fold")
         for name, lines in entries:
-            for label, line in zip((f"  {name}", "", ""), lines, strict=False):
+            for label, line in zip((f"  {name}", *[""] * 9), lines, strict=False):
                 grid.add_row(label, Text(line))
         console.print(grid)
         console.print()
 
-    listing("Policies: a row halts when its signal is below tau", ((n, _describe(n)) for n in registry.known_names()))
     listing(
-        "Keys that every policy takes, fixed excepted",
-        ((key, (meaning,)) for key, meaning in registry.WRAPPER_KEYS.items()),
+        "Policies: a row halts when its signal is below tau", ((record.name, _describe(record)) for record in records())
+    )
+    plain = [record.name for record in records() if not record.wrapped]
+    listing(
+        f"Keys that every policy takes, {', '.join(plain)} excepted",
+        ((key, (meaning,)) for key, meaning in WRAPPER_KEYS.items()),
     )
     listing(
         "Combinations, and policies of your own",
@@ -38,24 +45,32 @@ def policies() -> None:
             ("any(a|b)", ("halts when one of them does",)),
             ("all(a|b)", ("halts when all do at the same step",)),
             ("r=a;s=b", ("region r by policy a, region s by policy b",)),
-            ("pkg.mod:Class", ("a frozen dataclass of yours; installed packages may add names of their own",)),
+            ("pkg.mod:Class", ("a frozen dataclass of yours; haltkit.register gives it a name and a place here",)),
         ),
     )
     console.print(Text("tau has no default, because each model has a scale of its own: haltkit compare finds one."))
 
 
-def _describe(name: str) -> tuple[str, str, str]:
-    """Formula, scale and keys of one policy."""
-    from haltkit import registry
+def _describe(record: PolicyRecord) -> list[str]:
+    """Formula, scale and keys of one policy, and what else its record says."""
+    from haltkit.weights import Weights
 
-    cls = registry.policy_class(name)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(record.policy)
     keys = []
-    for field in dataclasses.fields(cls):
-        allowed = "|".join(map(str, typing.get_args(hints[field.name])))
+    for name, field in record.fields.items():
+        if hints[name] is Weights:
+            keys.append(f"{name} (required, a safetensors file)")
+            continue
+        allowed = "|".join(map(str, typing.get_args(hints[name])))
         default = "required" if field.default is dataclasses.MISSING else str(field.default)
-        keys.append(f"{field.name} ({default}{f', of {allowed}' if allowed else ''})")
-    if getattr(cls, "patience", 1) != 1:
-        keys.append(f"patience ({cls.patience})")
-    formula = getattr(cls, "formula", "") or (cls.__doc__ or "").strip().split("\n")[0]
-    return formula, f"scale: {getattr(cls, 'scale', 'its own')}", f"keys: {', '.join(keys)}"
+        keys.append(f"{name} ({default}{f', of {allowed}' if allowed else ''})")
+    if record.patience != 1:
+        keys.append(f"patience ({record.patience})")
+    notes = ["swept by haltkit compare by default"] if record.swept else []
+    notes += ["needs a readout from the state to logits"] if record.needs_readout else []
+    return [
+        record.formula,
+        f"scale: {record.scale}",
+        f"keys: {', '.join(keys)}",
+        *([f"note: {'; '.join(notes)}"] if notes else []),
+    ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,31 +15,17 @@ def report(
     ] = None,
 ) -> None:
     """Make one HTML page that opens from disk: trade-off, paths, signals, claims, and the text by steps taken."""
-    from haltkit.cli.terminal import check_writable
+    from haltkit.diagnostics import Diagnosis
+    from haltkit.diagnostics.diagnosis import RESULTS_FILE
+    from haltkit.files import check_output, write_text
 
-    results = _results(folder)
-    path = out or folder / "report.html"
-    check_writable(path, ("html",))
+    source = folder / RESULTS_FILE
+    if not source.is_file():
+        raise ValueError(f"{str(folder)!r} has no {RESULTS_FILE}: make it with 'haltkit diagnose --out {folder}'")
+    diagnosis = Diagnosis.load(source)
+    path = check_output(out or folder / "report.html", ("html",))
 
-    from haltkit.models.files import atomic_path
-    from haltkit.report import render_page
+    from haltkit.reporting.report import render_page
 
-    page = render_page(results)
-    with atomic_path(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, render_page(diagnosis))
     print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    from haltkit.cli.diagnose import FORMAT, RESULTS
-
-    path = folder / RESULTS
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} has no {RESULTS}: make it with 'haltkit diagnose --out {folder}'")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} was not written by this version of 'haltkit diagnose': run it again")
-    return results

@@ -1,38 +1,29 @@
-"""What commands share: the console they print on and where they may write."""
+"""The console that commands print on."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from haltkit.files import check_output as check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
-__all__ = ["check_writable", "make_console"]
+__all__ = ["check_writable", "make_console", "passing_bar"]
 
 
 def make_console() -> Console:
-    """A console as wide as the terminal; a pipe or a file has room for every column."""
+    """A console as wide as the terminal, or as COLUMNS says; a pipe or a file has room for every column."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 
 
-def check_writable(path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse a place that cannot be written to before minutes are spent on measuring."""
-    if path is None:
-        return
-    where = f"cannot write {str(path)!r}"
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{where}: there is no folder {str(path.parent)!r}")
-    if path.is_dir():
-        raise ValueError(f"{where}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{where}: it is not a regular file")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ValueError(f"{where}: permission denied")
-    if suffixes and path.suffix[1:].lower() not in suffixes:
-        raise ValueError(f"{where}: the name must end in .{', .'.join(suffixes)}")
+def passing_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A progress bar that goes away when its work is done; none where no terminal shows it."""
+    from rich.progress import Progress
+
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

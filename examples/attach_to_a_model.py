@@ -24,7 +24,7 @@ class Universal(nn.Module):
         x = self.embed(tokens)
         for _ in range(loops):
             x = self.layer(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 import haltkit
-from haltkit.models.gpt import Block
+from haltkit.models.gpt.model import Block
 from haltkit.protocol import LoopStep
 
 SPECS = ["norm:tau=1e-9", "norm-rel:tau=1e-9", "accel:tau=1e-9", "accel-rel:tau=1e-9", "speed:tau=1e-9", "kl:tau=1e-12"]
@@ -41,17 +41,17 @@ def main() -> None:
     head = torch.nn.Linear(options.width, options.vocabulary, bias=False)
     x_prev = torch.randn(1, options.rows, options.width)
     x = body(x_prev)
-    live = torch.ones(1, options.rows, dtype=torch.bool)
+    active = torch.ones(1, options.rows, dtype=torch.bool)
 
     policies = {spec.partition(":")[0]: haltkit.policy(spec) for spec in SPECS}
     states = {}
     for name, policy in policies.items():  # a state from the middle of a loop
-        states[name], _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, live, head))
+        states[name], _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
     times: dict[str, list[float]] = {name: [] for name in ("body", *policies)}
     for repeat in range(options.repeats + 3):
         sample = {"body": clock(lambda: body(x_prev))}
         for name, policy in policies.items():
-            step = LoopStep(2, x, x_prev, live, head)
+            step = LoopStep(2, x, x_prev, active, head)
             sample[name] = clock(lambda policy=policy, name=name, step=step: policy.update(states[name], step))
         if repeat >= 3:  # the first ones warm up
             for name, seconds in sample.items():

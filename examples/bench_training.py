@@ -3,7 +3,8 @@
     python examples/bench_training.py [--config small] [--nanogpt PATH/TO/model.py]
 
 One table, from one run on one machine, with rounds of all contestants interleaved: tokens/s and the fraction of the
-machine's measured bf16 matmul peak (model operations only: what recomputation or masking repeats does not count).
+machine's measured matmul peak in the precision of the steps (model operations only: what recomputation or masking
+repeats does not count).
 "Loops off" has the same width, depth, batch, precision, optimizer and clipping for everybody; transformers'
 GPT2LMHeadModel (and nanoGPT's model, whose file is not part of haltkit) are compiled whole, haltkit's as it trains.
 Then the activations that one step keeps, by backprop depth and loop count, and what recomputing steps trades.
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haltkit.clock import settled
 from haltkit.models.checkpoint import build_model
-from haltkit.models.config import ModelConfig, load_config
-from haltkit.models.cost import saved_bytes, step_flops
-from haltkit.models.distributed import Objective
-from haltkit.models.draws import TrainingNoise
-from haltkit.models.train import compile_for_training, head_loss
+from haltkit.models.gpt.config import ModelConfig
+from haltkit.models.gpt.cost import saved_bytes, step_flops
+from haltkit.models.gpt.draws import TrainingNoise
+from haltkit.models.training.config import load_config
+from haltkit.models.training.distributed import Objective
+from haltkit.models.training.precision import choose_precision
+from haltkit.models.training.step import compile_for_training, head_loss
+from haltkit.timing import settled
 
 Step = Callable[[], None]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,13 +44,13 @@ def seconds(step: Step) -> float:
     return settled() - started
 
 
-def matmul_peak(repeats: int) -> float:
-    """The most operations a second that a bf16 matrix product reaches here, over a few shapes."""
+def matmul_peak(repeats: int, dtype: torch.dtype) -> float:
+    """The most operations per second that a matrix product of this dtype reaches here, over a few shapes."""
     best = 0.0
     for rows, inner, columns in ((2048, 1024, 1024), (2048, 1024, 4096), (4096, 2048, 2048)):
-        a = torch.randn(rows, inner, device=DEVICE).bfloat16()
-        b = torch.randn(inner, columns, device=DEVICE).bfloat16()
-        fastest = min(seconds(lambda a=a, b=b: torch.mm(a, b)) for _ in range(3 + repeats))  # type: ignore[misc]
+        a = torch.randn(rows, inner, device=DEVICE).to(dtype)
+        b = torch.randn(inner, columns, device=DEVICE).to(dtype)
+        fastest = min(seconds(lambda a=a, b=b: torch.mm(a, b)) for _ in range(3 + repeats))
         best = max(best, 2 * rows * inner * columns / fastest)
     return best
 
@@ -71,9 +74,7 @@ def ours(config: ModelConfig, windows: Tensor, loops: int, depth: int, compiled:
     model = build_model(config).to(DEVICE)
     objective = Objective(model, compile_for_training(model) if compiled else head_loss, head_loss)
     counts = dict.fromkeys(model.regions, loops)
-    return optimizing(
-        model, lambda: objective(windows, counts, TrainingNoise(0, range(len(windows))), depth), bf16
-    )  # fmt: skip
+    return optimizing(model, lambda: objective(windows, counts, TrainingNoise(0, range(len(windows))), depth), bf16)
 
 
 def huggingface(config: ModelConfig, windows: Tensor, compiled: bool, bf16: bool) -> Step:
@@ -81,11 +82,19 @@ def huggingface(config: ModelConfig, windows: Tensor, compiled: bool, bf16: bool
 
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.d_model, n_layer=config.n_layer,
-            n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-            bos_token_id=0, eos_token_id=0,
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.d_model,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
-    ).to(DEVICE)  # fmt: skip
+    ).to(DEVICE)
     run: Any = torch.compile(model) if compiled else model
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -105,10 +114,15 @@ def nanogpt(path: Path, config: ModelConfig, windows: Tensor, compiled: bool, bf
     spec.loader.exec_module(module)
     model = module.GPT(
         module.GPTConfig(
-            block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-            n_embd=config.d_model, dropout=0.0, bias=False,
+            block_size=config.block_size,
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.d_model,
+            dropout=0.0,
+            bias=False,
         )
-    ).to(DEVICE)  # fmt: skip
+    ).to(DEVICE)
     run = torch.compile(model) if compiled else model
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     return optimizing(model, lambda: run(inputs, targets)[1], bf16)
@@ -145,7 +159,9 @@ def main() -> None:
     config = load_config(arguments.config)
     train, compiled = config.train, not arguments.eager
     batch = arguments.batch or train.batch_size
-    bf16 = train.precision == "bf16"
+    choice = choose_precision(train.precision, DEVICE)
+    print(f"precision {choice.precision}: {choice.reason}", flush=True)
+    bf16 = choice.precision == "bf16"
     torch.manual_seed(0)
     model = config.model
     windows = torch.randint(0, model.vocab_size, (batch, model.block_size + 1), device=DEVICE)
@@ -168,7 +184,8 @@ def main() -> None:
         contestants[looped] = ours(model, windows, loops, train.backprop_depth, compiled, bf16)
         flops[looped] = step_flops(model, counts, train.backprop_depth).total
 
-    peak = matmul_peak(arguments.rounds)
+    # In the precision that is timed: where bf16 is not computed in hardware its peak says nothing and takes minutes.
+    peak = matmul_peak(arguments.rounds, torch.bfloat16 if bf16 else torch.float32)
     for name, step in contestants.items():
         spent = [seconds(step) for _ in range(2)]  # compiles, then settles
         print(f"{name}: first step {spent[0]:.1f} s, second {spent[1]:.3f} s", flush=True)
@@ -180,8 +197,8 @@ def main() -> None:
     tokens = windows[:, 1:].numel()
     print(
         f"{arguments.config}: batch {batch} x {model.block_size}, width {model.d_model}, {plain.n_layer} "
-        f"layers with the loops off, {train.precision}, {'compiled' if compiled else 'not compiled'}; {DEVICE.type}, "
-        f"{torch.get_num_threads()} threads; measured bf16 matmul peak {peak / 1e9:,.0f} GFLOP/s"
+        f"layers with the loops off, {choice.precision}, {'compiled' if compiled else 'not compiled'}; {DEVICE.type}, "
+        f"{torch.get_num_threads()} threads; measured {choice.precision} matmul peak {peak / 1e9:,.0f} GFLOP/s"
     )
     print(f"{'':24}{'tokens/s':>10}{'half range':>12}{'MFLOP/token':>13}{'of the peak':>13}{'haltkit is':>12}")
     speed = {name: tokens / statistics.median(found) for name, found in times.items()}

@@ -37,11 +37,20 @@ def build(folder: Path) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = modeling.RavenForCausalLM(
         config.RavenConfig(
-            n_embd=64, n_heads=4, n_layers=4, block_size=32, vocab_size=50, padding_multiple=2, intermediate_size=128,
-            n_layers_in_recurrent_block=4, n_layers_in_prelude=2, n_layers_in_coda=1, mean_recurrence=STEPS,
+            n_embd=64,
+            n_heads=4,
+            n_layers=4,
+            block_size=32,
+            vocab_size=50,
+            padding_multiple=2,
+            intermediate_size=128,
+            n_layers_in_recurrent_block=4,
+            n_layers_in_prelude=2,
+            n_layers_in_coda=1,
+            mean_recurrence=STEPS,
             tie_embeddings=False,  # tying is done in a way that transformers 5 does not know
         )
-    )  # fmt: skip
+    )
     return model.eval(), modeling
 
 
@@ -54,7 +63,7 @@ def main() -> None:
     states = torch.randn(2, 7, 64)
 
     def run_at(k: int, **keys: Any) -> Tensor:
-        return model(ids, input_states=states, num_steps=torch.tensor([k, 0]), **keys).logits  # type: ignore[no-any-return]
+        return model(ids, input_states=states, num_steps=torch.tensor([k, 0]), **keys).logits
 
     for k in range(1, STEPS):
         with haltkit.attach(model, f"fixed:steps={k}") as session:
@@ -64,7 +73,7 @@ def main() -> None:
 
     with haltkit.attach(model, "norm-rel:tau=0.5") as session:
         out = run_at(STEPS)
-        taken = session.steps
+        taken = session.steps["loop"]
     x, embeds = states, embedded(model, ids)
     for k in range(1, STEPS + 1):
         new, _, _ = model.iterate_one_step(embeds, x, block_idx=torch.tensor(1), current_step=k)
@@ -74,7 +83,7 @@ def main() -> None:
 
     with haltkit.attach(model, "kl:tau=0.02,granularity=batch") as session:
         out = run_at(STEPS)
-        depth = int(session.steps.max())
+        depth = int(session.steps["loop"].max())
     assert depth < STEPS
     assert torch.equal(out, run_at(depth))
     print(f"kl through the coda halts the batch at {depth}, to the bit")
@@ -89,12 +98,12 @@ def main() -> None:
 
 def run_at_detached(session: haltkit.Session, run_at: Any, k: int) -> Tensor:
     with session.detached():
-        return run_at(k)  # type: ignore[no-any-return]
+        return run_at(k)
 
 
 def embedded(model: Any, ids: Tensor) -> Tensor:
     embeds, _ = model.embed_inputs(ids)
-    return embeds  # type: ignore[no-any-return]
+    return embeds
 
 
 def decode(model: Any, cache: Any, ids: Tensor, policy: str | None) -> Tensor:
@@ -102,9 +111,11 @@ def decode(model: Any, cache: Any, ids: Tensor, policy: str | None) -> Tensor:
     out = torch.empty(0)
     for piece, depth, start in ((ids[:, :5], 4, 0), (ids[:, 5:6], 2, 5), (ids[:, 6:], 4, 6)):
         keys: dict[str, Any] = {
-            "past_key_values": cache, "use_cache": True, "input_states": torch.ones(2, piece.shape[1], 64),
+            "past_key_values": cache,
+            "use_cache": True,
+            "input_states": torch.ones(2, piece.shape[1], 64),
             "cache_position": torch.arange(start, start + piece.shape[1]),
-        }  # fmt: skip
+        }
         if policy is None:
             out = model(piece, num_steps=torch.tensor([depth, 0]), **keys).logits
         else:

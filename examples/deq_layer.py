@@ -1,7 +1,7 @@
 """Halt the solver of a DEQ layer from outside, and ask which policy and threshold serve it.
 
 python examples/deq_layer.py
-haltkit compare --model deq_layer:trial --policies norm,accel    (inside examples/)
+haltkit compare deq_layer:subject --policies norm,accel    (inside examples/)
 
 A deep equilibrium layer iterates ``z = f(z, x)`` to a fixed point. With torchdeq instead of the loop written here, the
 description is ``haltkit.attachment.presets.torchdeq.describe(model, body=["f"])``.
@@ -37,7 +37,7 @@ class DEQ(nn.Module):
         return z
 
 
-def trial() -> haltkit.Trial:
+def subject() -> haltkit.Subject:
     """What the comparison needs to know: the model, how to run it, on what, and what is lost."""
     torch.manual_seed(0)
     model = DEQ().eval()
@@ -46,13 +46,12 @@ def trial() -> haltkit.Trial:
     def residual(z: Tensor, x: Tensor) -> Tensor:
         return (model.f(z, x) - z).norm(dim=-1)  # how far from the fixed point each row was left
 
-    return haltkit.Trial(
+    return haltkit.Subject.attached(
         model,
-        model,
-        samples,
-        metric=residual,
         loop=haltkit.Loop(("f",)),
-        metric_name="residual",
+        samples=samples,
+        loss=residual,
+        metric="residual",
         item="row",
         levels=(1e-4, 1e-3, 1e-2),
     )
@@ -60,15 +59,17 @@ def trial() -> haltkit.Trial:
 
 @torch.no_grad()
 def main() -> None:
-    own = trial()
+    own = subject()
     x = own.samples[0]
-    with haltkit.attach(own.model, "norm:tau=1e-3,granularity=batch", own.loop) as session:
+    with haltkit.attach(own.model, "norm:tau=1e-3,granularity=batch", own.described["loop"]) as session:
         z = own.model(x)
         print(session.summary())
-    print(f"residual {float((own.model.f(z, x) - z).norm(dim=-1).max()):.1e}")  # type: ignore[operator]
+    print(f"residual {float(own.losses(z, x).max()):.1e}")
     result = haltkit.compare(own, policies="norm,accel", taus=[1e-4, 1e-3, 1e-2], repeats=2)
     for row in result.rows:
-        print(f"{row.spec:32} {row.steps['loop']:5.1f} steps  residual {row.ce:.1e}  {row.speedup:5.2f}x")
+        print(f"{row.label:16} {row.steps['loop']:5.1f} steps  residual {row.loss:.1e}  {row.speedup:5.2f}x")
+    if (winner := result.winner()) is not None:
+        print(f"fastest policy within {result.conclusion().level:g}: {winner.spec}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Look into the loop of a model that is not ours: numbers here, and with one command everything else.
 
 python examples/diagnose_your_model.py
-cd examples && haltkit diagnose diagnose_your_model:case --out universal && haltkit report universal
+cd examples && haltkit diagnose diagnose_your_model:subject --out universal && haltkit report universal
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.attachment import Loop
-from haltkit.diagnostics import Case, Subject, survey_geometry, survey_limits
+from haltkit.diagnostics import survey_geometry, survey_limits
+from haltkit.subject import Subject
 
 
 class Universal(nn.Module):
@@ -29,22 +30,29 @@ class Universal(nn.Module):
         for _ in range(loops):
             for layer in self.layers:
                 x = layer(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
-def case() -> Case:
+TOKENS = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def subject() -> Subject:
     torch.manual_seed(0)
     model = Universal().eval()
-    subject = Subject.attached(model, model, Loop(body=("layers.0", "layers.1")), name="universal")
-    return Case(subject, torch.randint(0, 100, (4, 16)))
+    loop = Loop(body=("layers.0", "layers.1"))
+    return Subject.attached(model, loop=loop, run_at=model, name="universal", samples=[TOKENS])
 
 
 def main() -> None:
-    made = case()
-    for name, region in survey_geometry(made.subject, made.inputs, loops=32)["regions"].items():
-        print(f"region {name}: steps shrink by {region['contraction']['mean']} a loop, float floor {region['floor']}")
-    for region in survey_limits(made.subject, made.inputs)["regions"].values():
-        print(f"after 128 loops: {region['limits']['cosine']}; least cosine between layers {region['distinct']}")
+    looked_at = subject()
+    for name, region in survey_geometry(looked_at, TOKENS, loops=32).regions.items():
+        if region.contraction is not None:
+            print(f"region {name}: steps shrink by {region.contraction.mean} each, float floor {region.floor}")
+    for end in survey_limits(looked_at, TOKENS).regions.values():
+        print(f"after 128 loop steps: {end.limits['cosine']}")
+        if end.least_cosine is not None:
+            print(f"least cosine between layers: {end.least_cosine.mean}")
+            print(f"share of rows whose layers rest at distinct points: {end.distinct}")
 
 
 if __name__ == "__main__":

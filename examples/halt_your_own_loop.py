@@ -20,7 +20,7 @@ class Refiner(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return self.norm(x + 0.5 * torch.tanh(self.mix(torch.cat([x, e], dim=-1))))  # type: ignore[no-any-return]
+        return self.norm(x + 0.5 * torch.tanh(self.mix(torch.cat([x, e], dim=-1))))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import haltkit
 from haltkit import LoopStep, Verdict
 
 
+@haltkit.register("turning", formula="1 - cos(x_k, x_{k-1})", scale="[0, 2]", examples=("tau=0.001",), cost="tau=1e-30")
 @dataclass(frozen=True)
 class Cosine:
     """Halt a row when its state stops turning: ``1 - cos(x_k, x_{k-1}) < tau``."""
@@ -59,8 +60,9 @@ def main() -> None:
     def body(x: Tensor) -> Tensor:
         return 0.6 * x @ turn + 1.0
 
-    # The spec language knows the class by its place; wrappers work on it as on any other.
-    for spec in (f"{Cosine.__module__}:Cosine:tau=1e-4", f"{Cosine.__module__}:Cosine:tau=1e-4,patience=3"):
+    # The spec language knows the class by its name, once its module is loaded, and by its place; wrappers work on it as
+    # on any other.
+    for spec in ("turning:tau=1e-4,patience=3", f"{Cosine.__module__}:Cosine:tau=1e-4"):
         result = haltkit.run_loop(body, x0, haltkit.policy(spec))
         print(f"{spec}: steps {result.steps.tolist()}")
 
@@ -68,14 +70,18 @@ def main() -> None:
     model = Looped(body)
     with torch.no_grad(), haltkit.attach(model, Cosine(1e-4), body=["step"]) as session:
         model(x0)
-    print(f"attached: steps {session.steps.tolist()}")
+    print(f"attached: steps {session.steps['loop'].tolist()}")
     haltkit.run_loop(body, x0, haltkit.policy("fixed:steps=32"), observer=(recorder := haltkit.Recorder()))
     print(f"replayed: steps {haltkit.replay(Cosine(1e-4), recorder.trajectory['loop']).steps.tolist()}")
     compared = haltkit.compare(
-        model, lambda x: (model(x) - result.x).norm(dim=-1), [f"{Cosine.__module__}:Cosine:tau=1e-4", "norm:tau=0.01"],
-        samples=[x0, 2 * x0], body=["step"], repeats=1,
-    )  # fmt: skip
-    for row in compared.rows[-2:]:
+        model,
+        lambda x: (model(x) - result.x).norm(dim=-1),
+        ["turning:tau=1e-4", Cosine(1e-3), "norm:tau=0.01"],  # by its name, as an object, and beside a built-in one
+        samples=[x0, 2 * x0],
+        body=["step"],
+        repeats=1,
+    )
+    for row in compared.rows[-3:]:
         print(f"compared: {row.spec}: {row.steps['loop']:.1f} steps, {row.speedup:.1f}x")
 
 

@@ -9,7 +9,7 @@ import torch
 
 import haltkit
 from haltkit.models.checkpoint import BUNDLED, load_checkpoint
-from haltkit.trajectory import delta_loop_ratios
+from haltkit.recording.trajectory import delta_loop_ratios
 
 
 @torch.no_grad()

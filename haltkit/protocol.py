@@ -1,7 +1,7 @@
 """The halting-policy protocol: what a policy is given at each step, and what it answers.
 
-A policy object holds hyperparameters only. Everything that moves is in an explicit state that goes in and comes
-out of :meth:`HaltingPolicy.update`, so one object can judge any number of loops at once, and an executor can
+A policy object holds hyperparameters only. Everything that changes is in an explicit state, which
+:meth:`HaltingPolicy.update` takes and returns. So one object can judge any number of loops at once, and an executor can
 gather, scatter or permute the state's rows.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.weights import WeightsMisfit, held_by
 
 __all__ = [
     "Granularity",
@@ -24,6 +25,7 @@ __all__ = [
     "Verdict",
     "check_tau",
     "granularity_of",
+    "judge",
     "map_state",
 ]
 
@@ -33,7 +35,7 @@ S = TypeVar("S")
 
 
 class Verdict(NamedTuple):
-    """A policy's answer at one step, one entry a row.
+    """A policy's answer at one step, one entry per row.
 
     ``score`` is what was measured (``+inf`` where the signal is not defined yet); ``halt`` says stop.
     """
@@ -46,24 +48,37 @@ class LoopStep:
     """One step of a loop, as policies see it.
 
     Attributes:
-        k: how many times the body has been applied, from 1.
+        k: how many times the body has been applied, from 1. One number where all rows began together; where they did
+            not (:func:`haltkit.run_queue`), ``(...)`` int64, an entry per row. ``halt & (step.k >= n)`` fits both.
         x: the state ``x_k``, ``(..., D)``.
         x_prev: the state ``x_{k-1}``, ``(..., D)``.
-        live: rows that still run, ``(...)`` bool; entries of other rows mean nothing.
+        active: rows that still run, ``(...)`` bool; entries of other rows mean nothing.
+        region: the name of the loop.
 
-    What several policies may want is computed once and only if asked for: :attr:`d`, :attr:`step_norm` and
-    :attr:`logits`.
+    What several policies may use is computed once, when first used: :attr:`d`, :attr:`step_norm`,
+    :attr:`logits` and :meth:`log_probabilities`.
     """
 
-    def __init__(self, k: int, x: Tensor, x_prev: Tensor, live: Tensor, readout: Readout | None = None) -> None:
+    def __init__(
+        self,
+        k: int | Tensor,
+        x: Tensor,
+        x_prev: Tensor,
+        active: Tensor,
+        readout: Readout | None = None,
+        *,
+        region: str = "loop",
+    ) -> None:
         self.k = k
         self.x = x
         self.x_prev = x_prev
-        self.live = live
+        self.active = active
+        self.region = region
         self._readout = readout
         self._d: Tensor | None = None
         self._step_norm: Tensor | None = None
         self._logits: Tensor | None = None
+        self._log_probabilities: dict[float, Tensor] = {}
 
     @property
     def d(self) -> Tensor:
@@ -81,7 +96,7 @@ class LoopStep:
 
     @property
     def logits(self) -> Tensor:
-        """``readout(x_k)``, ``(..., V)``: the readout runs at most once a step.
+        """``readout(x_k)``, ``(..., V)``: the readout runs at most once per step.
 
         Raises:
             ValueError: the loop was given no readout.
@@ -94,6 +109,17 @@ class LoopStep:
                 )
             self._logits = self._readout(self.x)
         return self._logits
+
+    def log_probabilities(self, temperature: float = 1.0) -> Tensor:
+        """``log softmax(logits / temperature)``, ``(..., V)``: computed at most once per step and temperature.
+
+        Raises:
+            ValueError: the loop was given no readout.
+        """
+        found = self._log_probabilities.get(temperature)
+        if found is None:
+            found = self._log_probabilities[temperature] = signals.log_probabilities(self.logits, temperature)
+        return found
 
 
 @runtime_checkable
@@ -140,6 +166,24 @@ def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
     if state is None:
         return state
     raise TypeError(f"a policy's state is made of tensors, tuples and None, not {type(state).__name__}")
+
+
+def judge(policy: HaltingPolicy[Any], state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+    """The policy's update: its state after the step, and its verdict.
+
+    Raises:
+        WeightsMisfit: tensors fail to combine in a policy that holds weights; the error itself is the cause.
+    """
+    try:
+        return policy.update(state, step)
+    except RuntimeError as error:
+        held = held_by(policy)
+        if type(error) is not RuntimeError or not held:  # out of memory or lost processes, for instance
+            raise
+        raise WeightsMisfit(
+            f"the policy failed on states of width {step.x.shape[-1]} in {step.region!r}: {error}. It holds "
+            f"{', '.join(map(repr, held))}: check that they were made for this model"
+        ) from error
 
 
 def check_tau(tau: float) -> None:

@@ -11,6 +11,7 @@ This module is the only place where a formula stands; policies, recorders and di
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -21,18 +22,24 @@ __all__ = [
     "KLDirection",
     "acceleration",
     "cosine",
+    "cosine_distance",
     "curvature",
     "delta_loop_ratio",
     "difference",
+    "entropy",
+    "entropy_change",
     "finite",
     "kl_divergence",
     "log_probabilities",
+    "margin",
     "measured",
+    "min_p",
     "norm",
     "normalized",
     "rounding_floor",
     "step_angle",
     "step_size_change",
+    "top",
 ]
 
 EPS = 1e-8
@@ -156,3 +163,57 @@ def delta_loop_ratio(handoff: Tensor, step_norms: Tensor) -> Tensor:
         ``||handoff|| / mean_k ||d_k||``, ``(...)``.
     """
     return norm(handoff) / step_norms.mean(0)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """``-sum p log p`` in nats, ``(..., V)`` to ``(...)``, in [0, log V]; a probability of 0 adds nothing."""
+    return -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
+
+
+def entropy_change(entropy: Tensor, entropy_prev: Tensor) -> Tensor:
+    """``abs(H_k - H_{k-1})`` in nats: the criterion ``entropy-diff`` in the code of arXiv 2502.05171.
+
+    Blind to a prediction that moves from one token to another as likely; :func:`kl_divergence` is not.
+    """
+    return (entropy - entropy_prev).abs()
+
+
+def margin(log_p: Tensor) -> Tensor:
+    """``p_(1) - p_(2)``, the gap between the two most probable, ``(..., V)`` to ``(...)``, in [0, 1].
+
+    The "softmax response" by which CALM exits (arXiv 2207.07061, section 3.5).
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if log_p.shape[-1] < 2:
+        raise ValueError(f"a margin between the two most probable of {log_p.shape[-1]} classes: at least 2 are needed")
+    first, second = log_p.topk(2).values.exp().unbind(-1)
+    return first - second
+
+
+def min_p(log_p: Tensor, share: float) -> Tensor:
+    """Log-probabilities without a tail, ``(..., V)``: what is below ``share`` of the largest becomes ``1 / V``.
+
+    All is normalized again afterwards. The tail then adds nothing to a divergence but for what enters or leaves it: the
+    criterion ``minp-kl`` in the code of arXiv 2502.05171, with a share of 0.1.
+    """
+    floor = log_p.amax(-1, keepdim=True) + math.log(share)
+    return torch.log_softmax(torch.where(log_p < floor, -math.log(log_p.shape[-1]), log_p), dim=-1)
+
+
+def top(logits: Tensor) -> Tensor:
+    """The most probable class, ``(..., V)`` to ``(...)`` int64; the first of several."""
+    return logits.argmax(-1)
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - cos(a, b)``, ``(..., D)`` twice to ``(...)``, in [0, 2]; ``+inf`` where one of them is zero.
+
+    Half the squared distance of the two directions, which is exact for a small angle where ``1 - cos`` is rounding.
+    Of successive states: the criterion ``cosine`` in the code of arXiv 2502.05171; CALM's saturation (arXiv 2207.07061)
+    is its complement.
+    """
+    size_a, size_b = norm(a), norm(b)
+    across = measured(a) / size_a.unsqueeze(-1) - measured(b) / size_b.unsqueeze(-1)
+    return torch.where((size_a > 0) & (size_b > 0), norm(across).square() / 2, torch.inf)

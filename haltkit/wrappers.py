@@ -1,7 +1,8 @@
 """Policies around policies: they change what is decided, never what is measured.
 
 Each is a policy itself, so they nest. The order that the registry builds is pooling, then patience, then
-``CheckEvery`` and ``MinSteps``: patience therefore counts every measured step, also those at which nobody asks.
+``CheckEvery`` and ``MinSteps``: patience therefore counts every measured step, also those at which
+``CheckEvery`` halts nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class MinSteps:
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, halt) = self.policy.update(state, step)
-        return state, Verdict(score, halt if step.k >= self.steps else torch.zeros_like(halt))
+        return state, Verdict(score, halt & (step.k >= self.steps))
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,21 @@ class CheckEvery:
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, halt) = self.policy.update(state, step)
-        return state, Verdict(score, halt if step.k % self.every == 0 else torch.zeros_like(halt))
+        return state, Verdict(score, halt & (step.k % self.every == 0))
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """One decision for a whole sequence or batch: the rows' scores are pooled, then held against ``tau``.
+    """One decision for a whole sequence or batch: the rows' scores are pooled, then compared with ``tau``.
 
-    Only live rows count. The answer depends on every row of the pool, so in a causal model it is not causal.
+    Only active rows count. The answer depends on every row of the pool, so in a causal model it is not causal.
 
     Args:
         policy: one with a ``tau``.
         over: ``sequence`` pools over the last dimension of rows (``T`` of ``(B, T, D)``); ``batch`` over all rows;
             ``world`` over all rows of all processes of the default group of ``torch.distributed``, one reduction of two
-            numbers a step, so that every process takes the same number of steps. A process that alone stops, because
-            all its states stopped being finite, leaves the others waiting until the group's timeout.
+            numbers per step, so that every process takes the same number of steps. If one process stops alone, because
+            none of its states is finite, the others wait until the group's timeout.
         reduce: mean or maximum of the scores.
     """
 
@@ -114,7 +115,7 @@ class Pooled:
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, ThresholdPolicy):
-            raise ValueError(f"{type(self.policy).__name__} has no tau to hold a pooled score against")
+            raise ValueError(f"{type(self.policy).__name__} has no tau to compare a pooled score with")
         if self.over not in ("sequence", "batch", "world") or self.reduce not in ("mean", "max"):
             raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence, batch or world, mean or max")
 
@@ -136,13 +137,13 @@ class Pooled:
         state, (score, _) = self.policy.update(state, step)
         dims = (-1,) if self.over == "sequence" else tuple(range(score.ndim))
         if self.reduce == "mean":
-            total = torch.where(step.live, score, 0.0).sum(dims, keepdim=True)
-            count = step.live.sum(dims, keepdim=True)
+            total = torch.where(step.active, score, 0.0).sum(dims, keepdim=True)
+            count = step.active.sum(dims, keepdim=True)
             if self.over == "world":
                 total, count = _over_ranks(torch.stack([total, count.to(total.dtype)]), "SUM")
             pooled = total / count
         else:
-            pooled = torch.where(step.live, score, -torch.inf).amax(dims, keepdim=True)
+            pooled = torch.where(step.active, score, -torch.inf).amax(dims, keepdim=True)
             if self.over == "world":
                 pooled = _over_ranks(pooled, "MAX")
         pooled = pooled.expand_as(score)
@@ -157,7 +158,7 @@ def _over_ranks(values: Tensor, how: Literal["SUM", "MAX"]) -> Tensor:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Halt when any part says so. The score counts the parts that want to go on."""
+    """Halt when any part halts. The score is the number of parts that do not halt."""
 
     policies: tuple[HaltingPolicy[Any], ...]
 
@@ -178,7 +179,7 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class AllOf:
-    """Halt when all parts say so at the same step. The score counts the parts that want to go on."""
+    """Halt when all parts halt at the same step. The score is the number of parts that do not halt."""
 
     policies: tuple[HaltingPolicy[Any], ...]
 

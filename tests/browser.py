@@ -125,9 +125,17 @@ def browser(profile: Path) -> Iterator[Page]:
         os.dup2(write, 4)
 
     flags = [
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-        "--no-first-run", "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}",
-    ]  # fmt: skip
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--remote-debugging-pipe",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={profile}",
+    ]
     process = subprocess.Popen(
         [chromium(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=wire, close_fds=False
     )

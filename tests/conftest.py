@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +10,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from cases import write_documents
 from haltkit.models.checkpoint import build_model
-from haltkit.models.config import ModelConfig, load_config
-from haltkit.models.gpt import LoopedGPT
-from haltkit.models.prepare import prepare, resolve_source
+from haltkit.models.gpt.config import ModelConfig
+from haltkit.models.gpt.model import LoopedGPT
+from haltkit.models.text.prepare import prepare
+from haltkit.models.text.source import resolve_source
+from haltkit.models.training.config import load_config
 
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.register_profile(
     "ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 torch.set_num_threads(1)
 
@@ -30,15 +33,6 @@ def nothing_is_left_switched() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-
-
-def write_documents(path: Path, count: int = 400) -> Path:
-    """JSONL documents whose words repeat, so that a few steps of training show in the loss."""
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(count):
-            text = f"Document {i} says that {i % 7} and {i % 5} make {i % 7 + i % 5}. " * (2 + i % 4)
-            file.write(json.dumps({"text": text, "id": i}) + "\n")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -32,10 +32,14 @@ import torch.distributed.fsdp
 import torch.utils.tensorboard
 
 from haltkit.cli import main as entry
-from haltkit.models import train as training
-from haltkit.models.config import RunConfig, from_dict
-from haltkit.models.data import Feed, ShardFeed
-from haltkit.models.stream import StreamFeed
+from haltkit.models.config import from_dict
+from haltkit.models.text.data import Feed, ShardFeed
+from haltkit.models.text.stream import StreamFeed
+from haltkit.models.training.config import RunConfig
+from haltkit.models.training.loop import train
+
+# OpenMP's threads do not survive a fork: a child that meets the parent's pool waits for ever. One thread makes no pool.
+torch.set_num_threads(1)
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -57,19 +61,27 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def spread(processes: int, work: Callable[[], None], seconds: float = 120) -> None:
-    """Run ``work`` in so many processes that find each other as under torchrun; all must succeed."""
+def spread(processes: int, work: Callable[[], None], seconds: float = 240) -> None:
+    """Run ``work`` in so many processes that find each other as under torchrun; all must succeed.
+
+    The limit is for processes that wait for each other for ever, not for a busy machine.
+    """
     # As torchrun's agent does: it holds the store itself, on a port that nobody can take in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def one(rank: int) -> None:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
-        )  # fmt: skip
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
+        )
         work()
 
-    children = {fork(lambda rank=rank: one(rank)) for rank in range(processes)}  # type: ignore[misc]
+    children = {fork(lambda rank=rank: one(rank)) for rank in range(processes)}
     deadline = time.monotonic() + seconds
     while children:
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -96,7 +108,7 @@ def watch_samples(config: RunConfig, out: Path) -> None:
                 file.write(json.dumps([first + row, hash(window.tobytes())]) + "\n")
         return found
 
-    kind.take = taking  # type: ignore[assignment,method-assign]
+    kind.take = taking
 
 
 def counting(name: str, out: Path) -> Callable[..., Any]:
@@ -129,7 +141,7 @@ def run(job: dict[str, Any]) -> None:
 
     def work() -> None:
         if "backend" in job:
-            torch.compile = functools.partial(torch.compile, backend=counting(job["backend"], out))  # type: ignore[assignment]
+            torch.compile = functools.partial(torch.compile, backend=counting(job["backend"], out))
         watch_samples(config, out)
         rank = int(os.environ["RANK"])
         if "file_limit" in job and rank == job["processes"] - 1:
@@ -137,10 +149,14 @@ def run(job: dict[str, Any]) -> None:
         error = None
         try:
             # Only the first process is asked to stop; all must.
-            training.train(
-                config, out, resume=job.get("resume", False),
-                on_event=lambda e: e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM),
-            )  # fmt: skip
+            train(
+                config,
+                out,
+                resume=job.get("resume", False),
+                on_event=lambda e: (
+                    e["kind"] == "step" and e["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM)
+                ),
+            )
         except Exception as caught:
             error = caught
             (out / f"failed-{rank}").write_text(str(error))
@@ -153,6 +169,5 @@ def run(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)

@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_documents
-from gang import fork
 
-from haltkit.models import files
-from haltkit.models.checkpoint import load_checkpoint, read_tensors
-from haltkit.models.config import RunConfig, load_config
-from haltkit.models.files import atomic_folder, settle
-from haltkit.models.prepare import prepare, resolve_source
-from haltkit.models.train import checkpoints, train
+from cases import write_documents
+from gang import fork
+from haltkit import folders
+from haltkit.folders import atomic_folder, settle
+from haltkit.models.checkpoint import load_checkpoint
+from haltkit.models.text.prepare import prepare
+from haltkit.models.text.source import resolve_source
+from haltkit.models.training.config import RunConfig, load_config
+from haltkit.models.training.loop import train
+from haltkit.models.training.runs import checkpoints
+from haltkit.models.weights import read_tensors
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 HOW = ("time", "write", "operation")
@@ -171,13 +174,13 @@ def kill_replacement(folder: Path, exchange: bool) -> int:
 
     def work(at: int) -> None:
         if not exchange:
-            files._exchange = lambda a, b: False  # as on a system that cannot
+            folders._exchange = lambda a, b: False  # as on a system that cannot
         die_at(at, folder)
         fill("new")
 
     for at in range(1, 100):
         fill("old")
-        died = killed(fork(lambda at=at: work(at)))  # type: ignore[misc]
+        died = killed(fork(lambda at=at: work(at)))
         if not exchange:
             settle(path)  # what load_checkpoint does
         assert {(path / name).read_text() for name in ("a", "b")} in ({"old"}, {"new"}), at
@@ -195,9 +198,18 @@ def main(kills: int, seed: int, folder: Path) -> None:
     config = replace(
         loaded,
         data=replace(loaded.data, path=str(data)),
-        train=replace(loaded.train, max_steps=12, batch_size=2, checkpoint_every=2, eval_every=6, eval_batches=1,
-                      eval_loops=(1,), snapshot_first_tokens=300, snapshot_factor=10.0),
-    )  # fmt: skip
+        train=replace(
+            loaded.train,
+            max_steps=12,
+            batch_size=2,
+            checkpoint_every=2,
+            eval_every=6,
+            eval_batches=1,
+            eval_loops=(1,),
+            snapshot_first_tokens=300,
+            snapshot_factor=10.0,
+        ),
+    )
     count = kill_training(config, folder, max(1, kills - kills // 4), rng)
     count["preparation"] = kill_preparation(source, data, folder, max(1, kills // 4), rng)
     count["replacing a folder, names exchanged"] = kill_replacement(folder / "a", exchange=True)

@@ -1,14 +1,42 @@
-"""Small models of our own with the structure and the names of models that no registry carries."""
+"""Small models of our own with the structure and the names of models that no registry carries, and what runs them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import haltkit
+
 WIDTH, HEADS, VOCABULARY = 16, 2, 50
+
+
+def with_config(config: Any, run: Callable[[], Tensor], **values: int) -> Tensor:
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        return run()
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+class AtDepths:
+    """Halts the n-th loop that it is asked about at the n-th depth."""
+
+    def __init__(self, *depths: int) -> None:
+        self.depths = list(depths)
+
+    def init(self, x0: Tensor) -> int:
+        return self.depths.pop(0)
+
+    def update(self, state: int, step: haltkit.LoopStep) -> tuple[int, haltkit.Verdict]:
+        score = torch.full_like(step.x[..., 0], float(step.k < state))
+        return state, haltkit.Verdict(score, score < 0.5)
 
 
 class SlotCache:
@@ -66,7 +94,7 @@ class RavenForCausalLM(nn.Module):
         )
 
     def embed(self, ids: Tensor, cache: SlotCache | None = None) -> Tensor:
-        return self.transformer["prelude"][0](self.transformer["wte"](ids), torch.tensor(0), cache)  # type: ignore[no-any-return, index]
+        return self.transformer["prelude"][0](self.transformer["wte"](ids), torch.tensor(0), cache)
 
     def initial(self, e: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(3)
@@ -74,7 +102,7 @@ class RavenForCausalLM(nn.Module):
 
     def core_block_forward(self, x: Tensor, e: Tensor, block_idx: Tensor, cache: SlotCache | None) -> Tensor:
         x = self.transformer["adapter"](torch.cat([x, e], -1))
-        for block in self.transformer["core_block"]:  # type: ignore[union-attr]
+        for block in self.transformer["core_block"]:
             block_idx += 1  # in place, as the original counts
             x = block(x, block_idx, cache)
         return x
@@ -91,5 +119,5 @@ class RavenForCausalLM(nn.Module):
 
     def predict_from_latents(self, x: Tensor, cache: SlotCache | None = None) -> Any:
         x = self.transformer["ln_f"](x)
-        x = self.transformer["coda"][0](x, torch.tensor(-1), cache)  # type: ignore[index]
-        return SimpleNamespace(logits=self.transformer["ln_f"](x) @ self.transformer["wte"].weight.T)  # type: ignore[operator]
+        x = self.transformer["coda"][0](x, torch.tensor(-1), cache)
+        return SimpleNamespace(logits=self.transformer["ln_f"](x) @ self.transformer["wte"].weight.T)

@@ -12,19 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import events, last_tensors, with_train
 from torch import Tensor, nn
 
 import haltkit
+from cases import events, last_tensors, with_train
 from haltkit.cli import main as entry
 from haltkit.cli.device import choose_device
-from haltkit.clock import settled
 from haltkit.models.checkpoint import build_model
-from haltkit.models.config import ModelConfig, RunConfig, load_config
-from haltkit.models.draws import EvaluationNoise, TrainingNoise
-from haltkit.models.generation import Decoder
-from haltkit.models.gpt import LoopedGPT
-from haltkit.models.train import train
+from haltkit.models.gpt.config import ModelConfig
+from haltkit.models.gpt.decoding import Decoder
+from haltkit.models.gpt.draws import EvaluationNoise, TrainingNoise
+from haltkit.models.gpt.model import LoopedGPT
+from haltkit.models.training.config import RunConfig, load_config
+from haltkit.models.training.loop import train
+from haltkit.timing import settled
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # What compiling warns of in some versions is not ours.
@@ -150,12 +151,17 @@ def test_attaching_halts_there() -> None:
         fewer = model(x, k)
         with haltkit.attach(model, f"fixed:steps={k}", body=["body"]) as session:
             assert torch.equal(model(x), fewer)
-        assert session.steps.tolist() == [k] * 4
+        assert session.steps["loop"].tolist() == [k] * 4
     sample = torch.randn(4, 64, device="cuda")
     result = haltkit.compare(
-        model, model, "norm,kl", samples=[x, sample], metric=lambda y, _: y.mean(-1), body=["body"],
+        model,
+        model,
+        "norm,kl",
+        samples=[x, sample],
+        metric=lambda y, _: y.mean(-1),
+        body=["body"],
         readout=nn.Linear(64, 32).cuda(),
-    )  # fmt: skip
+    )
     assert {row.policy for row in result.rows} == {"fixed", "norm", "kl"}
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from haltkit.models.checkpoint import build_model, load_checkpoint, read_config
-from haltkit.models.data import TokenData
-from haltkit.models.files import write_json
-from haltkit.models.gpt import LoopedGPT
-from haltkit.models.statistics import loop_statistics
-from haltkit.models.train import STATISTICS_FILE, STATISTICS_WINDOWS, read_run_config
+from haltkit.files import write_json
+from haltkit.models.checkpoint import build_model, load_checkpoint
+from haltkit.models.gpt.diagnosing import loop_statistics
+from haltkit.models.gpt.files import read_config
+from haltkit.models.gpt.model import LoopedGPT
+from haltkit.models.text.data import TokenData
+from haltkit.models.training.evaluation import STATISTICS_FILE, STATISTICS_WINDOWS
+from haltkit.models.training.start import read_run_config
 
 
 def snapshots(run: Path) -> list[Path]:

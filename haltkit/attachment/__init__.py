@@ -1,8 +1,9 @@
-"""Halting the loop inside somebody else's model, from outside."""
+"""Halting the loops inside a foreign model, from outside."""
 
+from haltkit.attachment.attach import attach, verify
 from haltkit.attachment.description import Loop
 from haltkit.attachment.discovery import Discovery, discover
-from haltkit.attachment.session import Session, attach
+from haltkit.attachment.session import Session
 from haltkit.attachment.verify import Report
 
-__all__ = ["Discovery", "Loop", "Report", "Session", "attach", "discover"]
+__all__ = ["Discovery", "Loop", "Report", "Session", "attach", "discover", "verify"]

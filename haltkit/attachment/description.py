@@ -1,4 +1,4 @@
-"""What a loop in somebody else's model looks like, as a value."""
+"""The description of a loop in a foreign model, as a value."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, UnknownModule
+from haltkit.attachment.outputs import first_tensor, with_first_tensor
 
 __all__ = ["Action", "Initial", "Loop", "find_module"]
+
+CODE = {"code": True}  # marks the fields for functions, which no file can contain
 
 Action = Literal["replay", "zero", "identity"]
 # From the positional and keyword arguments of the body's first call to x_0.
@@ -24,36 +27,39 @@ class Loop:
 
     Args:
         body: dotted paths of the modules that one iteration calls, in call order, including those called after the
-            state (an exit head). A module called several times an iteration is named once. Everything that carries
+            state (an exit head). A module called several times per iteration is named once. Everything that carries
             the loop's state from one iteration to the next must pass through them.
         state: the module whose output is the state ``x_k``; the last of ``body`` if None.
         select: from that module's output to the state; None takes a tensor as it is, the first entry of a tuple or
             of a dataclass.
         put: from (output, new state) to the output that carries it; only needed with ``select``.
         initial: where ``x_0`` is: the position or name of an argument of the first module's first call, a function
-            of its arguments and keyword arguments, or None if it cannot be had (``d_1`` is then not defined).
+            of its arguments and keyword arguments, or None if it is not among them (``d_1`` is then not defined).
         period: outputs of the state module that make one iteration, the last of which is ``x_k``.
         scope: ``"module"`` or ``"module:method"``: entering it starts a new loop.
         reset_on: modules of an enclosing loop whose call ends this loop, so that the next one is new.
         on_halt: what a body module gives after the halt. ``replay`` (the default): its output of the last complete
             iteration. ``zero``: zeros, for what is accumulated over iterations. ``identity``: its own input.
-        carry: (body module, position of an argument) where the state enters the next iteration, for the drift check
-            of ``verify``; by default every tensor argument of ``body[0]``. Needed where those change for another
-            reason, such as a loop-index embedding.
-        refuse: told of the arguments of each call of the scope; raises where the loop cannot be halted.
+        carry: (body module, position of an argument) where the state enters the next iteration, for the check that
+            nothing drifts after the halt; by default every tensor that a body module is given. Needed where those
+            change for another reason, such as a loop-index embedding.
+        copies: the model or the body changes states in place (``x += ...``): keep copies of what the body's modules
+            return, at the cost of one more copy of each output in every iteration.
+        refuse: is given the arguments of each call of the scope; raises where the loop cannot be halted.
     """
 
     body: Sequence[str]
     state: str | None = None
-    select: Callable[[Any], Tensor] | None = None
-    put: Callable[[Any, Tensor], Any] | None = None
+    select: Callable[[Any], Tensor] | None = field(default=None, metadata=CODE)
+    put: Callable[[Any, Tensor], Any] | None = field(default=None, metadata=CODE)
     initial: int | str | Initial | None = 0
     period: int = 1
     scope: str = ""
     reset_on: Sequence[str] = ()
     on_halt: Mapping[str, Action] = field(default_factory=dict)
     carry: tuple[str, int] | None = None
-    refuse: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+    copies: bool = False
+    refuse: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = field(default=None, metadata=CODE)
 
     def __post_init__(self) -> None:
         if isinstance(self.body, str) or not self.body:
@@ -78,6 +84,28 @@ class Loop:
             if action not in ("replay", "zero", "identity"):
                 raise ValueError(f"on_halt={action!r} for {name!r}: allowed are replay, zero, identity")
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Loop:
+        """A description from its fields by name.
+
+        Raises:
+            ValueError: no body, or a name that is not a field's (the known ones are listed).
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in fields if name not in known]:
+            raise ValueError(f"a loop is not described by {', '.join(unknown)}; its fields are {', '.join(known)}")
+        if "body" not in fields:
+            raise ValueError(
+                f"{', '.join(fields)} belong to a description by fields, which needs body=; a Loop, a saved choice and "
+                "a preset have their own"
+            )
+        return cls(**fields)
+
+    @property
+    def functions(self) -> list[str]:
+        """The fields of this description that are functions."""
+        return [field.name for field in dataclasses.fields(self) if callable(getattr(self, field.name))]
+
     @property
     def state_module(self) -> str:
         """The path of the module whose output is the state."""
@@ -95,14 +123,9 @@ class Loop:
         """The state inside the state module's output."""
         if self.select is not None:
             return self.select(output)
-        if isinstance(output, Tensor):
-            return output
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return output[0]
-        if dataclasses.is_dataclass(output) and not isinstance(output, type):
-            first = getattr(output, dataclasses.fields(output)[0].name)
-            if isinstance(first, Tensor):
-                return first
+        found = first_tensor(output)
+        if found is not None:
+            return found
         raise AttachError(
             f"the output of {self.state_module!r} is a {type(output).__name__}, in which the state is not obvious: "
             "say select=, from the output to the state, and put=, from (output, state) to the output"
@@ -112,12 +135,7 @@ class Loop:
         """The output with another state in it, of the same type."""
         if self.put is not None:
             return self.put(output, x)
-        if isinstance(output, Tensor):
-            return x
-        if isinstance(output, tuple):
-            parts = (x, *output[1:])
-            return type(output)(*parts) if hasattr(output, "_fields") else parts
-        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: x})
+        return with_first_tensor(output, x)
 
     def initial_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """``x_0``, from the arguments of the first body call."""

@@ -1,26 +1,33 @@
-"""Run a model once and propose the description of its loop."""
+"""Run a model a few times and propose the description of its loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from haltkit.attachment.calls import Calls
+from haltkit.attachment.dataflow import Leaf, Reads, leaves
+from haltkit.attachment.description import Action
 from haltkit.attachment.errors import AttachError
-from haltkit.attachment.frame import _tensors
+from haltkit.attachment.outputs import first_tensor
 
 __all__ = ["Candidate", "Discovery", "discover"]
+
+MOST = 24  # outputs that are disturbed, one run each, to see what reads them
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group of modules that run again and again, and how often an iteration of it comes.
+    """A group of modules that run again and again, and what was found about the loop that calls them.
 
-    ``state`` is where the loop's state seems to come out: the last module whose output keeps one shape and enters
-    the next iteration, or the last one of the group.
+    Attributes:
+        body, period, scope, state, initial, on_halt, reset_on: see :class:`~haltkit.attachment.description.Loop`.
+        iterations: of the loop, in one call of the scope.
+        leaf: where the state is in the state module's output, if :class:`Loop` would not look there by itself.
     """
 
     body: tuple[str, ...]
@@ -28,17 +35,32 @@ class Candidate:
     period: int
     scope: str
     state: str
+    initial: int | str | None = 0
+    on_halt: dict[str, Action] = field(default_factory=dict)
+    reset_on: tuple[str, ...] = ()
+    leaf: Leaf | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The description by fields: ``attach(model, policy, **candidate.fields())``."""
+        found: dict[str, Any] = {"body": list(self.body)}
+        if self.state != self.body[-1]:
+            found["state"] = self.state
+        others = {"period": self.period, "scope": self.scope, "on_halt": self.on_halt}
+        found |= {name: value for name, value in others.items() if value not in (1, "", {})}
+        if self.initial != 0 or self.initial is None:
+            found["initial"] = self.initial
+        if self.reset_on:
+            found["reset_on"] = list(self.reset_on)
+        if self.leaf is not None:
+            found["select"], found["put"] = self.leaf.get, self.leaf.put
+        return found
 
     def call(self) -> str:
         """The ``attach`` call to copy."""
-        parts = [f"body={list(self.body)!r}"]
-        if self.state != self.body[-1]:
-            parts.append(f"state={self.state!r}")
-        if self.period > 1:
-            parts.append(f"period={self.period}")
-        if self.scope:
-            parts.append(f"scope={self.scope!r}")
-        return f"haltkit.attach(model, policy, {', '.join(parts)})"
+        parts = {name: repr(value) for name, value in self.fields().items()}
+        if self.leaf is not None:
+            parts["select"], parts["put"] = self.leaf.select_text(), self.leaf.put_text()
+        return f"haltkit.attach(model, policy, {', '.join(f'{name}={value}' for name, value in parts.items())})"
 
 
 @dataclass(frozen=True)
@@ -54,62 +76,46 @@ class Discovery:
 
 
 def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
-    """Propose how to attach to a model, from one run of it.
+    """Propose how to attach to a model, from a few runs of it.
 
-    Modules that are called more than once are grouped under the module that calls them; the modules that a repeated
-    module calls inside itself are left out. The proposal is a starting point, and ``verify`` tells whether it is right:
-    what a run does not show has to be added, such as ``period`` where one module plays several roles in an iteration,
-    ``on_halt`` for accumulators, or ``reset_on`` of an inner loop.
+    Modules that are called more than once in one call of the model are grouped under the module that calls them; those
+    that a repeated module calls inside itself are not listed. Then one output after the other is disturbed, to see
+    which of them the next iteration reads: that is the state. The proposal is a starting point, and
+    :func:`~haltkit.attachment.attach.verify` tells whether it is right: what runs do not show has to be added, such as
+    ``on_halt`` for what the model sums up beside the loop.
 
     Args:
         model: any module.
-        run: calls the model on some input.
+        run: calls the model on some input; called up to some 30 times for each loop, and must be deterministic.
 
     Raises:
-        AttachError: no module was called more than once.
+        AttachError: no module is called more than once in one call of the model.
+        ValueError: the model computes something else in each run.
     """
-    calls: list[tuple[str, tuple[str, ...]]] = []  # (module, modules that were running when it was called)
-    running: list[str] = []
-    outputs: dict[str, list[tuple[int, ...]]] = {}
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls.append((name, tuple(running)))
-            running.append(name)
-
-        return hook
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            running.pop()
-            outputs.setdefault(name, []).append(tuple(_tensors(output)[0].shape) if _tensors(output) else ())
-
-        return hook
-
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(enter(name)))
-                handles.append(module.register_forward_hook(leave(name), always_call=False))
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = Calls(model)
+    seen.watch(run)
     groups: dict[str, list[str]] = {}
-    for name, stack in calls:
+    for name, stack in seen.calls:
         groups.setdefault(stack[-1] if stack else "", []).append(name)
-    found = [c for scope, names in groups.items() for c in _candidates(scope, names, outputs)]
+    found = [c for scope, names in groups.items() for c in _candidates(scope, names, seen.shapes)]
     # What a repeated module repeats inside itself, once a call, is not a loop of its own.
-    entered = {name: sum(1 for called, _ in calls if called == name) for name in groups if name}
+    entered = {name: sum(1 for called, _ in seen.calls if called == name) for name in groups if name}
     found = [c for c in found if c.iterations > entered.get(c.scope, 1)]
+    if not found and seen.roots > 1:
+        raise AttachError(
+            f"run calls the whole model {seen.roots} times and nothing repeats within one call: the loop is around the "
+            "model. Put it into the forward of a module that has the model as a part, and discover that one"
+        )
     if not found:
         raise AttachError("no module is called more than once in one run: there is no loop of modules to halt")
-    return Discovery(tuple(sorted(found, key=lambda c: (-c.iterations, c.scope))))
+    if seen.method:
+        found = [replace(c, scope=f":{seen.method}") if not c.scope else c for c in found]
+    found.sort(key=lambda c: (-c.iterations, c.scope))
+    looked = [c for candidate in found for c in _looked_into(model, candidate, run)]
+    return Discovery(tuple(looked))
 
 
-def _candidates(scope: str, names: list[str], outputs: dict[str, list[tuple[int, ...]]]) -> list[Candidate]:
+def _candidates(scope: str, names: list[str], shapes: dict[str, list[tuple[int, ...]]]) -> list[Candidate]:
     """The loops among the calls that one module makes: those of modules that it calls more than once.
 
     Modules whose calls take turns belong to one loop; where one set is done before the next begins, there are two.
@@ -126,15 +132,99 @@ def _candidates(scope: str, names: list[str], outputs: dict[str, list[tuple[int,
             merged[-1] = before | modules, start, max(end, last)
         else:
             merged.append((modules, first, last))
-    return [_candidate(scope, [n for n in names if n in modules], outputs) for modules, _, _ in merged]
+    return [_candidate(scope, [n for n in names if n in modules], shapes) for modules, _, _ in merged]
 
 
-def _candidate(scope: str, names: list[str], outputs: dict[str, list[tuple[int, ...]]]) -> Candidate:
-    """The loop that calls these modules, in this order."""
+def _candidate(scope: str, names: list[str], shapes: dict[str, list[tuple[int, ...]]]) -> Candidate:
+    """The loop that calls these modules, in this order; its state, as far as shapes tell."""
     body = tuple(dict.fromkeys(names))
     iterations = min(names.count(name) for name in body)
-    shapes = {name: set(outputs.get(name, [])) for name in body}
-    largest = max((len(shape) for sizes in shapes.values() for shape in sizes), default=0)
-    states = [name for name in body if len(shapes[name]) == 1 and len(next(iter(shapes[name]))) == largest]
+    sizes = {name: set(shapes.get(name, [])) for name in body}
+    largest = max((len(shape) for found in sizes.values() for shape in found), default=0)
+    states = [name for name in body if len(sizes[name]) == 1 and len(next(iter(sizes[name]))) == largest]
     state = states[-1] if states else body[-1]
     return Candidate(body, iterations, names.count(state) // iterations, scope, state)
+
+
+def _looked_into(model: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> list[Candidate]:
+    """The loop with what disturbing its outputs shows; and a loop inside its iterations, if there is one."""
+    reads = Reads(model, candidate.body, candidate.scope.partition(":")[0], run)
+    count = len(reads.calls)
+    if count % candidate.iterations or count < 2:
+        return [candidate]
+    if len(candidate.body) == 1:
+        period = _period(reads)
+        candidate = replace(candidate, period=period, iterations=count // period)
+    size = count // candidate.iterations  # calls in an iteration
+    if candidate.iterations < 2:
+        return [candidate]
+    found = _state(reads, size)
+    if found is None:
+        return [candidate]
+    place, leaf = found
+    state = reads.calls[place].module
+    made = replace(
+        candidate,
+        state=state,
+        period=[call.module for call in reads.calls[:size]].count(state),
+        initial=_initial(reads, size, place, leaf),
+        leaf=None if _obvious(reads.calls[place].output, leaf) else leaf,
+    )
+    beyond = [number for number in reads.of(place, leaf) if number >= 2 * size]
+    if candidate.iterations > 2 and beyond:
+        made = replace(made, on_halt={state: "zero"})  # the model itself carries it on, as h = h + f(h) does
+    return [made, *_inner(reads, size, made)]
+
+
+def _state(reads: Reads, size: int) -> tuple[int, Leaf] | None:
+    """The last output of the first iteration that the second one reads: the call, and where in its output."""
+    for place in list(range(size))[::-1][:MOST]:
+        for leaf in _largest_first(reads.calls[place].output):
+            if any(size <= number < 2 * size for number in reads.of(place, leaf)):
+                return place, leaf
+    return None
+
+
+def _largest_first(output: Any) -> list[Leaf]:
+    return sorted(leaves(output), key=lambda leaf: -int(leaf.get(output).ndim))
+
+
+def _period(reads: Reads) -> int:
+    """Calls of a single module that make an iteration: after so many, who reads whom repeats."""
+    count = len(reads.calls)
+    offsets: list[frozenset[int]] = []
+    for number in range(min(count, MOST)):
+        found = leaves(reads.calls[number].output)
+        offsets.append(frozenset(n - number for leaf in found for n in reads.of(number, leaf)))
+    reach = max(max(seen, default=0) for seen in offsets)
+    for period in range(1, count // 2 + 1):
+        pairs = [(i, i + period) for i in range(len(offsets) - period) if i + period + reach < count]
+        if count % period == 0 and pairs and all(offsets[a] == offsets[b] for a, b in pairs):
+            return period
+    return 1
+
+
+def _initial(reads: Reads, size: int, place: int, leaf: Leaf) -> int | str | None:
+    """The argument of an iteration's first call that is the state as it was returned; None if no argument is."""
+    state, first = leaf.get(reads.calls[place].output), reads.calls[size]
+    for key, given in first.given.items():
+        if key in first.bare and given[0].shape == state.shape and torch.equal(given[0], state):
+            start = reads.calls[0].given.get(key, [])
+            return key if key in reads.calls[0].bare and start[0].shape == state.shape else None
+    return None
+
+
+def _obvious(output: Any, leaf: Leaf) -> bool:
+    """Whether :class:`Loop` finds this tensor without being told."""
+    found: Tensor | None = first_tensor(output)
+    return found is not None and found is leaf.get(output)
+
+
+def _inner(reads: Reads, size: int, outer: Candidate) -> list[Candidate]:
+    """A module that an iteration calls several times in a row before the others: a loop inside."""
+    names = [call.module for call in reads.calls[:size]]
+    turns = names.count(names[0])
+    if len(outer.body) < 2 or turns < 2 or names[:turns] != [names[0]] * turns:
+        return []
+    enclosing = next(name for name in outer.body if name != names[0])
+    return [Candidate((names[0],), turns, 1, outer.scope, names[0], None, reset_on=(enclosing,))]

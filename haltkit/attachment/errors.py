@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AlreadyAttached",
     "AttachError",
+    "BatchNotFound",
     "BodyOutsideScope",
     "DetachOrder",
     "GlueDrift",
@@ -12,7 +13,9 @@ __all__ = [
     "KVDepthMismatch",
     "MutatedOutput",
     "ReentrantCheckpoint",
+    "RowsMeet",
     "ScriptModuleUnsupported",
+    "StateNotCarried",
     "StateShapeChanged",
     "TapeMismatch",
     "UnknownModule",
@@ -40,6 +43,14 @@ class BodyOutsideScope(AttachError):
     """The body ran, but never inside a call of the scope: nothing was observed."""
 
 
+class BatchNotFound(AttachError):
+    """Rows cannot be retired from a module: no argument of it has the batch as a dimension."""
+
+
+class RowsMeet(AttachError):
+    """Rows cannot be retired from a module: it computes the rows of a batch from each other."""
+
+
 class TapeMismatch(AttachError):
     """After the halt the model called other body modules than in its last complete iteration."""
 
@@ -50,6 +61,10 @@ class GlueDrift(AttachError):
 
 class MutatedOutput(AttachError):
     """The model changed a recorded output in place, so it cannot be given again."""
+
+
+class StateNotCarried(AttachError):
+    """What was named as the state is not read by the next iteration: halting a row would not freeze it."""
 
 
 class StateShapeChanged(AttachError):

@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from haltkit.attachment.description import Loop
-from haltkit.attachment.errors import GradientLost, MutatedOutput, StateShapeChanged, TapeMismatch
+from haltkit.attachment.errors import (
+    AttachError,
+    GradientLost,
+    MutatedOutput,
+    RowsMeet,
+    StateShapeChanged,
+    TapeMismatch,
+)
 from haltkit.attachment.kv import CacheUse
+from haltkit.attachment.leaving import BodyCall, Leaving
+from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, tensors_in, with_first_tensor
+from haltkit.attachment.steadiness import Inputs
+from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
 
 __all__ = ["Frame"]
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors directly inside an output."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, (tuple, list)):
-        return [t for part in output for t in _tensors(part)]
-    if isinstance(output, dict):
-        return [t for part in output.values() for t in _tensors(part)]
-    return [t for t in vars(output).values() if isinstance(t, Tensor)] if hasattr(output, "__dict__") else []
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Apply a function to the tensors of an output, keeping its structure."""
-    if isinstance(output, Tensor):
-        return function(output)
-    if isinstance(output, tuple):
-        parts = [map_tensors(function, part) for part in output]
-        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
-    if isinstance(output, list):
-        return [map_tensors(function, part) for part in output]
-    if isinstance(output, dict):
-        changed: Any = copy.copy(output)
-        for key, value in output.items():
-            changed[key] = map_tensors(function, value)
-        return changed
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        changed = copy.copy(output)
-        for field in dataclasses.fields(output):
-            object.__setattr__(changed, field.name, map_tensors(function, getattr(output, field.name)))
-        return changed
-    return output
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """One body call of an iteration."""
-
-    name: str
-    output: Any
-    versions: tuple[int, ...] | None  # None: inference tensors have none, so the tape holds a copy of its own
-    grad_enabled: bool
-
-    @classmethod
-    def of(cls, name: str, output: Any) -> _Recorded:
-        tensors = _tensors(output)
-        if any(t.is_inference() for t in tensors):
-            return cls(name, map_tensors(torch.clone, output), None, torch.is_grad_enabled())
-        # A container of its own: the model may put other tensors into the one that it was given.
-        return cls(name, map_tensors(_same, output), tuple(t._version for t in tensors), torch.is_grad_enabled())
-
-    def again(self, allow_grad: bool) -> Any:
-        """The output once more.
-
-        Raises:
-            MutatedOutput: the model has changed it in place.
-            GradientLost: it was made without gradients, and now they are wanted.
-        """
-        if self.versions is None:
-            return map_tensors(torch.clone, self.output)
-        if self.versions != tuple(t._version for t in _tensors(self.output)):
-            raise MutatedOutput(
-                f"the model changes the output of {self.name!r} in place (such as h += ...), so it cannot be given "
-                "again after the halt: make that operation out of place, or describe the loop by other modules"
-            )
-        if torch.is_grad_enabled() and not self.grad_enabled and not allow_grad:
-            raise GradientLost(
-                f"{self.name!r} ran under no_grad before the halt and would be replayed where gradients are on: the "
-                "loop would train nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
-            )
-        return map_tensors(_same, self.output)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class Frame:
     """A loop in progress inside one call of the scope.
+
+    Replayed iterations before ``disturb_before`` give disturbed outputs: what is read of them then shows (for verify).
 
     An iteration begins with the first call of ``body[0]`` after the state has come ``period`` times. A halt takes
     effect there, so that modules called after the state in the same iteration still run.
@@ -112,35 +46,45 @@ class Frame:
         kv: CacheUse,
         *,
         allow_grad: bool,
-        check_glue: bool,
+        inputs: Inputs | None,
+        disturb_before: int = 0,
+        leaving: Leaving | None = None,
     ) -> None:
         self.loop, self._start, self._judging, self.kv = loop, start, judging, kv
-        self.allow_grad, self.check_glue = allow_grad, check_glue
+        self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
+        self.leaving = leaving
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
         self.seconds = 0.0  # inside the body's modules, as the host sees it
-        self.inputs: list[list[Tensor]] = []  # where the state enters, while replaying, if glue is being checked
-        self._tape: list[_Recorded] = []
-        self._last: list[_Recorded] = []
+        self._tape: list[Recorded] = []
+        self._last: list[Recorded] = []
         self._position = 0
         self._outputs = 0
         self._ended = True
         self._x0: Tensor | None = None
         self._kept: Any = None  # the output with the state handed on, graph and all
         self._seen: tuple[Tensor, int] | None = None  # the newest state as it was when it was judged
+        self._present: Tensor | None = None  # entries of the batch that have rows active in this iteration
         self._stopped: Tensor | None = None  # rows that had halted when this iteration began
 
     def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A body module is called: run it, or give its output of the last complete iteration."""
-        self.kv.look(args, kwargs)
+        if not self.halted:
+            self.kv.before(args, kwargs)
         if self._ended and name == self.loop.body[0]:
             self._begin(args, kwargs)
+        if self.inputs is not None:
+            self.inputs.see(name, args, kwargs)
         if self.halted:
             return self._replay(name, args, kwargs)
+        self.kv.reads(args, kwargs)
+        self.kv.goes_on(self.computed + (not self._ended))
         started = time.perf_counter()
-        output = forward(*args, **kwargs)
+        output = self._compute(name, forward, args, kwargs)
         self.seconds += time.perf_counter() - started
+        state = self.loop.state_of(output) if name == self.loop.state_module else first_tensor(output)
+        self.kv.after(args, kwargs, beside(output, state), state)
         if name == self.loop.state_module:
             self._outputs += 1
             if self._outputs == self.loop.period:
@@ -148,27 +92,63 @@ class Frame:
                 self._ended = True
         if self._stopped is not None:
             output = self._act_on_stopped(name, output, args, kwargs)
-        self._tape.append(_Recorded.of(name, output))
+        self._tape.append(Recorded.of(name, output, self.loop.copies))
         return output
+
+    def _compute(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a body module gives; where rows can be retired, only those still active are computed."""
+        if self.leaving is None:
+            return forward(*args, **kwargs)
+        if self.kv.in_use:
+            raise RowsMeet(
+                f"execution='compact': {name!r} is given a cache, whose entries would have to be retired with the "
+                "rows: use execution='masked'"
+            )
+        self.leaving.refuse_training()
+        if self.run is None or self._present is None:
+            return forward(*args, **kwargs)
+        place = len(self._tape)
+        self._expect(name, self._last[place].name if place < len(self._last) else "")
+        state_of = self.loop.state_of if name == self.loop.state_module else None
+        everybody = len(self._present) == len(self.run.active)
+        before = None if everybody else self._last[place].again(self.allow_grad)
+        call = BodyCall(name, place, forward, args, kwargs, state_of)
+        return self.leaving.call(call, self._present, len(self.run.active), before)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
         if self.halted:
+            if self.inputs is not None:
+                self.inputs.begins(halted=True)
             return
         self._last, self._tape = self._tape, []
-        self.kv.begins()
         if self.run is None:
-            self._x0 = self.loop.initial_state(args, kwargs)
-            if self._x0 is not None and not self._x0.is_inference():
-                self._seen = self._x0, self._x0._version
+            self.kv.begins()
+            if self.inputs is not None:
+                self.inputs.begins(halted=False)
+            x0 = self.loop.initial_state(args, kwargs)
+            if x0 is not None and self._unwatched(x0):
+                x0 = x0.clone()
+            elif x0 is not None:
+                self._seen = x0, x0._version
+            self._x0 = x0
             return
-        self.kv.look_again()
         done = self.run.running == 0
-        self.kv.computed(self.computed, ending=done)
+        if done:
+            self.kv.ends(self.computed)
         if done and not self.kv.runs_on:
             self.halted, self._position = True, 0
-        elif self.run.running < self.run.live.numel():
-            self._stopped = ~self.run.live
+        else:
+            self.kv.begins()
+        if self.inputs is not None:
+            self.inputs.begins(self.halted, self.run.x)
+        if self.halted:
+            return
+        if self.run.running < self.run.active.numel():
+            self._stopped = ~self.run.active
+        if self.leaving is not None and self.run.active.ndim:
+            entries = self.run.active.flatten(1).any(1) if self.run.active.ndim > 1 else self.run.active
+            self._present = entries.nonzero().squeeze(-1)
 
     def _judge(self, output: Any) -> Any:
         x = self.loop.state_of(output)
@@ -178,7 +158,8 @@ class Frame:
             if start.shape != x.shape:
                 raise StateShapeChanged(
                     f"x_0, taken from the first call of {self.loop.body[0]!r}, is {tuple(start.shape)}, and the state "
-                    f"{tuple(x.shape)}: say initial=, or None if x_0 cannot be had"
+                    f"{tuple(x.shape)}. One of the two is not what the loop carries: say state= (and select=) if it is "
+                    "the output, initial= if it is the argument, or initial=None if x_0 cannot be had"
                 )
             self.run = self._start(start)
         elif x.shape != self.run.x.shape:
@@ -188,32 +169,37 @@ class Frame:
             )
         self.computed += 1
         if self.run.running == 0:  # runs on to fill a cache: every row keeps its state
-            return self._keep(output, torch.zeros_like(self.run.live))
-        if x.is_inference():
-            x = x.clone()  # what happens to the model's own cannot be seen: inference tensors count no versions
+            return self._keep(output, torch.zeros_like(self.run.active))
+        unwatched = self._unwatched(x)
+        if unwatched:
+            x = x.clone()
         elif self._seen is not None and self._seen[0]._version != self._seen[1]:
             raise MutatedOutput(
                 f"the model changes the state in place after {self.loop.state_module!r} gave it (such as h += ..., or "
                 "a body that works in its own buffer), so steps cannot be measured and halted rows cannot be kept: "
-                "make that operation out of place, or describe the loop by a module that contains it"
+                "make that operation out of place, say copies=True (which costs a copy of the outputs in every "
+                "iteration), or describe the loop by a module that contains it"
             )
-        self._seen = None if x.is_inference() else (x, x._version)
+        self._seen = None if unwatched else (x, x._version)
+        if self.inputs is not None:
+            self.inputs.stated(x.detach())
         with torch.no_grad(), self._judging():
             if not self.run.advance_if_sound(x.detach()):
                 self.run.advance(x.detach())
         if self._kept is None or self.run.all_took:
-            self._kept = output
+            self._kept = self._own(output)
             return output
         return self._keep(output, self.run.took)
 
     def _keep(self, output: Any, took: Tensor) -> Any:
         """The output with the rows that did not take it as they were: the state itself, graph and all, and every other
         tensor of the output that has these rows (an LSTM's cell, say)."""
-        new, old = _tensors(output), _tensors(self._kept)
+        new, old = tensors_in(output), tensors_in(self._kept)
         if len(new) != len(old):  # its structure changes from step to step: the state alone is known to correspond
             new, old = [self.loop.state_of(output)], [self.loop.state_of(self._kept)]
-            self._kept = self.loop.with_state(output, torch.where(took.unsqueeze(-1), new[0], old[0]))
-            return self._kept
+            held = self.loop.with_state(output, torch.where(took.unsqueeze(-1), new[0], old[0]))
+            self._kept = self._own(held)
+            return held
         if torch.is_grad_enabled() and not self.allow_grad:
             for fresh, kept in zip(new, old, strict=True):
                 if fresh.requires_grad and not kept.requires_grad:
@@ -229,14 +215,17 @@ class Frame:
                 return tensor
             return torch.where(took.view(*took.shape, *[1] * (tensor.ndim - took.ndim)), tensor, kept)
 
-        self._kept = map_tensors(rows, output)
-        return self._kept
+        held = map_tensors(rows, output)
+        self._kept = self._own(held)
+        return held
 
-    def _watch(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        carry = self.loop.carry
-        if name == (carry[0] if carry else self.loop.body[0]) and len(self.inputs) == self.skipped:
-            watched = (args[carry[1]],) if carry else (*args, *kwargs.values())
-            self.inputs.append([t.detach().clone() for value in watched for t in _tensors(value)])
+    def _unwatched(self, x: Tensor) -> bool:
+        """Whether the model may change a state without being seen: inference tensors count no versions."""
+        return self.loop.copies or x.is_inference()
+
+    def _own(self, output: Any) -> Any:
+        """An output that stays what it is, whatever the model does with the one that it was given."""
+        return map_tensors(lambda t: t.clone() if self._unwatched(t) else t, output)
 
     def _act_on_stopped(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``on_halt`` says, for the rows that had halted when this iteration began."""
@@ -244,32 +233,64 @@ class Frame:
         if action == "replay" or self._stopped is None:
             return output
         stopped = self._stopped
-        given = self._input(args, kwargs) if action == "identity" else None
 
-        def act(tensor: Tensor) -> Tensor:
-            mask = stopped.view(*stopped.shape, *[1] * (tensor.ndim - stopped.ndim))
-            return tensor.masked_fill(mask, 0) if given is None else torch.where(mask, given, tensor)
+        def masked(tensor: Tensor) -> Tensor:
+            return stopped.view(*stopped.shape, *[1] * (tensor.ndim - stopped.ndim))
 
-        return map_tensors(act, output)
+        if action == "zero":
+            return map_tensors(lambda t: t.masked_fill(masked(t), 0), output)
+        held = self._identity(name, output, args, kwargs)
+        if name == self.loop.state_module:
+            passed_on, computed = self.loop.state_of(held), self.loop.state_of(output)
+            return self.loop.with_state(output, torch.where(masked(computed), passed_on, computed))
+        before, after = first_tensor(held), first_tensor(output)
+        if before is None or after is None:
+            return output
+        return with_first_tensor(output, torch.where(masked(after), before, after))
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a map of the state is given: the argument that the description names, or the first."""
-        where = self.loop.initial
+    def _identity(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An output of a body module with its own input in place of what it made of it.
+
+        Raises:
+            AttachError: where in the output that belongs is not obvious.
+        """
+        given = self._input(name, args, kwargs)
+        if name == self.loop.state_module:
+            self.loop.state_of(output)
+            return self.loop.with_state(output, given)
+        if first_tensor(output) is None:
+            raise AttachError(
+                f"on_halt='identity' for {name!r}: it returns a {type(output).__name__}, in which what it makes of its "
+                "input is not obvious. Only a tensor, or a tuple or dataclass that begins with one, can be replaced"
+            )
+        return with_first_tensor(output, given)
+
+    def _input(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a map of the state is given: for the first module what the description names, or its first argument."""
+        where = self.loop.initial if name == self.loop.body[0] else 0
         if isinstance(where, str) and where in kwargs:
             return kwargs[where]
         if isinstance(where, int) and where < len(args):
             return args[where]
         return args[0] if args else next(iter(kwargs.values()))
 
-    def _replay(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.check_glue:
-            self._watch(name, args, kwargs)
-        entry = self._last[self._position]
-        if entry.name != name:
+    @staticmethod
+    def _expect(name: str, recorded: str) -> None:
+        """The model calls the module that it called here in the iteration before.
+
+        Raises:
+            TapeMismatch: it does not.
+        """
+        if name != recorded:
             raise TapeMismatch(
-                f"after the halt the model called {name!r} where its last iteration called {entry.name!r}: the body is "
+                f"after the halt the model called {name!r} where its last iteration called {recorded!r}: the body is "
                 "not the same modules in the same order each time. Name in body= all that one iteration calls"
             )
+
+    def _replay(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entry = self._last[self._position]
+        self._expect(name, entry.name)
+        number = self.computed + self.skipped + 1  # of this iteration
         self._position = (self._position + 1) % len(self._last)
         if self._position == 0:
             self._ended = True
@@ -277,6 +298,9 @@ class Frame:
             self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
         if action == "identity":
-            return self._input(args, kwargs)
+            return self._identity(name, entry.output, args, kwargs)
         output = entry.again(self.allow_grad)
-        return map_tensors(torch.zeros_like, output) if action == "zero" else output
+        if action == "zero":
+            return map_tensors(torch.zeros_like, output)
+        self.kv.handed(beside(output, first_tensor(output)), self.computed)
+        return map_tensors(disturbed, output) if number < self.disturb_before else output

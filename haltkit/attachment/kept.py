@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from haltkit.recorder import Recorder
-from haltkit.trajectory import Trajectory
+from haltkit.recording.recorder import Recorder
+from haltkit.recording.trajectory import RegionTrajectory
 
 __all__ = ["MAX_BYTES", "Kept"]
 
@@ -46,7 +46,7 @@ class Kept:
             self._states.append((x, x._version))
 
     @property
-    def trajectory(self) -> Trajectory:
+    def trajectory(self) -> RegionTrajectory:
         """The loop's trajectory.
 
         Raises:
@@ -65,4 +65,4 @@ class Kept:
         for k, (x, _) in enumerate(self._states[1:], 1):
             recorder.step(self._name, k, x)
         recorder.end(self._name, *self._end)
-        return recorder.trajectory
+        return recorder.trajectory[self._name]

@@ -8,14 +8,16 @@ to a context with holes, and nothing complains. So it is refused, unless one say
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from haltkit.attachment.caches import MEMORY, Turn, candidates, contents, grown, is_cache
 from haltkit.attachment.errors import KVDepthMismatch
+from haltkit.attachment.kv_copy import Copying
+from haltkit.attachment.outputs import tensors_in
+from haltkit.attachment.strides import Strides
 
 __all__ = ["CacheBook", "CacheUse", "KVMode"]
 
@@ -24,40 +26,26 @@ __all__ = ["CacheBook", "CacheUse", "KVMode"]
 # the last one's keys and values.
 KVMode = Literal["refuse", "uniform", "freeze", "copy"]
 KV_MODES: tuple[KVMode, ...] = ("refuse", "uniform", "freeze", "copy")
-REMEMBERED = 64  # caches; dictionaries among them are kept alive for it
-LAYER = 2  # update(keys, values, layer, ...) in every cache of the Hugging Face kind
-
-
-def _is_cache(value: Any) -> bool:
-    """A cache of the Hugging Face kind."""
-    return hasattr(value, "get_seq_length") and hasattr(value, "update")
-
-
-def _contents(value: Any) -> dict[Any, Any]:
-    """The shapes of the tensors in a dictionary, also of one inside a dictionary."""
-    found: dict[Any, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Tensor):
-            found[key] = tuple(item.shape)
-        elif isinstance(item, dict):
-            found[key] = _contents(item)
-    return found
-
-
-def _reference(value: Any) -> Callable[[], Any]:
-    try:
-        return weakref.ref(value)
-    except TypeError:  # a plain dictionary
-        return lambda: value
+# How deep the newest call went that returned keys and values, by the module whose output is the state: for tensors
+# that were stacked or reordered on the way from one call to the next, and so cannot be told from others.
+_newest: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @dataclass
 class CacheBook:
-    """What a session knows of the caches it has met: the depth that each was filled to."""
+    """What a region does about caches.
+
+    Attributes:
+        mode: see :func:`haltkit.attach`.
+        stride: of ``copy``, if given.
+        state: the module whose output is the state; with the scope it tells the loops of one cache apart.
+        scope: see :class:`~haltkit.attachment.description.Loop`.
+    """
 
     mode: KVMode = "refuse"
     stride: int | None = None
-    _depths: list[tuple[Callable[[], Any], int]] = field(default_factory=list)
+    state: nn.Module | None = None
+    scope: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in KV_MODES:
@@ -65,135 +53,203 @@ class CacheBook:
         if self.stride is not None and self.mode != "copy":
             raise ValueError(f"kv_stride={self.stride} is for kv='copy', not for kv={self.mode!r}")
 
-    def depth(self, cache: Any) -> int | None:
-        """How deep an earlier call filled this cache."""
-        return next((depth for found, depth in self._depths if found() is cache), None)
-
-    def remember(self, cache: Any, depth: int) -> None:
-        """Note how deep a call filled a cache, unless that is known."""
-        self._depths = [(found, d) for found, d in self._depths if found() is not None][-REMEMBERED:]
-        if self.depth(cache) is None:
-            self._depths.append((_reference(cache), depth))
+    @property
+    def loop(self) -> tuple[int, str]:
+        """Which loop a depth belongs to, where several fill one cache."""
+        return id(self.state), self.scope
 
 
 class CacheUse:
-    """One call of the scope and the cache that its body modules are given, if any."""
+    """One call of the scope, with what it was ``given``, and the caches that its body modules are given, if any."""
 
-    def __init__(self, book: CacheBook) -> None:
-        self.book = book
-        self.cache: Any = None
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # arguments, and what they held at first
-        self._own_update: Any = None  # update as the instance had it, if it had one of its own
-        self._previous: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._current: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def __init__(self, book: CacheBook, given: Any = ()) -> None:
+        self.book, self._given = book, given
+        self._storages: set[int] | None = None  # of the tensors that the scope was given
+        self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
+        self.caches: list[Any] = []
+        self._earlier: int | None = None  # how deep an earlier call filled them
+        self._looked: list[tuple[Any, dict[Any, Any]]] = []  # what may be a cache, and what it held at first
+        self._returned = self._read = False  # keys and values as values
+        self._turn = Turn()
+        self._iteration = 0
+        self._copying: Copying | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """The body reads a cache, as an object or as values."""
+        return bool(self.caches) or self._read
 
     @property
     def runs_on(self) -> bool:
         """The body must go on running after the halt, to fill the cache."""
-        return self.cache is not None and self.book.mode == "freeze"
+        return self.book.mode == "freeze" and (self.in_use or self._returned)
+
+    @property
+    def uniform(self) -> bool:
+        """The first call with a cache decides the depth of all later ones."""
+        return self.book.mode == "uniform"
 
     @property
     def fixed_depth(self) -> int | None:
         """The depth that an earlier call with this cache has settled."""
-        return self.book.depth(self.cache) if self.cache is not None and self.book.mode == "uniform" else None
+        return self._earlier if self.uniform else None
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look for a cache among a body module's arguments."""
-        if self.cache is not None:
-            return
+    # --- recognising caches
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A body module is about to be called: look for a cache among its arguments."""
+        if self._copying is not None:
+            self._copying.enters()
         given = [*args, *kwargs.values()]
-        for value in (*given, *(part for v in given if isinstance(v, (list, tuple)) for part in v)):
-            if _is_cache(value) or (isinstance(value, dict) and self.book.depth(value) is not None):
+        for value in candidates(given):
+            if any(value is found for found in self.caches):
+                continue
+            if is_cache(value) or MEMORY.depth(value, self.book.loop) is not None:
                 self._found(value)
-                return
-            if isinstance(value, dict) and not any(value is known for known, _ in self._dicts):
-                self._dicts.append((value, _contents(value)))
+            elif self._iteration <= 1 and not any(value is known for known, _ in self._looked):
+                self._looked.append((value, contents(value)))
 
-    def look_again(self) -> None:
-        """After an iteration: a dictionary that tensors were put into, or that grew, is a cache."""
-        if self.cache is None:
-            grown = next((d for d, before in self._dicts if _contents(d) != before), None)
-            if grown is not None:
-                self._found(grown)
+    def begins(self) -> None:
+        """An iteration begins."""
+        self._iteration += 1
+        if self._iteration > 2:
+            self._looked = []  # what two iterations left alone is not a cache
+        if self._copying is not None:
+            self._copying.begins()
+
+    def reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A body module is called in this iteration: was it returned what it is given, by an earlier call?"""
+        if self._read:
+            return
+        given = tensors_in([*args, *kwargs.values()])
+        if self._returned and self._reads_slots(given):
+            self._reads_values(self._newest)
+            return
+        for tensor in given:
+            depth = MEMORY.filled(tensor, self._turn, self._iteration)
+            if depth is not None:
+                self._reads_values(depth)
+                return
+
+    def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: list[Tensor], state: Tensor | None) -> None:
+        """A body module has returned ``beside`` beside the ``state``: what it changed, or made longer, is a cache."""
+        if self._copying is not None:
+            self._copying.leaves()
+        for value, before in list(self._looked):
+            if contents(value) != before:
+                self._looked = [entry for entry in self._looked if entry[0] is not value]
+                if not isinstance(value, Tensor) or state is None or value.shape != state.shape:
+                    self._found(value)
+        kept = [t for t in beside if t.ndim > 2]
+        self._returned = self._returned or bool(kept)
+        if kept and not self._read and self._iteration == 1:
+            given = [t for t in tensors_in([*args, *kwargs.values()]) if t is not state]
+            if grown(given, kept):
+                self._reads_values(self._newest)
+            else:
+                self._reads_slots(given)
+        for tensor in beside:
+            MEMORY.returned(tensor, self._turn, self._iteration)
+
+    @property
+    def _newest(self) -> int | None:
+        return None if self.book.state is None else _newest.get(self.book.state)
+
+    def _reads_slots(self, given: list[Tensor]) -> bool:
+        """Whether a body module reads, step by step, one part after the other of what the scope was given."""
+        if self._storages is None:
+            outside = [t for t in tensors_in(self._given) if t.ndim > 2]
+            self._storages = {t.untyped_storage().data_ptr() for t in outside}
+        for place, tensor in enumerate(given):
+            if tensor.ndim > 2 and tensor.untyped_storage().data_ptr() in self._storages:
+                self._slots.setdefault(place, set()).add(tensor.data_ptr())
+        return any(len(read) > 1 for read in self._slots.values())
+
+    def handed(self, beside: list[Tensor], depth: int) -> None:
+        """The same once more, after the halt; under inference mode these are copies."""
+        for tensor in beside:
+            MEMORY.returned(tensor, self._turn, depth)
+
+    def _reads_values(self, depth: int | None) -> None:
+        self._read = True
+        self._earlier = depth if self._earlier is None else self._earlier
 
     def _found(self, cache: Any) -> None:
-        self.cache = cache
-        if self.book.mode == "copy":
-            if isinstance(cache, dict):
-                raise KVDepthMismatch(
-                    "kv='copy' writes skipped iterations through the cache's update method, which a dictionary does "
-                    "not have in that sense: use kv='freeze' or 'uniform'"
-                )
-            self._own_update = vars(cache).get("update")
-            original = cache.update
-
-            def update(*args: Any, **kwargs: Any) -> Any:
-                kept = tuple(a.clone() if i == LAYER and isinstance(a, Tensor) else a for i, a in enumerate(args))
-                self._current.append((kept, kwargs))
-                return original(*args, **kwargs)
-
-            self._original = original
-            cache.update = update
+        self.caches.append(cache)
+        if self._earlier is None:
+            self._earlier = MEMORY.depth(cache, self.book.loop)
+        if self.book.mode != "copy":
+            return
+        if len(self.caches) > 1:
+            raise KVDepthMismatch(
+                "kv='copy' writes skipped iterations into one cache, and this loop has several (one for each "
+                "iteration, perhaps): use kv='freeze' or 'uniform'"
+            )
+        if not is_cache(cache):
+            raise KVDepthMismatch(
+                "kv='copy' writes skipped iterations through the cache's update method, which a "
+                f"{'dictionary' if isinstance(cache, dict) else type(cache).__name__} does not have in that sense: use "
+                "kv='freeze' or 'uniform'"
+            )
+        strides = MEMORY.strides(cache, self.book.loop) if self.book.stride is None else Strides(self.book.stride)
+        self._copying = Copying(cache, strides)
 
     def release(self) -> None:
         """Leave the cache as it was found."""
-        if self.cache is not None and self.book.mode == "copy" and not isinstance(self.cache, dict):
-            if self._own_update is None:
-                vars(self.cache).pop("update", None)
-            else:
-                self.cache.update = self._own_update
+        if self._copying is not None:
+            self._copying.release()
 
     # --- told by the frame
 
-    def begins(self) -> None:
-        """A computed iteration is complete, or the first one begins."""
-        self._previous, self._last, self._current = self._last, self._current, []
+    def goes_on(self, number: int) -> None:
+        """Iteration ``number`` is about to be computed.
 
-    def computed(self, depth: int, ending: bool) -> None:
-        """The loop has reached ``depth``; ``ending`` says that it stops there.
+        Raises:
+            KVDepthMismatch: an earlier call did not get so far.
+        """
+        if self._earlier is not None and number > self._earlier and self.book.mode in ("refuse", "uniform"):
+            self._mismatch(number)
+
+    def ends(self, depth: int) -> None:
+        """The loop stops at ``depth``.
 
         Raises:
             KVDepthMismatch: an earlier call with this cache ran another number of iterations.
         """
-        if self.cache is None or self.book.mode not in ("refuse", "uniform"):
+        self._turn.depth = depth
+        if self._copying is not None:
+            self._copying.rests()
+        if depth == 1 and self._returned and self._slots and not self._read:  # one step cannot show that they differ
+            self._reads_values(self._newest)
+        if self._returned and self.book.state is not None:
+            _newest[self.book.state] = depth
+        if self.book.mode not in ("refuse", "uniform"):
             return
-        earlier = self.book.depth(self.cache)
-        if earlier is not None and (depth > earlier or (ending and depth != earlier)):
-            raise KVDepthMismatch(
-                f"this KV cache was filled at {earlier} iterations and this call would leave it at {depth}: later "
-                "tokens would miss keys and values of the deeper steps. Say kv='uniform' (one depth for all calls with "
-                "a cache), 'freeze' (fills every slot, saves nothing) or 'copy' (repeats the last keys and values, an "
-                "approximation)"
-            )
-        if ending:
-            self.book.remember(self.cache, depth)
+        if self._earlier is not None and depth != self._earlier:
+            self._mismatch(depth)
+        for cache in self.caches:
+            MEMORY.remember(cache, self.book.loop, depth)
 
-    @torch.no_grad()
+    def _mismatch(self, depth: int) -> None:
+        raise KVDepthMismatch(
+            f"this KV cache was filled at {self._earlier} iterations and this call would fill it at {depth}: later "
+            "tokens would miss keys and values of the deeper steps. Say kv='uniform' (one depth for all calls with "
+            "a cache), 'freeze' (fills every slot, saves nothing) or 'copy' (repeats the last keys and values, an "
+            "approximation)"
+        )
+
     def skipped(self, number: int) -> None:
-        """The ``number``-th iteration after the halt (from 1) was skipped: under ``copy``, write its slots."""
-        if self.cache is None or self.book.mode != "copy":
+        """The ``number``-th iteration after the halt (from 1) was skipped: under ``copy``, write its slots.
+
+        Raises:
+            KVDepthMismatch: keys and values are returned as values, or their slots are not known.
+        """
+        if self.book.mode != "copy":
             return
-        stride = self._stride()
-        for args, kwargs in self._last:
-            moved = [a + number * stride if i == LAYER else a for i, a in enumerate(args)]
-            if "layer_idx" in kwargs:
-                kwargs = {**kwargs, "layer_idx": kwargs["layer_idx"] + number * stride}
-            self._original(*moved, **kwargs)
-
-    def _stride(self) -> int:
-        """From an iteration's slots to the next one's."""
-        if self.book.stride is not None:
-            return self.book.stride
-        found = {b - a for a, b in zip(self._layers(self._previous), self._layers(self._last), strict=False)}
-        if len(self._previous) != len(self._last) or len(found) != 1:
+        if self._returned or self._read:
             raise KVDepthMismatch(
-                "kv='copy' needs to know how far an iteration's cache slots are from those of the one before, which "
-                f"takes two iterations and equal distances (seen: {sorted(found) or 'one iteration'}): say kv_stride="
+                "kv='copy' writes skipped iterations through the cache's update method, and this model hands keys and "
+                "values on as values: use kv='freeze' or 'uniform'"
             )
-        return found.pop()
-
-    @staticmethod
-    def _layers(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Iterator[int]:
-        for args, kwargs in calls:
-            yield int(args[LAYER] if len(args) > LAYER else kwargs["layer_idx"])
+        if self._copying is not None:
+            self._copying.skipped(number)

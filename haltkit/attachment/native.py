@@ -2,132 +2,177 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from haltkit.attachment.errors import AlreadyAttached, GradientLost
 from haltkit.attachment.override import Overrides
+from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
+from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tally import Tally
+from haltkit.attachment.verify import NOTHING, ByRegion, Probe
 from haltkit.loop import LoopObserver
 from haltkit.protocol import HaltingPolicy
+from haltkit.recording.trajectory import Trajectory
 
-__all__ = ["Native", "NativeSession"]
-
-Policies = str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]]
-# (policies, observer, args, kwargs of the model's call) to (output, steps by region, outcome by region).
-Run = Callable[
-    [Any, LoopObserver | None, tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Tensor], dict[str, Tensor]]
-]
+__all__ = ["HaltedCall", "HaltsItself", "NativeSession"]
 
 
 @dataclass(frozen=True)
-class Native:
-    """How a model that knows haltkit halts itself.
+class HaltedCall:
+    """The result of one call of a model that halts itself.
 
-    ``check`` raises for policies that do not fit the model's regions.
+    Attributes:
+        output: what the model's plain call would return.
+        steps, outcome: of each row, by region in the order they ran.
+        budget: steps that each region would take if nothing halted.
     """
 
-    run: Run
-    check: Callable[[Any], None]
-    budgets: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, int]]
+    output: Any
+    steps: Mapping[str, Tensor]
+    outcome: Mapping[str, Tensor]
+    budget: Mapping[str, int]
 
 
-class NativeSession:
-    """A policy a region, attached to a model that halts itself. A context manager; made by :func:`~haltkit.attach`.
+@runtime_checkable
+class HaltsItself(Protocol):
+    """What a model that knows haltkit offers, of itself or through a preset."""
+
+    @property
+    def looped_regions(self) -> Sequence[str]:
+        """Names of the regions, in the order they run."""
+        ...
+
+    def readout(self, x: Tensor) -> Tensor:
+        """From the state of any region to logits."""
+        ...
+
+    def halted_call(
+        self,
+        policies: Mapping[str, HaltingPolicy[Any]],
+        observer: LoopObserver | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> HaltedCall:
+        """The model's forward with these arguments, each region halted by its policy."""
+        ...
+
+
+class NativeSession(Session):
+    """Policies for a model that halts itself.
 
     The semantics are the model's canonical ones also token by token, and every execution that it offers is used.
     """
 
-    def __init__(self, model: nn.Module, policy: Any, native: Native, observer: LoopObserver | None = None) -> None:
-        native.check(policy)
-        self.model, self.policy, self.native, self.observer = model, policy, native, observer
-        self.tally = Tally()
-        self._steps: dict[str, Tensor] = {}
-        self._outcome: dict[str, Tensor] = {}
-        self._bypass = False
-        found = type(model).__dict__.get("_haltkit")
-        if isinstance(found, Overrides) and any(isinstance(owner, NativeSession) for owner in found.owners()):
-            raise AlreadyAttached("a session is attached already to this model: detach it first")
-        self._overrides = Overrides.of(model)
-        self._overrides.add("forward", self, next(_numbers), self._forward, outside=True)
+    def __init__(
+        self,
+        model: nn.Module,
+        native: HaltsItself,
+        policies: Mapping[str, HaltingPolicy[Any]],
+        observer: LoopObserver | None = None,
+    ) -> None:
+        """Nothing about the model is changed yet: :meth:`attach` does that."""
+        self.model, self.native, self.observer = model, native, observer
+        self.regions = tuple(native.looped_regions)
+        self.policies, self.loops = dict(policies), {}
+        self.readouts = dict.fromkeys(self.regions, native.readout)
+        self.tally = {name: Tally() for name in self.regions}
+        self.number = next_number()
+        self._newest: HaltedCall | None = None
+        self._passing: ContextVar[bool] = ContextVar("haltkit_passing", default=False)
+        self._overrides: Overrides | None = None
+
+    def attach(self, beside: Session | None = None) -> NativeSession:
+        """Override the model's forward. ``beside``: a session that is detached meanwhile.
+
+        Raises:
+            AlreadyAttached: another session halts this model.
+        """
+        try:
+            found = Overrides.on(self.model)
+            for owner in found.owners() if found else ():
+                if isinstance(owner, NativeSession) and owner is not beside:
+                    raise AlreadyAttached("a session is attached already to this model: detach it first")
+            self._overrides = Overrides.of(self.model)
+            self._overrides.add("forward", self, self.number, self._forward, depth=0)
+            return self
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        if self._overrides is not None:
+            self._overrides.remove(self)
+
+    def detach(self) -> None:
+        try:
+            self._restore()
+        except BaseException:
+            self._restore()
+            raise
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        token = self._passing.set(True)
+        try:
+            yield
+        finally:
+            self._passing.reset(token)
 
     def _forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._bypass:
+        if self._passing.get():
             return forward(*args, **kwargs)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise GradientLost(
                 f"{type(self.model).__name__} halts itself without gradients: call it under torch.no_grad() or "
                 "torch.inference_mode()"
             )
-        output, self._steps, self._outcome = self.native.run(self.policy, self.observer, args, kwargs)
-        budgets = self.native.budgets(args, kwargs)
-        for name, steps in self._steps.items():
+        self._newest = call = self.native.halted_call(self.policies, self.observer, args, kwargs)
+        for name, steps in call.steps.items():
             ran = int(steps.max())
-            self.tally.add(steps, self._outcome[name], ran, budgets[name] - ran, 0.0)
-        return output
+            self.tally[name].add(steps, call.outcome[name], ran, call.budget[name] - ran, 0.0)
+        return call.output
 
-    def __enter__(self) -> NativeSession:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.detach()
-
-    def detach(self) -> None:
-        """Restore the model's own forward."""
-        self._overrides.remove(self)
-
-    def _result(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not values:
-            raise ValueError("no loop has run inside this session yet: call the model inside the with block")
-        return values
+    @property
+    def _call(self) -> HaltedCall:
+        if self._newest is None:
+            raise ValueError(NOTHING_RAN)
+        return self._newest
 
     @property
     def steps(self) -> dict[str, Tensor]:
-        """Steps of each row in the newest call, by region, ``(B, T)`` int64 each."""
-        return self._result(self._steps)
+        return dict(self._call.steps)
 
     @property
     def outcome(self) -> dict[str, Tensor]:
-        """An :class:`~haltkit.loop.Outcome` for each row of the newest call, by region, ``(B, T)`` int8 each."""
-        return self._result(self._outcome)
+        return dict(self._call.outcome)
 
     @property
-    def trajectory(self) -> Any:
-        """The newest trajectory, if a :class:`~haltkit.Recorder` was given as observer."""
-        from haltkit.attachment.session import trajectory_of
-
+    def trajectory(self) -> Trajectory:
         return trajectory_of(self.observer)
 
-    def summary(self) -> str:
-        """Histogram of steps, outcomes, and loop iterations run and spared, over all calls and regions."""
-        return str(self.tally)
+    # --- for verify
 
-    def verify(self, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None = None) -> Any:
-        """Prove on this model that attaching is neutral and that a halt at ``k`` in every region is right.
+    def _probe(
+        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+    ) -> AbstractContextManager[Probe]:
+        return self._beside(NativeSession(self.model, self.native, policies))
 
-        See :func:`haltkit.attachment.verify.verify`; ``neutral`` compares with a policy that never halts.
-        """
-        from haltkit.attachment.verify import Report, difference
+    @contextmanager
+    def _beside(self, other: NativeSession) -> Iterator[NativeSession]:
+        with self.detached(), other.attach(beside=self):
+            yield other
 
-        before = self.policy
-        with torch.no_grad(), self.tally.paused():
-            try:
-                self._bypass = True
-                plain, expected = run(), None if run_at is None else run_at(k)
-                self._bypass = False
-                self.policy = f"fixed:steps={2**31 - 1}"
-                neutral = difference(run(), plain)
-                loops = max(int(steps.max()) for steps in self.steps.values())
-                self.policy = f"fixed:steps={k}"
-                halted = run()
-            finally:
-                self.policy, self._bypass = before, False
-        return Report(k, loops, neutral, None, None if expected is None else difference(halted, expected))
+    def iterations(self) -> dict[str, int]:
+        """The largest number of steps of any row, by region."""
+        return {name: int(steps.max()) for name, steps in self.steps.items()}
 
-
-_numbers = itertools.count()
+    def watched(self) -> dict[str, Inputs]:
+        """Nothing is replayed, so there is nothing to watch."""
+        return {}

@@ -3,19 +3,24 @@
 The instance gets a class of its own, a subclass of its class with the methods replaced, as
 ``torch.nn.utils.parametrize`` does. An attribute on the instance would survive into copies, which would then run
 the original's weights.
+
+What is installed follows from the list of interceptors alone and is put in place by steps that may be repeated, so an
+exception that arrives between two of them (Ctrl-C) is mended by removing the interceptors once more.
 """
 
 from __future__ import annotations
 
+import bisect
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Overrides"]
+__all__ = ["Interceptor", "Overrides"]
 
 # interceptor(next, args, kwargs): call next(*args, **kwargs) for what the module would do.
 Interceptor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -32,13 +37,26 @@ def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One interceptor in a chain."""
+
+    depth: int
+    number: int  # of the session: which came first
+    owner: object
+    interceptor: Interceptor
+
+
 class Overrides:
-    """All interceptors of one module instance, outermost first; the module's class is swapped while there are any."""
+    """All interceptors of one module instance, outermost first; the module's class is swapped while there are any.
+
+    Making one changes nothing about the module: :meth:`add` does.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = type(module)
-        self.chains: dict[str, list[tuple[int, object, Interceptor]]] = {}
+        self.chains: dict[str, list[_Entry]] = {}
         self.own: dict[str, Any] = {}  # methods that were attributes of the instance (accelerate, torch.compile)
         original, overrides = self.original, self
 
@@ -54,26 +72,31 @@ class Overrides:
         swapped = type(original.__name__, (original,), members)
         swapped.__qualname__ = original.__qualname__
         self.swapped = swapped
-        module.__class__ = swapped
+
+    @classmethod
+    def on(cls, module: nn.Module) -> Overrides | None:
+        """The overrides that a module has at present."""
+        found = type(module).__dict__.get("_haltkit")
+        return found if isinstance(found, cls) else None
 
     @classmethod
     def of(cls, module: nn.Module) -> Overrides:
-        """The module's overrides, made if there are none."""
-        found = type(module).__dict__.get("_haltkit")
-        return found if isinstance(found, cls) else cls(module)
+        """The module's overrides; new ones, not in force yet, if it has none."""
+        return cls.on(module) or cls(module)
 
     def owners(self) -> list[object]:
         """Who intercepts this module, in the order they came."""
-        found = sorted(
-            ((number, owner) for chain in self.chains.values() for number, owner, _ in chain), key=lambda item: item[0]
-        )
-        return [owner for _, owner in found]
+        entries = [entry for chain in self.chains.values() for entry in chain]
+        return [entry.owner for entry in sorted(entries, key=lambda entry: entry.number)]
 
-    def add(self, method: str, owner: object, number: int, interceptor: Interceptor, outside: bool) -> None:
-        """Intercept a method; ``outside`` puts it before those that are not."""
+    def add(self, method: str, owner: object, number: int, interceptor: Interceptor, depth: int) -> None:
+        """Intercept a method, inside of all interceptors of the same or a smaller ``depth`` of nesting."""
         chain = self.chains.setdefault(method, [])
-        chain.insert(0 if outside else len(chain), (number, owner, interceptor))
-        if len(chain) > 1:
+        place = bisect.bisect_right([entry.depth for entry in chain], depth)
+        chain.insert(place, _Entry(depth, number, owner, interceptor))
+        if type(self.module) is self.original:
+            self.module.__class__ = self.swapped
+        if method in self.own or method in self.swapped.__dict__:
             return
         if method in self.module.__dict__:
             self.own[method] = self.module.__dict__[method]
@@ -87,7 +110,7 @@ class Overrides:
         def call(index: int, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if index == len(chain):
                 return base(*args, **kwargs)
-            return chain[index][2](lambda *a, **k: call(index + 1, base, a, k), args, kwargs)
+            return chain[index].interceptor(lambda *a, **k: call(index + 1, base, a, k), args, kwargs)
 
         if attribute is not None:
             return _uncompiled(lambda *args, **kwargs: call(0, attribute, args, kwargs))
@@ -102,15 +125,17 @@ class Overrides:
         return _uncompiled(method)
 
     def remove(self, owner: object) -> None:
-        """Take back everything of one owner; with the last the module is what it was."""
+        """Take back everything of one owner; with the last the module is what it was. May be repeated."""
         for name, chain in list(self.chains.items()):
-            chain[:] = [entry for entry in chain if entry[1] is not owner]
-            if not chain:
-                del self.chains[name]
-                if name in self.own:
-                    self.module.__dict__[name] = self.own.pop(name)
-                else:
-                    delattr(self.swapped, name)
+            chain[:] = [entry for entry in chain if entry.owner is not owner]
+            if chain:
+                continue
+            if name in self.own:
+                self.module.__dict__[name] = self.own[name]
+                del self.own[name]
+            if name in self.swapped.__dict__:
+                delattr(self.swapped, name)
+            del self.chains[name]
         if not self.chains and type(self.module) is self.swapped:
             self.module.__class__ = self.original
 

@@ -1,89 +1,110 @@
-"""A policy and the loop that it was chosen for, as a small YAML file that ``attach`` loads."""
+"""A policy and the loops that it was chosen for, as a small YAML file that ``attach`` loads."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from haltkit.attachment.description import Loop
+from haltkit.attachment.regions import ONE
+from haltkit.calibration.certificate import Certificate
+from haltkit.card import Card
+from haltkit.identity import Identity
 
 __all__ = ["check_savable", "load", "save"]
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Loop)}
-_FUNCTIONS = ("select", "put", "refuse")
+# The fields that a file can contain, and their defaults.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Loop) if not field.metadata.get("code")}
 
 
-def check_savable(loop: Loop) -> None:
-    """Whether a file can hold a description.
-
-    Raises:
-        ValueError: it holds functions.
-    """
-    functions = [name for name in _FUNCTIONS if getattr(loop, name) is not None]
-    functions += ["initial"] if callable(loop.initial) else []
-    if functions:
-        raise ValueError(
-            f"this description holds functions ({', '.join(functions)}), which a file cannot: save the spec alone "
-            "and give the description to attach as loop="
-        )
-
-
-def save(path: str | PathLike[str], spec: str, loop: Loop | None = None, about: str = "") -> None:
-    """Write a policy's spec, and the description unless a preset finds it (None).
+def check_savable(loop: Loop | Mapping[str, Loop]) -> None:
+    """Check that a file can contain a description.
 
     Raises:
-        ValueError: the description holds functions, which a file cannot.
+        ValueError: it has functions.
     """
-    import yaml
-
-    values: dict[str, Any] = {"policy": spec}
-    if loop is not None:
-        check_savable(loop)
-        described = {f.name: getattr(loop, f.name) for f in dataclasses.fields(loop) if f.name not in _FUNCTIONS}
-        plain = {
-            name: list(v) if isinstance(v, tuple) else dict(v) if name == "on_halt" else v
-            for name, v in described.items()
-            if v != _DEFAULTS.get(name, ()) and v not in ((), {})
-        }
-        values["loop"] = plain
-    text = yaml.safe_dump(values, sort_keys=False)
-    Path(path).write_text("".join(f"# {line}\n" for line in about.splitlines()) + text, encoding="utf-8")
+    for described in (loop,) if isinstance(loop, Loop) else loop.values():
+        if described.functions:
+            raise ValueError(
+                f"this description has functions ({', '.join(described.functions)}), which a file cannot contain: "
+                "save the spec alone and give the description to attach as loop="
+            )
 
 
-def load(path: str | PathLike[str]) -> tuple[str, Loop | None]:
-    """The spec and the description (None: find the preset) that :func:`save` wrote.
+def save(
+    path: str | PathLike[str],
+    spec: str,
+    loop: Loop | Mapping[str, Loop] | None = None,
+    about: str = "",
+    model: str = "",
+    regions: Sequence[str] = (),
+    identity: Identity | None = None,
+    certificate: Certificate | None = None,
+) -> None:
+    """Write a policy's spec, and the description, of one loop or of several by region, unless a preset finds it (None).
+
+    Args:
+        path: of the file; of the folder, where there is a certificate.
+        spec: of the policy, or one per region.
+        loop: the description.
+        about: how the policy was chosen, for a reader of the file.
+        model, regions: the name of the model's class and its regions, by which another model is refused.
+        identity, certificate: of the very model, and what is promised of the policy on it.
 
     Raises:
-        ValueError: not such a file; what is wrong is said.
+        ValueError: the description has functions, which a file cannot contain.
     """
-    import yaml
+    loops: Mapping[str, Loop] = {ONE: loop} if isinstance(loop, Loop) else loop or {}
+    check_savable(loops)
+    by_region = {name: _written(one) for name, one in loops.items()}
+    Card(spec, model, tuple(regions), by_region, about, identity, certificate).save(path)
 
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"no file {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("policy"), str) or set(values) - {"policy", "loop"}:
-        raise ValueError(f"{str(path)!r} must hold 'policy: SPEC' and may hold 'loop:', the fields of haltkit.Loop")
-    described = values.get("loop")
-    if described is None:
-        return values["policy"], None
-    known = [name for name in _DEFAULTS if name not in _FUNCTIONS]
+
+def _written(loop: Loop) -> dict[str, Any]:
+    """The fields that are not at their defaults, as YAML has them."""
+    described = {name: getattr(loop, name) for name in _DEFAULTS}
+    return {
+        name: list(v) if isinstance(v, tuple) else dict(v) if name == "on_halt" else v
+        for name, v in described.items()
+        if v != _DEFAULTS[name] and v not in ((), {})
+    }
+
+
+def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[str, dict[str, Loop] | None]:
+    """The spec, and the descriptions by region (None: find the preset), that :func:`save` wrote.
+
+    Args:
+        path: of the file.
+        model: that it is loaded for, if it is to be checked.
+
+    Raises:
+        ValueError: not such a file; what is wrong is said. Or one for another model.
+    """
+    card = Card.load(path)
+    if model is not None:
+        card.check(model)
+    return card.policy, {name: _read(path, fields) for name, fields in card.loops.items()} or None
+
+
+def _read(path: str | PathLike[str], described: Any) -> Loop:
+    """A description from its fields."""
+    known = list(_DEFAULTS)
     if not isinstance(described, dict) or (unknown := set(described) - set(known)):
-        wrong = f" ({', '.join(sorted(unknown))})" if isinstance(described, dict) else ""
+        wrong = f" ({', '.join(sorted(map(str, unknown)))})" if isinstance(described, dict) else ""
         raise ValueError(f"{str(path)!r}: loop has fields that are not known{wrong}; allowed are {', '.join(known)}")
     if "body" not in described:
         raise ValueError(f"{str(path)!r}: loop names no body")
     try:
         if described.get("carry") is not None:
-            described["carry"] = tuple(described["carry"])
-        loop = Loop(**described)
+            described = {**described, "carry": tuple(described["carry"])}
+        loop = Loop.of(described)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r}: loop cannot be read: {error}") from None
     named = [*loop.body, loop.state_module, loop.scope, *loop.reset_on]
     if not all(isinstance(name, str) for name in named) or not isinstance(loop.initial, (int, str, type(None))):
         raise ValueError(f"{str(path)!r}: body, state, scope and reset_on are paths, initial a position or a name")
-    return values["policy"], loop
+    return loop

@@ -1,4 +1,4 @@
-"""What came of all the loops of a session: a histogram of steps, outcomes, and what was skipped."""
+"""The results of all loops of a session: a histogram of steps, outcomes, and what was skipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tally:
         self._paused = 0
 
     def add(self, steps: Tensor, outcome: Tensor, computed: int, skipped: int, seconds: float) -> None:
-        """One loop is over: what its rows came to, ``(...)`` each, and what it cost."""
+        """Count a finished loop: steps and outcome of its rows, ``(...)`` each, and what it cost."""
         with self._lock:
             if self._paused:
                 return
@@ -79,5 +79,5 @@ class Tally:
         iterations = f"iterations: {self.computed} computed, {self.skipped} skipped ({share:.0%})"
         if self.skipped and self.seconds:
             each = 1e3 * self.seconds / self.computed
-            iterations += f", about {self.saved:.3g} s saved at {each:.3g} ms an iteration (host time)"
+            iterations += f", about {self.saved:.3g} s saved at {each:.3g} ms per iteration (host time)"
         return "\n".join([*lines, iterations])

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from haltkit.attachment.description import Loop
-from haltkit.attachment.errors import GlueDrift, VaryingInput
-from haltkit.attachment.frame import _tensors
+from haltkit.attachment.errors import GlueDrift, StateNotCarried
+from haltkit.attachment.outputs import tensors_in
+from haltkit.attachment.steadiness import Inputs, gap
 from haltkit.policies import Fixed
+from haltkit.protocol import HaltingPolicy, LoopStep, Verdict
 
-if TYPE_CHECKING:
-    from haltkit.attachment.session import Session
+__all__ = ["NOTHING", "ByRegion", "Depths", "Probe", "Report", "difference", "verify"]
 
-__all__ = ["Report", "difference", "verify"]
+Depths = Mapping[str, int]
+NOTHING: Depths = MappingProxyType({})
+ByRegion = Mapping[str, HaltingPolicy[Any]]
+NEVER = Fixed(2**31 - 1)
+# Other rows may differ by the rounding of products whose sizes depend on what the halted ones route where (experts).
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -26,127 +32,236 @@ class Report:
     """What :func:`verify` found. Differences are the largest over all tensors of the output; 0 is bit-equal.
 
     Attributes:
-        k: the step of the forced halt.
-        loops: iterations that the model runs by itself.
+        k: the step of the forced halt, by region; a region that is not named ran to its end.
+        loops: iterations that the model runs by itself, by region.
         neutral: difference that attaching makes when nothing halts.
-        drift: change of the body's input between replayed iterations; None where fewer than two were replayed.
-        halted: difference between a forced halt at ``k`` and the model run with ``k`` loops; None without ``run_at``.
+        beside: difference that it makes to disturb what the body gives after the halt, in all iterations but the last:
+            0 unless the model keeps something of each, beside the loop; None where fewer than two were replayed.
+        drift: change of the inputs of the body's modules between replayed iterations, by region; None where that could
+            not be seen: fewer than two were replayed, or no input ever moved.
+        halted: difference between the forced halt and the model run with ``k`` loops; None without ``run_at``.
+        steady: modules whose inputs moved before the halt and stood still after it, by region.
+        constant: modules whose inputs never moved, which proves nothing about them, by region.
+        others: how much the other entries of the batch change when only its first one is halted, relative to the
+            largest state, by region; None where that could not be seen (a batch of one).
     """
 
-    k: int
-    loops: int
+    k: dict[str, int]
+    loops: dict[str, int]
     neutral: float
-    drift: float | None
+    drift: dict[str, float | None]
     halted: float | None
+    steady: dict[str, list[str]] = field(default_factory=dict)
+    constant: dict[str, list[str]] = field(default_factory=dict)
+    beside: float | None = None
+    others: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Everything that could be checked is exactly equal, and a halt was compared or at least seen to be steady."""
-        seen = self.drift is not None or self.halted is not None
-        return seen and self.neutral == 0 and not self.drift and not self.halted
+        """Everything that could be checked is exactly equal, and a halt was compared or at least seen to be steady.
+
+        What the rest of the batch notices of a halted entry may be rounding.
+        """
+        if (
+            self.neutral != 0
+            or self.halted
+            or (self.beside and self.halted != 0)
+            or any(seen and seen > ROUNDING for seen in self.others.values())
+        ):
+            return False
+        drifts = self.drift.values()
+        return self.halted == 0 or (not self.beside and bool(drifts) and all(drift == 0 for drift in drifts))
 
     def __str__(self) -> str:
-        def verdict(value: float | None, unknown: str) -> str:
+        def verdict(value: float | None, unknown: str = "") -> str:
             return unknown if value is None else "exactly equal" if value == 0 else f"differs by up to {value:.3g}"
 
-        return "\n".join(
-            [
-                f"attached, nothing halts: {verdict(self.neutral, '')} (the model runs {self.loops} iterations)",
-                f"halted at {self.k}, the body's input while replaying: "
-                + verdict(self.drift, "not checked, fewer than two iterations were replayed"),
-                f"halted at {self.k}, against the model run with {self.k}: "
-                + verdict(self.halted, "not compared, no run_at was given"),
-            ]
+        ran = ", ".join(
+            f"{count} iterations" if len(self.loops) == 1 else f"{count} of {name}"
+            for name, count in self.loops.items()
         )
+        lines = [f"attached, nothing halts: {verdict(self.neutral)} (the model runs {ran})"]
+        for name, drift in self.drift.items():
+            at = self.k[name] if len(self.loops) == 1 else f"{self.k[name]} in {name}"
+            unknown = "not seen, for fewer than two iterations were replayed or no input ever moved"
+            line = f"halted at {at}, inputs of the body's modules while replaying: {verdict(drift, unknown)}"
+            if self.steady.get(name):
+                line += f" ({', '.join(self.steady[name])})"
+            if self.constant.get(name):
+                line += f"; constant throughout, which proves nothing: {', '.join(self.constant[name])}"
+            lines.append(line)
+        unknown = "not seen, for fewer than two iterations were replayed"
+        lines.append(f"what the model keeps of replayed iterations before the last: {verdict(self.beside, unknown)}")
+        for name, seen in self.others.items():
+            where = "" if len(self.loops) == 1 else f" in {name}"
+            unknown = "not seen, for that takes a batch of two"
+            lines.append(f"one entry of the batch halted{where}, the others' states: {verdict(seen, unknown)}")
+        depths = ", ".join(str(k) if len(self.loops) == 1 else f"{k} in {name}" for name, k in self.k.items())
+        unknown = "not compared, no run_at was given: what the model sums up beside the loop is not seen"
+        lines.append(f"halted at {depths}, against the model run with that many: {verdict(self.halted, unknown)}")
+        return "\n".join(lines)
+
+
+class Probe(Protocol):
+    """A session that verify has for itself."""
+
+    def iterations(self) -> dict[str, int]:
+        """Iterations computed in the newest loop of each region."""
+        ...
+
+    def watched(self) -> dict[str, Inputs]:
+        """What the modules of each region's body were given in its newest loop; empty where that is not seen."""
+        ...
+
+
+class Attaching(Protocol):
+    """Attaches a session of verify's own.
+
+    It has policies by region, keeps the inputs of some iterations, and gives disturbed outputs in replayed iterations
+    before one.
+    """
+
+    def __call__(
+        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Depths = NOTHING
+    ) -> AbstractContextManager[Probe]: ...
+
+
+@dataclass(frozen=True)
+class _First:
+    """Halts the first entry of the batch at the first step; of a batch of one its first row, and nothing else ever."""
+
+    def init(self, x0: Tensor) -> None:
+        return None
+
+    def update(self, state: None, step: LoopStep) -> tuple[None, Verdict]:
+        halt = self.rows(step.x)
+        return None, Verdict((~halt).float(), halt)
+
+    @staticmethod
+    def rows(x: Tensor) -> Tensor:
+        """Which rows of a state are halted, ``(...)`` bool; none of a single row."""
+        halt = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        several = next((i for i, size in enumerate(halt.shape) if size > 1), None)
+        if several is not None:
+            halt.select(several, 0).fill_(True)
+        return halt
 
 
 def difference(one: Any, other: Any) -> float:
-    """The largest difference over the tensors of two outputs; 0 is bit-equal, inf another structure or shape."""
-    a, b = _tensors(one), _tensors(other)
+    """The largest difference over the tensors of two outputs; 0 is bit-equal, inf another structure or shape.
+
+    Raises:
+        ValueError: there is no tensor in them.
+    """
+    a, b = tensors_in(one), tensors_in(other)
     if not a and not b:
         raise ValueError("run must return what is to be compared: tensors, or containers of them")
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
-        return float("inf")
-    gaps = [
-        0.0 if torch.equal(x, y) else float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True)
-    ]
-    # Not equal, and yet the difference is NaN (not finite somewhere) or 0 (another dtype): no number says how much.
-    return max(
-        float("inf") if gap != gap or (gap == 0 and not torch.equal(x, y)) else gap
-        for gap, x, y in zip(gaps, a, b, strict=True)
-    )
+    return max(map(gap, a, b)) if len(a) == len(b) else float("inf")
 
 
-def verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None = None) -> Report:
+@torch.no_grad()
+def verify(
+    regions: Sequence[str],
+    detached: Callable[[], AbstractContextManager[None]],
+    probe: Attaching,
+    run: Callable[[], Any],
+    k: int | Depths,
+    run_at: Callable[[Any], Any] | None = None,
+) -> Report:
     """Compare runs of the user's own model.
 
     Args:
-        session: attached to the model.
-        run: calls the model on some input and returns its output; called three times, and must be deterministic.
-        k: where to force a halt, below the number of iterations that the model runs.
-        run_at: calls the model on the same input with that many loops, for the comparison that settles it.
+        regions: of the model.
+        detached: runs the model as it is.
+        probe: attaches a session with other policies.
+        run: calls the model on some input and returns its output; called five times, and once more for each further
+            region; it must be deterministic.
+        k: where to force a halt, below the number of iterations that the model runs: in every region, or by region.
+        run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
+            settles it.
 
     Raises:
         GlueDrift: the body's input goes on changing after the halt, so state is carried outside the described modules.
         VaryingInput: likewise, and the input does not depend on the state at all: a recurrence over a sequence.
-        ValueError: the model ran no more than ``k`` iterations, ``run`` is not deterministic or returns no tensor, or
-            the session only observes.
+        StateNotCarried: nothing that the next iteration reads changes when a row is halted.
+        ValueError: a region that is not there, the model ran no more than ``k`` iterations, ``run`` is not
+            deterministic, or returns no tensor.
     """
-    if session.policy is None:
-        raise ValueError("this session only observes, and halts nothing: attach a policy to verify a halt")
-    kept = session.newest
-    try:
-        return _verify(session, run, k, run_at)
-    finally:
-        session.newest = kept
-
-
-def _verify(session: Session, run: Callable[[], Any], k: int, run_at: Callable[[int], Any] | None) -> Report:
-    never = Fixed(2**31 - 1)
-    with torch.no_grad():
-        with session.detached():
-            plain = run()
-        with session.using(never):
-            neutral = difference(run(), plain)
-            loops = session.last.computed
-        if neutral:
-            with session.detached():
-                if difference(run(), plain):
-                    raise ValueError("run gives another output each time: fix its seed, and call model.eval()")
-        if not 1 <= k < loops:
-            raise ValueError(f"k={k}: the model runs {loops} iterations, so a halt can be forced at 1 to {loops - 1}")
-        with session.using(Fixed(k), check_glue=True):
-            halted = run()
-        inputs, state = session.last_inputs, session.last.result.x
-        drift = _drift(inputs)
-        compared = None
-        if run_at is not None:
-            with session.detached():
-                compared = difference(halted, run_at(k))
-    if drift and compared != 0:
-        _refuse(session.loop, inputs, state, drift)
-    return Report(k, loops, neutral, drift, compared)
-
-
-def _drift(inputs: list[list[Tensor]]) -> float | None:
-    """The largest change between successive replayed iterations."""
-    if len(inputs) < 2:
-        return None
-    return max(difference(a, b) for a, b in itertools.pairwise(inputs))
-
-
-def _refuse(loop: Loop, inputs: list[list[Tensor]], state: Tensor, drift: float) -> None:
-    """Say which of the two it is: the state steady and something else new each time, or the state itself moving."""
-    steady = [all(torch.equal(a, b) for a, b in itertools.pairwise(column)) for column in zip(*inputs, strict=True)]
-    carries = [t.shape == state.shape and torch.equal(t, state) for t in inputs[0]]
-    if any(s and c for s, c in zip(steady, carries, strict=True)):
-        raise VaryingInput(
-            f"after the halt {loop.body[0]!r} was still given new input at each iteration (changing by up to "
-            f"{drift:.3g}) beside the state: a recurrence over a sequence cannot be halted in depth. Record it instead"
-        )
-    raise GlueDrift(
-        f"after the halt the input of {loop.body[0]!r} went on changing (by up to {drift:.3g}): the model carries "
-        "state outside the described modules, such as h = h + f(h). Say on_halt={...: 'zero'} for a residual branch, "
-        "'identity' for a map of the state, carry= if the state enters elsewhere, or describe the loop by the module "
-        "that contains the sum"
+    depths = dict.fromkeys(regions, k) if isinstance(k, int) else dict(k)
+    if unknown := [name for name in depths if name not in regions]:
+        raise ValueError(f"no region {', '.join(unknown)} here; the regions are {', '.join(regions)}")
+    with detached():
+        plain = run()
+    never = dict.fromkeys(regions, NEVER)
+    with probe(never, keep=(1, 2, 3)) as unhalted:
+        neutral = difference(run(), plain)
+        loops, free = unhalted.iterations(), unhalted.watched()
+    if neutral:
+        with detached():
+            if difference(run(), plain):
+                raise ValueError("run gives another output each time: fix its seed, and call model.eval()")
+    for name, depth in depths.items():
+        ran = loops.get(name, 0)
+        if not 1 <= depth < ran:
+            raise ValueError(f"k={depth}: the model runs {ran} iterations, so a halt can be forced at 1 to {ran - 1}")
+    with probe({**never, **{name: Fixed(depth) for name, depth in depths.items()}}) as halting:
+        halted = run()
+        watched = {name: inputs for name, inputs in halting.watched().items() if name in depths}
+    compared = None
+    if run_at is not None:
+        with detached():
+            compared = difference(halted, run_at(k))
+    beside = None
+    if all(inputs.replayed > 1 for inputs in watched.values()) and watched:
+        last = {name: loops[name] for name in depths}
+        with probe({**never, **{name: Fixed(depth) for name, depth in depths.items()}}, disturb_before=last):
+            beside = difference(run(), halted)
+    if compared != 0:
+        for inputs in watched.values():
+            inputs.refuse_drift()
+        if beside:
+            raise GlueDrift(
+                f"the model's output depends (by up to {beside:.3g}) on what the body gives after the halt in "
+                "iterations other than the last: it sums something up beside the loop, such as a weighted sum of "
+                "states. Say on_halt={...: 'zero'} for the module whose output is summed, or halt a loop that contains "
+                "the sum"
+            )
+    others = {}
+    for name in (name for name in depths if name in free):
+        with probe({**never, name: _First()}, keep=(1, 2, 3)) as some:
+            run()
+            others[name] = _carried(name, free[name], some.watched()[name])
+    return Report(
+        depths,
+        loops,
+        neutral,
+        {name: inputs.drift for name, inputs in watched.items()},
+        compared,
+        {name: inputs.steady for name, inputs in watched.items()},
+        {name: inputs.constant for name, inputs in watched.items()},
+        beside,
+        others,
     )
+
+
+def _carried(region: str, free: Inputs, some: Inputs) -> float | None:
+    """What the other entries of the batch noticed when the first was halted, relative to the largest state.
+
+    Raises:
+        StateNotCarried: no input of the body did, though it moves.
+    """
+    if free.newest is None or some.newest is None or 2 not in free.states:
+        return None
+    rows = _First.rows(free.newest)
+    moving = gap(free.states[1][rows], free.states[2][rows]) and free.moved_into(3)
+    if moving and free.reads_as(some, 3):
+        raise StateNotCarried(
+            f"region {region}: rows frozen at the first output of {some.loop.state_module!r} went on as before, so the "
+            "next iteration does not read it (an exit gate, perhaps), and policies would judge something else than "
+            "what the loop carries. Say state=, the module whose output enters the next iteration; haltkit.discover "
+            "proposes one"
+        )
+    if rows.ndim < 2 or len(rows) < 2:
+        return None
+    size = float(free.newest.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return gap(free.newest[~rows], some.newest[~rows]) / (size or 1.0)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from haltkit.attachment.description import Loop
+from haltkit.attachment.hooks import Hooks
 from haltkit.loop import LoopObserver, LoopResult, Outcome
 
 __all__ = ["Watch", "observed_result"]
 
 
 def observed_result(x: Tensor, k: int) -> LoopResult:
-    """What a loop that nothing halted came to: its last state, and ``k`` steps for every row."""
+    """The result of a loop that nothing halted: its last state, and ``k`` steps for every row."""
     rows = x.shape[:-1]
     steps = torch.full(rows, k, dtype=torch.int64, device=x.device)
     return LoopResult(x, steps, torch.full(rows, Outcome.BUDGET, dtype=torch.int8, device=x.device))
@@ -34,29 +34,30 @@ class _Seen:
 
 
 class Watch:
-    """Follows the loop ``loop`` and tells ``observer`` of its states and ``done`` of its end (last state, iterations).
+    """Follows the loop of region ``name`` and tells ``observer`` of its states and ``done`` of its end (last state, its
+    number).
 
     A call of the scope that raises is forgotten.
     """
 
-    def __init__(self, loop: Loop, observer: LoopObserver | None, done: Callable[[Tensor, int], None]) -> None:
-        self.loop, self.observer, self.done = loop, observer, done
+    def __init__(
+        self, name: str, loop: Loop, observer: LoopObserver | None, done: Callable[[Tensor, int], None]
+    ) -> None:
+        self.name, self.loop, self.observer, self.done = name, loop, observer, done
         self._local = threading.local()
-        self.entered = 0
+        self.returned = 0
 
-    def hook(self, modules: Mapping[str, nn.Module], scope: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks; they are removed by their handles."""
-        first, state = modules[self.loop.body[0]], modules[self.loop.state_module]
-        handles = [
-            scope.register_forward_pre_hook(self._enter, prepend=True),
-            state.register_forward_hook(self._state),
-            *[modules[path].register_forward_pre_hook(self._restart) for path in self.loop.reset_on],
-            scope.register_forward_hook(self._returned),
-            scope.register_forward_hook(self._leave, always_call=True),
-        ]
+    def hook(self, find: Callable[[str], nn.Module], hooks: Hooks) -> None:
+        """Register the hooks."""
+        loop, scope = self.loop, find(self.loop.scope_module)
+        hooks.before(scope, self._enter, prepend=True)
+        hooks.after(find(loop.state_module), self._state)
+        for path in loop.reset_on:
+            hooks.before(find(path), self._restart)
+        hooks.after(scope, self._returned)
+        hooks.after(scope, self._leave, always_call=True)
         if self.observer is not None:
-            handles.append(first.register_forward_pre_hook(self._first, with_kwargs=True))
-        return handles
+            hooks.before(find(loop.body[0]), self._first, with_kwargs=True)
 
     @property
     def _calls(self) -> list[_Seen]:
@@ -66,7 +67,6 @@ class Watch:
         return calls
 
     def _enter(self, *_: Any) -> None:
-        self.entered += 1
         self._calls.append(_Seen())
 
     def _first(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,10 +86,10 @@ class Watch:
         seen.k += 1
         seen.x = self.loop.state_of(output)
         if self.observer is not None:
-            name = self.loop.body[0]
             if seen.k == 1:
-                self.observer.begin(name, torch.full_like(seen.x, torch.inf) if seen.x0 is None else seen.x0.detach())
-            self.observer.step(name, seen.k, seen.x.detach())
+                x0 = torch.full_like(seen.x, torch.inf) if seen.x0 is None else seen.x0
+                self.observer.begin(self.name, x0.detach())
+            self.observer.step(self.name, seen.k, seen.x.detach())
 
     def _end(self, seen: _Seen) -> None:
         if seen.x is None:
@@ -97,7 +97,7 @@ class Watch:
         x = seen.x.detach()
         if self.observer is not None:
             observed = observed_result(x, seen.k)
-            self.observer.end(self.loop.body[0], observed.steps, observed.outcome)
+            self.observer.end(self.name, observed.steps, observed.outcome)
         self.done(x, seen.k)
 
     def _restart(self, *_: Any) -> None:
@@ -107,6 +107,7 @@ class Watch:
 
     def _returned(self, *_: Any) -> None:
         self._calls[-1].returned = True
+        self.returned += 1
 
     def _leave(self, *_: Any) -> None:
         seen = self._calls.pop()

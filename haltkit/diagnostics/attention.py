@@ -117,7 +117,7 @@ def column_concentration(attention: Tensor) -> Tensor:
 
 
 def sink_rate(attention: Tensor, threshold: float = SINK) -> Tensor:
-    """Share of heads that hold a sink, ``(..., H, T, T)`` to ``(...)``: some position's mean share of attention,
+    """Share of heads with a sink, ``(..., H, T, T)`` to ``(...)``: some position's mean share of attention,
     over all rows, is ``threshold`` or more."""
     return (attention.mean(-2).amax(-1) >= threshold).double().mean(-1)
 

@@ -5,16 +5,16 @@ Every function works on one recording; :class:`RegionStatistics` and :class:`Bou
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.streaming import LogHistogram, Moments, Series, rounded
+from haltkit.diagnostics.numbers import Numbers, rounded
+from haltkit.diagnostics.results import Curve, Ratio, RegionGeometry
+from haltkit.diagnostics.streaming import Median, Moments, Series
 from haltkit.loop import Outcome
-from haltkit.trajectory import RegionTrajectory, delta_loop_ratios
+from haltkit.recording.trajectory import RegionTrajectory, delta_loop_ratios
 
 __all__ = [
     "BoundaryStatistics",
@@ -27,6 +27,8 @@ __all__ = [
     "turning_angles",
 ]
 
+# What reduced statistics keep, of snapshots across training, and to how many digits.
+REDUCED, REDUCED_DIGITS = ("step_norm", "acceleration", "cosine", "state_norm", "distance_to_last"), 4
 # A step counts as motion, not rounding, above so many rounding floors.
 FLOORS = 10.0
 
@@ -140,29 +142,32 @@ class RegionStatistics:
         self.tokens += region.steps.numel()
         self.nonfinite += nonfinite_rows(region)
 
-    def summary(self) -> dict[str, Any]:
-        """Lists over k = 1 .. K by name, and what is one number a region; None where a thing is not defined.
-
-        ``cosine_of_means`` is the cosine of the mean steps beside the mean of the cosines, which differs from it;
-        ``floor`` the rounding floor at the mean state norm, ``floor_measured`` the median of the last mean steps.
-        ``nonfinite`` of the tokens ended in a state that is not finite: means are over what was finite of them.
-        """
-        result: dict[str, Any] = {"tokens": self.tokens, "nonfinite": self.nonfinite}
-        for name, series in self._series.items():
-            result |= series.summary(name)
-        if self._mean_steps is not None:
-            cosines = signals.cosine(self._mean_steps[1:], self._mean_steps[:-1])
-            result["cosine_of_means"] = [None, *(rounded(v) for v in cosines)]
-        floor = signals.rounding_floor(self._state_norms.means()[0], self._dtype)
+    def summary(self) -> RegionGeometry:
+        """The statistics over all recordings taken so far."""
         norms = self._series["step_norm"].means()
-        result["contraction"] = {
-            "mean": rounded(self._rates.means()[0]),
-            "std": rounded(self._rates.deviations()[0]),
-            "tokens": int(self._rates.count[0]),
-        }
-        result["floor"] = rounded(floor)
-        result["floor_measured"] = rounded(norms[-max(2, len(norms) // 4) :].nanmedian())
-        return result
+        return RegionGeometry(
+            tokens=self.tokens,
+            nonfinite=self.nonfinite,
+            curves={name: series.summary() for name, series in self._series.items()},
+            cosine_of_means=self._cosine_of_means(),
+            contraction=self._rates.spread(),
+            floor=rounded(signals.rounding_floor(self._state_norms.means()[0], self._dtype)),
+            floor_measured=rounded(norms[-max(2, len(norms) // 4) :].nanmedian()),
+        )
+
+    def reduced(self) -> RegionGeometry:
+        """What figures across training need, in a few kilobytes."""
+        curves = {name: series.summary(REDUCED_DIGITS) for name, series in self._series.items() if name in REDUCED}
+        return RegionGeometry(
+            curves={name: Curve(curve.mean, curve.std) for name, curve in curves.items()},
+            cosine_of_means=self._cosine_of_means(REDUCED_DIGITS),
+        )
+
+    def _cosine_of_means(self, digits: int = 5) -> Numbers:
+        if self._mean_steps is None:
+            return ()
+        cosines = signals.cosine(self._mean_steps[1:], self._mean_steps[:-1])
+        return (None, *(rounded(v, digits) for v in cosines))
 
 
 class BoundaryStatistics:
@@ -170,21 +175,29 @@ class BoundaryStatistics:
 
     def __init__(self) -> None:
         self._moments: dict[str, Moments] = {}
-        self._histograms: dict[str, LogHistogram] = {}
+        self._medians: dict[str, Median] = {}
 
     def add(self, before: RegionTrajectory, after: RegionTrajectory) -> None:
         """Take the recordings of two adjacent regions in one pass."""
         for convention, ratio in delta_loop_ratios(before, after).items():
             self._moments.setdefault(convention, Moments()).add(ratio.reshape(1, -1))
-            self._histograms.setdefault(convention, LogHistogram()).add(ratio)
+            self._medians.setdefault(convention, Median()).add(ratio)
 
-    def summary(self) -> dict[str, dict[str, float | None]]:
-        """By convention: mean and standard deviation over tokens, median (to a percent)."""
+    def summary(self) -> dict[str, Ratio]:
+        """By convention: mean and standard deviation over tokens, and the median."""
         return {
-            convention: {
-                "mean": rounded(moments.means()[0]),
-                "std": rounded(moments.deviations()[0]),
-                "median": rounded(self._histograms[convention].quantile(0.5), 3),
-            }
-            for convention, moments in self._moments.items()
+            name: Ratio(
+                rounded(moments.means()[0]), rounded(moments.deviations()[0]), rounded(self._medians[name].value())
+            )
+            for name, moments in self._moments.items()
+        }
+
+    def reduced(self) -> dict[str, Ratio]:
+        """By convention: mean and median."""
+        return {
+            name: Ratio(
+                rounded(moments.means()[0], REDUCED_DIGITS),
+                median=rounded(self._medians[name].value(), REDUCED_DIGITS),
+            )
+            for name, moments in self._moments.items()
         }

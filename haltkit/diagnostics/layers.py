@@ -6,80 +6,29 @@ Step signals are only comparable at one place of the cycle, so nothing here mixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from haltkit import signals
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.streaming import Moments, Series, rounded
+from haltkit.diagnostics.numbers import rounded
+from haltkit.diagnostics.results import LayerCurves, Spread
+from haltkit.diagnostics.streaming import Moments, Series
 
-__all__ = ["LayerStatistics", "are_distinct", "distinctness", "layer_distances", "record_layers", "watch_layers"]
+__all__ = [
+    "LayerStatistics",
+    "LayersSummary",
+    "are_distinct",
+    "distinctness",
+    "layer_distances",
+]
 
 # Fixed points stay apart if the angle between them is still so much of what it was half way there, and so many
 # roundings: where layers' shares vanish it halves as recurrences double, or ends in rounding.
 LASTING, ROUNDINGS = 0.9, 100.0
-
-
-def output_state(output: Any) -> Tensor | None:
-    """The state in a layer's output: the output itself or the first entry of a tuple."""
-    if isinstance(output, tuple) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
-
-
-@contextmanager
-def watch_layers(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``see(path, state)`` at every call of the modules at these paths, in the order they run.
-
-    Raises:
-        DiagnosticError: an unknown path, or a module whose output holds no tensor.
-    """
-
-    def observe(path: str, output: Any) -> None:
-        state = output_state(output)
-        if state is None:
-            raise DiagnosticError(f"{path!r} returns a {type(output).__name__}: name layers that return their state")
-        see(path, state.detach())
-
-    handles = []
-    try:
-        for path in paths:
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:
-                raise DiagnosticError(f"no module {path!r} in {type(model).__name__}") from None
-            handles.append(module.register_forward_hook(lambda _m, _a, out, path=path: observe(path, out)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def record_layers(model: nn.Module, paths: Sequence[str], max_bytes: int = 2**31) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep the outputs of every call of these modules: ``{path: [(..., D) at recurrence 1, 2, ...]}``, on the CPU.
-
-    Raises:
-        DiagnosticError: the recording would exceed ``max_bytes``.
-    """
-    kept: dict[str, list[Tensor]] = {path: [] for path in paths}
-    size = 0
-
-    def keep(path: str, state: Tensor) -> None:
-        nonlocal size
-        size += state.nbytes
-        if size > max_bytes:
-            raise DiagnosticError(
-                f"the layers' states would exceed {max_bytes / 2**20:.0f} MiB: shorter windows or fewer recurrences"
-            )
-        kept[path].append(state.to("cpu", copy=True))
-
-    with watch_layers(model, paths, keep):
-        yield kept
 
 
 def layer_distances(states: Tensor) -> dict[str, Tensor]:
@@ -147,6 +96,18 @@ def are_distinct(half_way: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
     return (after >= LASTING * before) & (after > signals.rounding_floor(ROUNDINGS, end[0].dtype))
 
 
+class LayersSummary(NamedTuple):
+    """The layers of one region.
+
+    ``least_cosine`` is :func:`distinctness` over tokens, ``distinct`` the share of tokens for which the layers' fixed
+    points are; both None for one layer.
+    """
+
+    layers: dict[str, LayerCurves]
+    least_cosine: Spread | None
+    distinct: float | None
+
+
 class LayerStatistics:
     """The layers of one region over any number of windows; memory does not grow with them."""
 
@@ -155,7 +116,7 @@ class LayerStatistics:
         self._cosine, self._distinct = Moments(), Moments()
 
     def add(self, states: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take one window's recording, as :func:`record_layers` makes it."""
+        """Take one window's recording, as :func:`haltkit.recording.layers.record_layers` makes it."""
         half_way, ends = [], []
         for path, kept in states.items():
             if not kept:
@@ -169,16 +130,13 @@ class LayerStatistics:
             self._cosine.add(distinctness(ends).reshape(1, -1))
             self._distinct.add(are_distinct(half_way, ends).reshape(1, -1))
 
-    def summary(self) -> dict[str, Any]:
-        """``{"layers": {path: {signal_mean: [t = 1 .. K], ...}}, "least_cosine": ..., "distinct": ...}``.
-
-        ``least_cosine`` is :func:`distinctness`, mean and standard deviation over tokens; ``distinct`` the share of
-        tokens for which the layers' fixed points are; both None for one layer.
-        """
-        layers = {}
-        for path, series in self._series.items():
-            layers[path] = {k: v for name, one in series.items() for k, v in one.summary(name).items()}
+    def summary(self) -> LayersSummary:
+        """The statistics over all windows taken so far."""
+        layers = {
+            path: LayerCurves({name: one.summary() for name, one in series.items()})
+            for path, series in self._series.items()
+        }
         if not self._cosine.count.numel():
-            return {"layers": layers, "least_cosine": None, "distinct": None}
-        cosine = {"mean": rounded(self._cosine.means()[0]), "std": rounded(self._cosine.deviations()[0])}
-        return {"layers": layers, "least_cosine": cosine, "distinct": rounded(self._distinct.means()[0])}
+            return LayersSummary(layers, None, None)
+        least = Spread(rounded(self._cosine.means()[0]), rounded(self._cosine.deviations()[0]))
+        return LayersSummary(layers, least, rounded(self._distinct.means()[0]))

@@ -1,4 +1,4 @@
-"""What a loop comes to in the long run: a fixed point, an orbit, a slider, or none of these.
+"""Where a loop ends in the long run: a fixed point, an orbit, a slider, or none of these.
 
 After "A Mechanistic Analysis of Looped Reasoning Language Models" (arXiv 2604.11791, [M]), appendix C: each of 128
 recurrences is compared with the last one, with a tolerance of 0.05 and a share of 0.9. The text does not give the

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.subject import Subject
+from haltkit.diagnostics.results import Attention, Control, Geometry, Limits, Snapshot
 from haltkit.diagnostics.survey import (
     DEEP_LOOPS,
     survey_attention,
@@ -18,32 +19,77 @@ from haltkit.diagnostics.survey import (
     survey_paths,
     survey_tokens,
 )
+from haltkit.subject import Subject
 
-__all__ = ["Case", "Plan", "run_plan"]
+__all__ = ["Case", "Plan", "check_subject", "run_plan"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What ``haltkit diagnose`` is given for a model that is not ours: ``pkg.mod:function`` returns one.
+    """A subject with what a diagnosis needs beside it: ``pkg.mod:function`` on the command line may return one.
 
     Attributes:
         subject: the model.
-        inputs: windows of text, ``(N, T)`` int64, or whatever ``subject.run`` takes row by row.
+        inputs: windows of text, ``(N, T)`` int64, or whatever the subject takes row by row.
         untrained: the same shape with fresh weights, the control of every finding; None where there is none.
         about: what is known of it, plain values; ``tokens_seen`` is how long it was trained.
+        snapshots: the model across its training, measured already or by a call.
+        control: the attention of a model without loops, measured already or by a call.
     """
 
     subject: Subject
     inputs: Tensor
     untrained: Subject | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    snapshots: Iterable[Snapshot | Callable[[], Snapshot]] = ()
+    control: Control | Callable[[], Control] | None = None
 
     def __post_init__(self) -> None:
-        if self.inputs.ndim < 2 or not self.inputs.numel():
+        check_subject(self.subject, self.inputs)
+
+    @classmethod
+    def of(cls, subject: Subject) -> Case:
+        """A subject on its own samples.
+
+        Raises:
+            DiagnosticError: samples whose inputs are no tensors of one length.
+        """
+        inputs = [subject.inputs(sample) for sample in subject.samples]
+        if not inputs or not all(isinstance(one, Tensor) and one.ndim > 1 for one in inputs):
             raise DiagnosticError(
-                f"inputs of shape {tuple(self.inputs.shape)} hold no windows: give (N, T), N windows of T positions, "
-                "and one sequence as inputs[None]"
+                f"{subject.name} has no samples whose inputs are tensors (B, T): give it some, or return a "
+                "haltkit.diagnostics.Case with the windows to look at"
             )
+        if len({one.shape[1:] for one in inputs}) > 1:
+            raise DiagnosticError(
+                f"the samples of {subject.name} have different lengths: return a haltkit.diagnostics.Case with windows "
+                "of one length"
+            )
+        return cls(subject, torch.cat(inputs), about=dict(subject.about))
+
+
+def check_subject(subject: Subject, inputs: Tensor) -> None:
+    """Refuse a model without loops, and what is not ``(N, T)`` windows, or whatever the model takes, row by row.
+
+    Raises:
+        DiagnosticError: no looped region, or inputs of fewer than two dimensions or with nothing in them.
+    """
+    if not subject.regions:
+        raise DiagnosticError(f"{subject.name} has no looped region: there is no loop to look at")
+    _check_windows(inputs)
+
+
+def _check_windows(inputs: Tensor) -> None:
+    """Refuse what is not ``(N, T)`` windows, or whatever the model takes, row by row.
+
+    Raises:
+        DiagnosticError: fewer than two dimensions, or nothing in them.
+    """
+    if inputs.ndim < 2 or not inputs.numel():
+        raise DiagnosticError(
+            f"inputs of shape {tuple(inputs.shape)} are no windows: give (N, T), N windows of T positions, and one "
+            "sequence as inputs[None]"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,8 +98,8 @@ class Plan:
 
     Args:
         loops: depth of the geometry, the paths and the page, at least 2.
-        deep_tokens, deep_loops: for the long run; 0 tokens leave it out.
-        attention_windows, attention_loops, attention_tokens: for attention; 0 windows leave it out.
+        deep_tokens, deep_loops: for the long run; 0 tokens: no long run.
+        attention_windows, attention_loops, attention_tokens: for attention; 0 windows: no attention.
         policies: whose steps are shown token by token.
     """
 
@@ -87,13 +133,16 @@ class Plan:
 
 
 def run_plan(
-    subject: Subject, inputs: Tensor, plan: Plan, tick: Callable[[], None] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (part, results) as each is done: ``geometry``, ``limits``, ``attention``, ``paths``, ``tokens``.
+    subject: Subject, inputs: Tensor, plan: Plan, tick: Callable[[], None] | None = None, *, tokens: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """Yield (part, result) as each is done: ``geometry``, ``limits``, ``attention``, ``paths``, ``tokens``.
 
-    After a part that is marked ``partial`` there are no more.
+    After a part that is ``partial`` there are no more.
+
+    Args:
+        tokens: whether to look at policies token by token.
     """
-    surveys: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    surveys: dict[str, Callable[[Tensor], Geometry | Limits | Attention]] = {
         "geometry": lambda windows: survey_geometry(subject, windows, plan.loops, tick),
         "limits": lambda windows: survey_limits(subject, windows, plan.deep_loops, tick),
         "attention": lambda windows: survey_attention(
@@ -103,8 +152,9 @@ def run_plan(
     for name, windows in plan.parts(inputs).items():
         found = surveys[name](windows)
         yield name, found
-        if found["partial"]:
+        if found.partial:
             return
     # Gradients are off in these, never across a yield: whoever asks would have them off too.
     yield "paths", survey_paths(subject, inputs[0], plan.loops)
-    yield "tokens", survey_tokens(subject, inputs[0], plan.policies, plan.loops)
+    if tokens:
+        yield "tokens", survey_tokens(subject, inputs[0], plan.policies, plan.loops)

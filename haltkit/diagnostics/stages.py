@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from haltkit.diagnostics.errors import DiagnosticError
-from haltkit.diagnostics.streaming import rounded
+from haltkit.diagnostics.numbers import Numbers, numbers, rounded
+from haltkit.diagnostics.results import RegionAttention, Stage
 
 __all__ = ["StageMatch", "match_stages", "profile_correlation", "resample", "stage_numbers"]
 
@@ -86,29 +86,26 @@ def match_stages(
     return StageMatch(correlation, float(found.mean()), float(np.quantile(found, 0.95)))
 
 
-def stage_numbers(regions: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
+def stage_numbers(
+    regions: Mapping[str, RegionAttention], control: Mapping[str, Numbers]
+) -> dict[str, dict[str, tuple[Stage, ...]]]:
     """Every pass of every region of three or more layers, matched with the control in every statistic.
 
     Args:
-        regions: as a survey of attention gives them, with ``profiles``.
-        control: the control's ``profiles``, by statistic.
+        control: statistic to the control's profile over its layers.
 
     Returns:
-        ``{region: {statistic: [{"correlation", "shuffled_mean", "shuffled_high"} for each pass]}}``.
+        region to statistic to one match per pass.
     """
-    found: dict[str, Any] = {}
-    for name, region in regions.items():
-        if len(region["layers"]) < 3:
-            continue
-        found[name] = {
-            statistic: [
-                {
-                    "correlation": rounded(match.correlation),
-                    "shuffled_mean": rounded(match.shuffled_mean),
-                    "shuffled_high": rounded(match.shuffled_high),
-                }
-                for match in (match_stages(row, control[statistic]) for row in rows)
-            ]
-            for statistic, rows in region["profiles"].items()
+    return {
+        name: {
+            statistic: tuple(_stage(match_stages(numbers(row), numbers(control[statistic]))) for row in rows)
+            for statistic, rows in region.profiles.items()
         }
-    return found
+        for name, region in regions.items()
+        if len(region.layers) >= 3
+    }
+
+
+def _stage(match: StageMatch) -> Stage:
+    return Stage(rounded(match.correlation), rounded(match.shuffled_mean), rounded(match.shuffled_high))

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from haltkit.diagnostics.errors import DiagnosticError
+from haltkit.diagnostics.numbers import rounded
+from haltkit.diagnostics.results import Curve, Spread
 
-__all__ = ["LogHistogram", "Moments", "Series", "rounded"]
-
-
-def rounded(value: Tensor | float, digits: int = 5) -> float | None:
-    """A number for JSON: so many significant digits, None where it is not finite."""
-    number = float(value)
-    return float(f"{number:.{digits}g}") if math.isfinite(number) else None
+__all__ = ["LogHistogram", "Median", "Moments", "Series"]
 
 
 class Moments:
@@ -61,6 +57,10 @@ class Moments:
         """Standard deviation of the samples (over N), ``(S,)``."""
         return torch.where(self.count > 0, (self._m2 / self.count.clamp_min(1)).sqrt(), torch.nan)
 
+    def spread(self) -> Spread:
+        """Of the first quantity alone, for JSON."""
+        return Spread(rounded(self.means()[0]), rounded(self.deviations()[0]), int(self.count[0]))
+
 
 class Series:
     """A signal over loop steps: mean and spread over tokens, and the standard error of the mean over windows."""
@@ -78,13 +78,13 @@ class Series:
     def means(self) -> Tensor:
         return self._tokens.means()
 
-    def summary(self, name: str) -> dict[str, list[float | None]]:
-        """``name_mean``, ``name_std`` (over tokens) and ``name_se`` (of the mean, clustered by window)."""
+    def summary(self, digits: int = 5) -> Curve:
+        """Mean, spread over tokens, and the standard error of the mean, clustered by window."""
         windows = self._windows.count
         # Below two windows the error is unknown, not zero.
         se = torch.where(windows > 1, self._windows.deviations() / (windows - 1).clamp_min(1).sqrt(), torch.nan)
-        parts = {"mean": self.means(), "std": self._tokens.deviations(), "se": se}
-        return {f"{name}_{key}": [rounded(v) for v in values] for key, values in parts.items()}
+        found = (self.means(), self._tokens.deviations(), se)
+        return Curve(*(tuple(rounded(v, digits) for v in values) for values in found))
 
 
 class LogHistogram:
@@ -104,9 +104,34 @@ class LogHistogram:
         self.counts += torch.bincount(index, minlength=self.BINS)
 
     def quantile(self, q: float) -> float:
-        """The middle of the bin that holds it; NaN without samples."""
+        """The middle of the bin that contains it; NaN without samples."""
         total = int(self.counts.sum())
         if not total:
             return math.nan
         bin_ = int(torch.searchsorted(self.counts.cumsum(0), max(1, math.ceil(q * total))))
         return float(10 ** (self.LOW + (bin_ + 0.5) * (self.HIGH - self.LOW) / self.BINS))
+
+
+class Median:
+    """The median of positive numbers: exact while there are few, to a percent once there are more than ``KEPT``."""
+
+    KEPT = 2**16
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._histogram = LogHistogram()
+        self._count = 0
+
+    def add(self, values: Tensor) -> None:
+        """Take samples of any shape; what is not finite is not counted."""
+        flat = values.detach().double().flatten()
+        flat = flat[flat.isfinite()]
+        self._count += len(flat)
+        self._histogram.add(flat)
+        self._kept = [*self._kept, flat] if self._count <= self.KEPT else []
+
+    def value(self) -> float:
+        """The lower of the two where the middle lies between two samples; NaN without samples."""
+        if self._kept and self._count:
+            return float(torch.cat(self._kept).median())
+        return float(f"{self._histogram.quantile(0.5):.3g}")

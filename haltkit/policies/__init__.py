@@ -1,19 +1,27 @@
 """The built-in policies, one signal a file."""
 
 from haltkit.policies.acceleration import Acceleration
+from haltkit.policies.cosine import CosineDistance
+from haltkit.policies.entropy import EntropyChange
 from haltkit.policies.fixed import Fixed
 from haltkit.policies.kl import KL
+from haltkit.policies.margin import Margin
 from haltkit.policies.normalized_acceleration import NormalizedAcceleration
 from haltkit.policies.normalized_step_norm import NormalizedStepNorm
+from haltkit.policies.stable import Stable
 from haltkit.policies.step_norm import StepNorm
 from haltkit.policies.step_size_change import StepSizeChange
 
 __all__ = [
     "KL",
     "Acceleration",
+    "CosineDistance",
+    "EntropyChange",
     "Fixed",
+    "Margin",
     "NormalizedAcceleration",
     "NormalizedStepNorm",
+    "Stable",
     "StepNorm",
     "StepSizeChange",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,10 +28,6 @@ class Acceleration:
     """
 
     tau: float
-
-    formula: ClassVar[str] = "||d_k - d_{k-1}||"
-    scale: ClassVar[str] = "that of the state's norm; [0, inf)"
-    patience: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

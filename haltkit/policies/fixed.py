@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +23,6 @@ class Fixed:
 
     steps: int
 
-    formula: ClassVar[str] = "steps - k"
-    scale: ClassVar[str] = "steps left; counts down to 0"
-    patience: ClassVar[int] = 1
-
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: a loop takes at least 1 step")
@@ -36,5 +31,5 @@ class Fixed:
         return None
 
     def update(self, state: None, step: LoopStep) -> tuple[None, Verdict]:
-        left = torch.full_like(signals.measured(step.x[..., 0]), max(0, self.steps - step.k))
-        return None, Verdict(left, left <= 0)
+        to_go = torch.full_like(signals.measured(step.x[..., 0]), self.steps).sub_(step.k).clamp_min_(0)
+        return None, Verdict(to_go, to_go <= 0)

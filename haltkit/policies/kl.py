@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,26 +22,29 @@ class KL:
         direction: ``current_previous`` is the paper's; ``previous_current`` is ``KL(p_{k-1} || p_k)``, which
             public implementations compute.
         temperature: divides the logits.
+        min_p: probabilities below this share of the largest become ``1 / V`` first, so that the tail does not keep a
+            row running; 0.1 is ``minp-kl`` in the code of arXiv 2502.05171. 0 changes nothing.
     """
 
     tau: float
     direction: signals.KLDirection = "current_previous"
     temperature: float = 1.0
-
-    formula: ClassVar[str] = "KL(p_k || p_{k-1}), p = softmax(readout(x) / temperature)"
-    scale: ClassVar[str] = "nats; [0, inf)"
-    patience: ClassVar[int] = 1
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p={self.min_p} is outside [0, 1): it is a share of the largest probability")
 
     def init(self, x0: Tensor) -> Tensor | None:
         return None  # p_0 is the prediction of a random state: the signal begins with p_1
 
     def update(self, state: Tensor | None, step: LoopStep) -> tuple[Tensor, Verdict]:
-        log_p = signals.log_probabilities(step.logits, self.temperature)
+        log_p = step.log_probabilities(self.temperature)
+        if self.min_p > 0:
+            log_p = signals.min_p(log_p, self.min_p)
         if state is None:
             score = torch.full(log_p.shape[:-1], torch.inf, dtype=log_p.dtype, device=log_p.device)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +37,6 @@ class NormalizedAcceleration:
     tau: float
     denominator: Literal["steps", "state"] = "steps"
     eps: float = signals.EPS
-
-    formula: ClassVar[str] = "||d_k - d_{k-1}|| / (||d_k|| + ||d_{k-1}|| + eps)"
-    scale: ClassVar[str] = "a ratio; [0, 1] (denominator=steps), [0, inf) (state)"
-    patience: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,10 +27,6 @@ class NormalizedStepNorm:
     tau: float
     denominator: Literal["previous", "current"] = "previous"
     eps: float = signals.EPS
-
-    formula: ClassVar[str] = "||d_k|| / (||x_{k-1}|| + eps)"
-    scale: ClassVar[str] = "a ratio; [0, inf)"
-    patience: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,10 +20,6 @@ class StepNorm:
     """
 
     tau: float
-
-    formula: ClassVar[str] = "||d_k||"
-    scale: ClassVar[str] = "that of the state's norm; [0, inf)"
-    patience: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

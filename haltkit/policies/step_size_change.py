@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +25,6 @@ class StepSizeChange:
     """
 
     tau: float
-
-    formula: ClassVar[str] = "abs(||d_k|| - ||d_{k-1}||)"
-    scale: ClassVar[str] = "that of the state's norm; [0, inf)"
-    patience: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

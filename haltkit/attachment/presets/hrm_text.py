@@ -1,7 +1,7 @@
 """HRM-text (transformers): ``L_cycles`` passes of the L module, then one of the H module, ``H_cycles`` times.
 
 :func:`describe` is the outer loop, whose state is ``z_H``; :func:`describe_inner` the inner one, whose state is
-``z_L``. Both may be attached at once, in either order.
+``z_L``. One policy for the model halts the outer one; ``"high=...;low=..."`` halts both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from haltkit.attachment.description import Loop
 from haltkit.protocol import Readout
 
-__all__ = ["describe", "describe_inner"]
+__all__ = ["describe", "describe_inner", "regions"]
 
 
 def _base(model: Any) -> tuple[str, Any]:
@@ -36,3 +36,8 @@ def describe_inner(model: nn.Module) -> tuple[Loop, Readout | None]:
     prefix, _ = _base(model)
     loop = Loop(body=(f"{prefix}L_module",), initial=None, scope=prefix.rstrip("."), reset_on=(f"{prefix}H_module",))
     return loop, None
+
+
+def regions(model: nn.Module) -> dict[str, Loop]:
+    """Both loops by name."""
+    return {"high": describe(model)[0], "low": describe_inner(model)[0]}

@@ -1,0 +1,81 @@
+"""``haltkit calibrate``: the most eager threshold of a policy that a certificate can be given for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from haltkit.cli.device import Device
+from haltkit.cli.options import Data, Model, Text, read_thresholds
+from haltkit.cli.subjects import asked_options, resolve
+
+
+def calibrate(
+    context: typer.Context,
+    model: Model = None,
+    policy: Annotated[
+        str, typer.Option(metavar="SPEC", help="One policy, or one per region; without tau, thresholds are tried.")
+    ] = "norm",
+    risk: Annotated[
+        str, typer.Option(metavar="disagreement|loss-gap|answer", help="Against full depth, or against the labels.")
+    ] = "disagreement",
+    epsilon: Annotated[float, typer.Option(help="The risk that you accept.")] = 0.01,
+    delta: Annotated[float, typer.Option(help="Accepted probability that the promise fails.")] = 0.05,
+    method: Annotated[
+        str, typer.Option(metavar="betting|hoeffding-bentkus|binomial|conformal", help="How losses become evidence.")
+    ] = "betting",
+    taus: Annotated[str, typer.Option(metavar="auto|LIST", help="Thresholds to test.")] = "auto",
+    loss_bound: Annotated[float, typer.Option(help="Where loss-gap is cut.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the order in which betting uses the units.")] = 0,
+    save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the certificate.")] = None,
+    max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
+    sequences: Annotated[
+        int | None, typer.Option(min=2, help="Sequences to run, the first batch included. \\[default: 704]")
+    ] = None,
+    text: Text = None,
+    data: Data = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
+    device: Device = "auto",
+) -> None:
+    """Certify a policy on live runs: its risk is at most epsilon with probability 1 - delta."""
+    from haltkit.card import Card
+    from haltkit.comparison.certify import certify
+    from haltkit.comparison.choice import save_certified
+
+    if not 0 < delta < 1:
+        raise ValueError(f"--delta {delta} is outside (0, 1): it is the probability that the promise fails")
+    if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
+        raise ValueError(f"--epsilon {epsilon} is outside the range of the loss, from 0 to its bound")
+    tried = read_thresholds(taus)
+    if save is not None:
+        Card.check_folder(save)
+    options = {"text": text, "data": data, "max_loops": max_loops, "batch": batch, "sequences": sequences or 704}
+    passes = {"split": "validation", "execution": "compact", "ragged": True}
+    subject = resolve(model, options | passes, asked_options(context), device)
+    terminal = sys.stderr.isatty()
+    found = certify(
+        subject,
+        policy,
+        risk=cast(Any, risk),  # an unknown name is refused there, as is a method's
+        epsilon=epsilon,
+        delta=delta,
+        taus=tried,
+        method=cast(Any, method),
+        loss_bound=loss_bound,
+        seed=seed,
+        on_setting=lambda setting: print(f"testing {setting.label}", file=sys.stderr) if terminal else None,
+    )
+    certificate, source = found.certificate, str(subject.about.get("text", subject.name))
+    print(f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
+    print(f"  {certificate.reason}")
+    if found.setting is not None:
+        taken = ", ".join(f"{steps:.2f} in {name}" for name, steps in found.steps.items())
+        print(f"  certified: {certificate.setting}")
+        print(f"  mean steps: {taken}, of {found.full_depth}; measured risk {certificate.empirical_risk:.4g}")
+    print(f"  {certificate.promise}")
+    if save is not None:
+        save_certified(save, found, subject, source)
+        print(f"Saved {save}")

@@ -1,0 +1,69 @@
+"""``haltkit headroom``: what halting could save on a model at best, before any policy is tried."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from haltkit.cli.device import Device
+from haltkit.cli.options import JsonPath, Model, Text
+from haltkit.cli.subjects import asked_options, resolve
+from haltkit.cli.terminal import check_writable
+
+if TYPE_CHECKING:
+    from haltkit.comparison.possible import Possible
+
+
+def headroom(
+    context: typer.Context,
+    model: Model = None,
+    level: Annotated[float, typer.Option(help="Share of rows on which the fixed depth may lose nothing.")] = 0.99,
+    max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
+    device: Device = "auto",
+    json_path: JsonPath = None,
+) -> None:
+    """How much halting could save on a model at best, and whether signals can see it."""
+    from haltkit.comparison.possible import possible
+    from haltkit.files import write_json
+
+    if not 0 < level <= 1:
+        raise ValueError(f"--level {level} is outside (0, 1]: it is a share of rows")
+    json_path = check_writable(json_path)
+    options = {"text": text, "max_loops": max_loops, "tokens": tokens, "batch": batch}
+    passes = {"data": None, "split": "validation", "execution": "masked", "ragged": True}
+    found = possible(resolve(model, options | passes, asked_options(context), device))
+    for name, region in found.items():
+        _print(name, region, level)
+    if json_path is not None:
+        write_json(json_path, {"level": level, "regions": {name: _plain(one, level) for name, one in found.items()}})
+
+
+def _print(name: str, region: Possible, level: float) -> None:
+    known, best = region.headroom, region.best_signal()
+    error = "" if known.error is None else f" ± {known.error:.2f}"
+    print(f"Region {name}: {known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}")
+    most = max(known.histogram)
+    for k, rows in enumerate(known.histogram, 1):
+        if rows:
+            print(f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
+    print(f"  oracle (stable): {known.mean_depth:.2f}{error} steps; best fixed depth: {known.fixed_depth(level)}")
+    print(f"  headroom: {known.headroom(level):.0%}")
+    if best is not None:
+        print(f"  predictability at step {region.step}: {best[0]}, AUC {best[1].value:.2f} ± {best[1].error:.2f}")
+    print(f"  {region.conclusion(level)}\n")
+
+
+def _plain(region: Possible, level: float) -> dict[str, Any]:
+    known = region.headroom
+    areas = {
+        name: [[None if math.isnan(value) else value for value in area] for area in steps]
+        for name, steps in region.aucs.items()
+    }
+    summary = {"fixed_depth": known.fixed_depth(level), "headroom": known.headroom(level)}
+    return {**dataclasses.asdict(known), **summary, "auc": areas, "conclusion": region.conclusion(level)}

@@ -1,0 +1,128 @@
+"""Options and arguments that several commands share, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+    from haltkit.protocol import HaltingPolicy
+
+__all__ = [
+    "Data",
+    "JsonPath",
+    "MaxLoops",
+    "Model",
+    "ModelOption",
+    "OldCheckpoint",
+    "OldModel",
+    "Repeats",
+    "Text",
+    "check_policies",
+    "chosen_model",
+    "describe_dtype",
+    "read_policies",
+    "read_thresholds",
+]
+
+_MODEL = (
+    "A bundled model by name (text, chase, sudoku), a checkpoint folder, or pkg.mod:function returning a Subject. "
+    "\\[default: text]"
+)
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False)]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL, show_default=False)]
+# What MODEL was called before: it keeps working.
+OldCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", metavar="DIR", help="The same as MODEL.", hidden=True)
+]
+OldModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as MODEL.", hidden=True)]
+Text = Annotated[
+    Path | None, typer.Option(help="Text file. \\[default: the bundled held-out sample]", show_default=False)
+]
+Data = Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare' with the checkpoint's tokenizer.")]
+MaxLoops = Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")]
+
+
+def chosen_model(model: str | None, checkpoint: str | None = None, old_model: str | None = None) -> str | None:
+    """The model asked for, by its argument or by an option of old.
+
+    Raises:
+        ValueError: it is given more than once.
+    """
+    given = {"MODEL": model, "--checkpoint": checkpoint, "--model": old_model}
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} both name the model: give MODEL alone")
+    return next(iter(named.values()), None)
+
+
+def read_thresholds(taus: str) -> str | list[float]:
+    """The thresholds of a sweep: ``paper``, ``auto``, ``both``, or numbers.
+
+    Raises:
+        ValueError: neither, or a number that is no threshold.
+    """
+    if taus in ("paper", "auto", "both"):
+        return taus
+    from haltkit.protocol import check_tau
+
+    values = []
+    for item in taus.split(","):
+        try:
+            values.append(float(item))
+        except ValueError:
+            raise ValueError(f"--taus {taus}: {item!r} is neither a number nor one of paper, auto, both") from None
+        check_tau(values[-1])
+    return values
+
+
+def check_policies(text: str | None) -> None:
+    """Refuse a list of policies that cannot be read, before a model is.
+
+    Raises:
+        ValueError: a bad spec, or a card that is not there.
+    """
+    if text is None:
+        return
+    from haltkit.card import Card, is_card
+    from haltkit.specs import parse_choice, parse_choices
+
+    for item in parse_choices(text):
+        if is_card(item):
+            Card.load(item)
+        else:
+            parse_choice(item)
+
+
+def read_policies(
+    text: str, model: nn.Module, regions: Sequence[str], full_depth: int
+) -> dict[str, HaltingPolicy[Any]]:
+    """The policy of each region: from a spec, ``region=spec;region=spec``, or the path of a saved choice.
+
+    Raises:
+        ValueError: a bad spec, an unknown region, or a card that is not there, is another model's, or whose certificate
+            is about other weights, another dtype or another full depth.
+    """
+    from haltkit.card import Card, is_card
+    from haltkit.specs import policy_for_regions
+
+    if not is_card(text):
+        return policy_for_regions(text, regions)
+    card = Card.load(text)
+    card.check(model, regions, full_depth)
+    return card.policies(regions)
+
+
+def describe_dtype(model: nn.Module) -> str:
+    """The dtype of a model's weights by name; empty where it has none."""
+    parameter: torch.nn.Parameter | None = next(model.parameters(), None)
+    return "" if parameter is None else str(parameter.dtype).removeprefix("torch.")

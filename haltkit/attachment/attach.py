@@ -1,0 +1,272 @@
+"""``attach`` halts the loops inside a foreign model without editing it; ``verify`` proves that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from haltkit.attachment.description import Loop
+from haltkit.attachment.foreign import Halting, HaltingSession
+from haltkit.attachment.kv import KVMode
+from haltkit.attachment.native import HaltsItself, NativeSession
+from haltkit.attachment.observing import ObservingSession
+from haltkit.attachment.presets import preset_for
+from haltkit.attachment.regions import ONE, checked
+from haltkit.attachment.saved import load
+from haltkit.attachment.session import Session
+from haltkit.attachment.verify import NEVER, Report
+from haltkit.card import is_card
+from haltkit.loop import Execution, LoopObserver
+from haltkit.protocol import HaltingPolicy, Readout, granularity_of
+from haltkit.specs import Policies, policy_for_regions, regions_named
+
+__all__ = ["Policies", "attach", "verify"]
+
+
+def attach(
+    model: nn.Module,
+    policy: Policies | PathLike[str] | None,
+    loop: Loop | None = None,
+    *,
+    loops: Mapping[str, Loop] | None = None,
+    readout: Readout | Mapping[str, Readout] | None = None,
+    observer: LoopObserver | None = None,
+    allow_grad: bool = False,
+    kv: KVMode = "refuse",
+    kv_stride: int | None = None,
+    check: bool = True,
+    execution: Execution = "masked",
+    max_steps: int | None = None,
+    **fields: Any,
+) -> Session:
+    """Halt the loops inside a model, without editing it::
+
+        with haltkit.attach(model, "accel:tau=1e-3", body=["core"]) as session:
+            out = model(tokens)
+        session.steps["loop"], session.outcome["loop"]
+
+        loops = {"core": haltkit.Loop(["core"]), "refine": haltkit.Loop(["refine"])}
+        with haltkit.attach(model, "core=accel:tau=1e-3;refine=norm:tau=0.1", loops=loops) as session:
+            out = model(tokens)
+        session.steps["core"], session.steps["refine"]
+
+    When a loop's policy has halted every row, the remaining iterations cost next to nothing: the body's modules give
+    their outputs of the last complete iteration again, and the model's output is what it gives when run with that
+    many loops: :func:`verify` proves it on your model, or tells what the description misses. While rows are still
+    running, halted ones keep their state.
+
+    Per-token and per-sequence freezing from outside does not reach into the body's attention: the frozen state is
+    fed again and its keys and values are recomputed from it, which differs from the canonical semantics of
+    :meth:`~haltkit.models.gpt.model.LoopedGPT.forward_adaptive`, and saves nothing until all rows are done.
+
+    Args:
+        model: any module whose loops call modules of its own.
+        policy: a spec or a policy, whose granularity decides which rows halt together: one for every loop, or one for
+            each region, as a mapping or as ``"region=spec;region=spec"``. The path of a YAML file that
+            :func:`haltkit.compare` saved gives the spec and, unless one is given here, the description. None only
+            observes: forward hooks, nothing is overridden, and the model's output is what it was to the bit.
+        loop: the description of a single loop, which is the region ``"loop"``.
+        loops: several loops by region: one inside the other (the inner one says ``reset_on``), or one after the other.
+            With neither, the preset for the model's class is used.
+        readout: from the state to logits, for policies that look at predictions, or one for each region that has one.
+            It may call the model's own modules.
+        observer: a recorder; :attr:`Session.trajectory` is then its recording. None: the newest loops' states are kept
+            by reference where they are small.
+        allow_grad: allow outputs recorded under ``no_grad`` to be replayed where gradients are on.
+        kv: what to do about a KV cache with slots of its own for each iteration, which skipped iterations do not
+            fill. ``refuse``: an error once depth differs between calls. ``uniform``: the first call with a cache
+            decides the depth for all later ones. ``freeze``: the body runs on with the halted state, which fills the
+            cache and saves nothing. ``copy``: skipped iterations write the last one's keys and values again, which
+            saves the time and is another function.
+        kv_stride: for ``copy``, the distance between the cache slots of successive iterations; None to see it from
+            two of them.
+        check: in the first loop of each region that halts, see whether what the body's modules are given stands still
+            after the halt, and raise if it does not: the model would carry state past them. It costs a copy of these
+            inputs in two iterations that are not computed, and one comparison.
+        execution: ``masked``: rows that have halted keep their state and are still computed. ``compact``:
+            entries of the batch whose rows have all halted are retired from the body's modules, so time falls with
+            the mean depth. For models whose entries do not see each other and that have no cache. Which dimension is
+            the batch is found, and proved, in the first loop of the session.
+        max_steps: the most steps that any loop takes, at least 1; rows still active then end as ``BUDGET``. None: as
+            many as the model takes by itself, which it never exceeds either way.
+        fields: the description of a single loop by the fields of :class:`Loop`, in place of ``loop``.
+
+    Returns:
+        the session, attached; the end of its ``with`` block, or :meth:`Session.detach`, restores the model.
+
+    Raises:
+        AttachError: a subclass for each thing that would be wrong; see :mod:`haltkit.attachment.errors`.
+        ValueError: a bad policy, one for a region that is not there, or a description that contradicts itself.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
+    policy, described = _loaded(model, policy, loop, loops, fields)
+    found: Mapping[str, Loop] | HaltsItself
+    if described is None:
+        found, readout = _preset(model, readout, regions_named(policy))
+    else:
+        found = described
+    if isinstance(found, HaltsItself):
+        if policy is None:
+            raise ValueError(f"to observe a {type(model).__name__} use haltkit.record(model), or give it a policy")
+        if kv != "refuse" or kv_stride is not None or allow_grad or execution != "masked" or max_steps is not None:
+            raise ValueError(
+                f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution and max_steps do not "
+                "apply"
+            )
+        native = NativeSession(model, found, _policies(policy, tuple(found.looped_regions)), observer)
+        return _attached(native.attach, native.detach)
+    regions = checked(found)
+    if policy is None:
+        observing = ObservingSession(model, regions, observer)
+        return _attached(observing.attach, observing.detach)
+    policies = _policies(policy, tuple(regions))
+    _check_execution(execution, policies, kv)
+    how = Halting(
+        regions,
+        policies,
+        _readouts(readout, tuple(regions)),
+        observer,
+        allow_grad,
+        kv,
+        kv_stride,
+        check,
+        execution,
+        max_steps,
+    )
+    halting = HaltingSession(model, how)
+    return _attached(halting.attach, halting.detach)
+
+
+def verify(
+    model: nn.Module,
+    run: Callable[[], Any],
+    k: int | Mapping[str, int],
+    run_at: Callable[[Any], Any] | None = None,
+    *,
+    loop: Loop | None = None,
+    loops: Mapping[str, Loop] | None = None,
+    execution: Execution = "masked",
+    **fields: Any,
+) -> Report:
+    """Prove on a model that attaching is neutral and that a halt at ``k`` is right, before any policy is chosen::
+
+        haltkit.verify(model, lambda: model(x), 4, lambda k: model(x, loops=k), body=["core"])
+
+    Args:
+        model: the model.
+        run: calls it on some input and returns its output; called at least five times, and must be deterministic.
+        k: where to force a halt, below the number of iterations that the model runs: in every region, or by region
+            (those not named run to their end).
+        run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
+            settles it.
+        loop, loops, execution, fields: as for :func:`attach`.
+
+    Raises:
+        AttachError: the loop cannot be halted as described.
+        ValueError: a region that is not there, the model ran no more than ``k`` iterations, or ``run`` is not
+            deterministic or returns no tensor.
+    """
+    known = loop is not None or loops is not None or bool(fields)
+    policy: Policies = NEVER if known or isinstance(k, int) else dict.fromkeys(k, NEVER)
+    with attach(model, policy, loop, loops=loops, execution=execution, **fields) as session:
+        return session.verify(run, k, run_at)
+
+
+def _check_execution(execution: Execution, policies: Mapping[str, HaltingPolicy[Any]], kv: KVMode) -> None:
+    """Check that rows can be retired from a model with these policies.
+
+    Raises:
+        ValueError: they cannot, or there is no such execution.
+    """
+    if execution == "masked":
+        return
+    if execution != "compact":
+        raise ValueError(f"execution={execution!r}: allowed are 'masked' and 'compact'")
+    if len(policies) > 1:
+        raise ValueError(
+            f"execution='compact' takes one loop, not {', '.join(policies)}: describe the one whose rows "
+            "are to be retired"
+        )
+    if kv != "refuse":
+        raise ValueError(f"kv={kv!r} is for models with a cache, and execution='compact' for models without one")
+    for policy in policies.values():
+        if (granularity := granularity_of(policy)) in ("batch", "world"):
+            raise ValueError(
+                f"execution='compact': with granularity={granularity} all rows halt together, so none is retired "
+                "before the others. Use granularity=sequence or token"
+            )
+
+
+def _attached(begin: Callable[[], Session], undo: Callable[[], None]) -> Session:
+    """Begin a session; whatever happens before it is in the caller's hands, the model is restored."""
+    try:
+        return begin()
+    except BaseException:
+        undo()
+        raise
+
+
+def _loaded(
+    model: nn.Module,
+    policy: Policies | PathLike[str] | None,
+    loop: Loop | None,
+    loops: Mapping[str, Loop] | None,
+    fields: Mapping[str, Any],
+) -> tuple[Policies | None, Mapping[str, Loop] | None]:
+    """The policy, from its file if it is a path, and the description if one is given or in the file."""
+    given = [what for what in (loop, loops, fields.get("body")) if what is not None]
+    if len(given) > 1:
+        raise ValueError("give the loop as one value or by its fields, or several as loops=, not both")
+    if fields:
+        loop = Loop.of(fields)
+    if loop is not None:
+        loops = {ONE: loop}
+    if isinstance(policy, PathLike) or (isinstance(policy, str) and is_card(policy)):
+        spec, saved = load(policy, model)
+        return spec, saved if loops is None else loops
+    return policy, loops
+
+
+def _preset(
+    model: nn.Module, readout: Readout | Mapping[str, Readout] | None, regions: tuple[str, ...]
+) -> tuple[Mapping[str, Loop] | HaltsItself, Readout | Mapping[str, Readout] | None]:
+    """The description that the model gives of itself, or the preset for its class."""
+    if isinstance(model, HaltsItself):
+        return model, readout
+    described, found = preset_for(model, None, regions)
+    return {ONE: described} if isinstance(described, Loop) else described, readout or found
+
+
+def _policies(given: Policies, regions: tuple[str, ...]) -> dict[str, HaltingPolicy[Any]]:
+    """One policy for each region.
+
+    Raises:
+        ValueError: a bad spec or something that is no policy; an unknown region, or a missing one.
+    """
+    policies = policy_for_regions(given, regions)
+    for policy in policies.values():
+        if not isinstance(policy, HaltingPolicy) or isinstance(policy, type):
+            raise ValueError(
+                f"policy={policy!r} is none: give a spec such as 'norm:tau=0.1', a policy, the path of a saved choice, "
+                "or None to observe"
+            )
+    return policies
+
+
+def _readouts(given: Readout | Mapping[str, Readout] | None, regions: tuple[str, ...]) -> dict[str, Readout]:
+    """The readout of each region that has one.
+
+    Raises:
+        ValueError: one for a region that is not there.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(regions, given)
+    if unknown := [name for name in given if name not in regions]:
+        raise ValueError(f"readouts for regions {', '.join(unknown)}; the model's regions are {', '.join(regions)}")
+    return dict(given)

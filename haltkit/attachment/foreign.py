@@ -1,0 +1,237 @@
+"""A session on a foreign model: policies that halt its loops through the modules that these call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from haltkit.attachment.description import Loop, find_module
+from haltkit.attachment.errors import AlreadyAttached, DetachOrder, UnknownModule
+from haltkit.attachment.kv import CacheBook, KVMode
+from haltkit.attachment.leaving import Leaving
+from haltkit.attachment.override import Interceptor, Overrides
+from haltkit.attachment.region import Completed, Passing, Region
+from haltkit.attachment.regions import nesting
+from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
+from haltkit.attachment.steadiness import Inputs
+from haltkit.attachment.verify import NOTHING, ByRegion, Probe
+from haltkit.loop import Execution, LoopObserver
+from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.recording.trajectory import Trajectory
+
+__all__ = ["Halting", "HaltingSession"]
+
+
+@dataclass(frozen=True)
+class Halting:
+    """How a foreign model is halted: what a session is made of, and another one beside it.
+
+    Attributes:
+        loops: the descriptions by region, outer ones first.
+        policies: one a region.
+        readouts: from the state to logits, for regions that have one.
+        observer: is called at every loop.
+        allow_grad, kv, kv_stride, execution, max_steps: see :func:`haltkit.attach`.
+        check: look, in the first loop of each region that halts, whether the body's inputs stand still after the halt.
+        throughout: watch all loops from the first iteration on, and keep what these iterations were given (verify).
+        disturb_before: give disturbed outputs in replayed iterations before this one, by region (verify).
+    """
+
+    loops: Mapping[str, Loop]
+    policies: Mapping[str, HaltingPolicy[Any]]
+    readouts: Mapping[str, Readout]
+    observer: LoopObserver | None = None
+    allow_grad: bool = False
+    kv: KVMode = "refuse"
+    kv_stride: int | None = None
+    check: bool = True
+    execution: Execution = "masked"
+    max_steps: int | None = None
+    throughout: tuple[int, ...] | None = None
+    disturb_before: Mapping[str, int] = field(default_factory=dict)
+
+
+class HaltingSession(Session):
+    """Policies that halt the loops of one foreign model, over one set of overridden modules."""
+
+    def __init__(self, model: nn.Module, how: Halting) -> None:
+        """Nothing about the model is changed yet: :meth:`attach` does that."""
+        self.model, self.how = model, how
+        self.regions = tuple(how.loops)
+        self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
+        self.number = next_number()
+        self._passing = Passing()
+        self._overrides: list[Overrides] = []
+        self._parts = {
+            name: Region(
+                name,
+                loop,
+                how.policies[name],
+                passing=self._passing,
+                caches=CacheBook(how.kv, how.kv_stride, self._state(loop), loop.scope),
+                readout=how.readouts.get(name),
+                observer=how.observer,
+                allow_grad=how.allow_grad,
+                check=how.check,
+                max_steps=how.max_steps,
+                throughout=how.throughout,
+                disturb_before=how.disturb_before.get(name, 0),
+                leaving=self._leaving(loop) if how.execution == "compact" else None,
+            )
+            for name, loop in how.loops.items()
+        }
+        self.tally = {name: region.tally for name, region in self._parts.items()}
+
+    # --- attaching and detaching
+
+    def _state(self, loop: Loop) -> nn.Module:
+        """The module whose output is a loop's state."""
+        return find_module(self.model, loop.state_module)
+
+    def _leaving(self, loop: Loop) -> Leaving:
+        """What rows are retired from: the modules of a loop's body."""
+        return Leaving({path: find_module(self.model, path) for path in loop.body}, self._passing.through)
+
+    def attach(self, beside: Session | None = None) -> HaltingSession:
+        """Override the model's modules. ``beside``: a session that is detached meanwhile.
+
+        Raises:
+            AlreadyAttached: another session halts one of the loops.
+            UnknownModule: the model has no such module or method.
+        """
+        try:
+            self._check_free(beside)
+            depth = nesting(self.loops)
+            for name, region in self._parts.items():
+                loop = region.loop
+                for path in loop.body:
+                    self._intercept(find_module(self.model, path), "forward", region.body(path), depth[name])
+                for path in loop.reset_on:
+                    self._intercept(find_module(self.model, path), "forward", region.reset, depth[name])
+                scope = find_module(self.model, loop.scope_module)
+                self._intercept(scope, loop.scope_method, region.scope, depth[name])
+            return self
+        except BaseException:
+            self._restore()
+            raise
+
+    def _check_free(self, beside: Session | None) -> None:
+        for loop in self.loops.values():
+            for path in (*loop.body, *loop.reset_on):
+                find_module(self.model, path)
+            scope = find_module(self.model, loop.scope_module)
+            if not callable(getattr(scope, loop.scope_method, None)):
+                where = loop.scope_module or type(scope).__name__
+                raise UnknownModule(f"scope={loop.scope!r}: {where} has no method {loop.scope_method!r}")
+            state = find_module(self.model, loop.state_module)
+            found = Overrides.on(state)
+            for owner in found.owners() if found else ():
+                if isinstance(owner, HaltingSession) and owner is not beside and owner._halts(state, loop.scope):
+                    raise AlreadyAttached(
+                        f"a session is attached already to the loop whose state is {loop.state_module!r}: detach it "
+                        "first"
+                    )
+
+    def _halts(self, state: nn.Module, scope: str) -> bool:
+        """Whether this session halts a loop with this state."""
+        return any(
+            loop.scope == scope and find_module(self.model, loop.state_module) is state for loop in self.loops.values()
+        )
+
+    def _intercept(self, module: nn.Module, method: str, interceptor: Interceptor, depth: int) -> None:
+        overrides = next((o for o in self._overrides if o.module is module), None) or Overrides.of(module)
+        self._overrides.append(overrides)  # before anything is changed, so that it is restored whatever happens
+        overrides.add(method, self, self.number, interceptor, depth)
+
+    def _restore(self) -> None:
+        for overrides in self._overrides:
+            overrides.remove(self)
+        self._overrides = []
+
+    def detach(self) -> None:
+        try:
+            self._check_order()
+            self._restore()
+        except DetachOrder:
+            raise
+        except BaseException:  # interrupted: begin again, and let it take effect when the model is what it was
+            self._restore()
+            raise
+
+    def _check_order(self) -> None:
+        for overrides in self._overrides:
+            if overrides.disturbed:
+                raise DetachOrder(
+                    f"the class of a {type(overrides.module).__name__} was changed while the session was attached (by "
+                    "a parametrization, perhaps): take that back first, or detach before it"
+                )
+            if overrides.owners()[-1] is not self:
+                raise DetachOrder(
+                    f"{type(overrides.module).__name__} is also wrapped by a session that was attached later: detach "
+                    "the newest first"
+                )
+
+    def _check_ran(self) -> None:
+        for region in self._parts.values():
+            region.check_ran()
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        with self._passing.through():
+            yield
+
+    # --- what came of it
+
+    @property
+    def newest(self) -> dict[str, Completed]:
+        """The newest completed loop of every region that ran.
+
+        Raises:
+            ValueError: no loop has run to its end yet.
+        """
+        found = {name: region.newest for name, region in self._parts.items() if region.newest is not None}
+        if not found:
+            raise ValueError(NOTHING_RAN)
+        return found
+
+    @property
+    def steps(self) -> dict[str, Tensor]:
+        return {name: done.result.steps for name, done in self.newest.items()}
+
+    @property
+    def outcome(self) -> dict[str, Tensor]:
+        return {name: done.result.outcome for name, done in self.newest.items()}
+
+    @property
+    def trajectory(self) -> Trajectory:
+        if self.how.observer is not None:
+            return trajectory_of(self.how.observer)
+        kept = {name: region.kept for name, region in self._parts.items() if region.kept is not None}
+        if not kept:
+            raise ValueError(NOTHING_RAN)
+        return Trajectory({name: states.trajectory for name, states in kept.items()})
+
+    # --- for verify
+
+    def _probe(
+        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+    ) -> AbstractContextManager[Probe]:
+        how = replace(self.how, policies=policies, observer=None, throughout=keep, disturb_before=disturb_before)
+        return self._beside(HaltingSession(self.model, how))
+
+    @contextmanager
+    def _beside(self, other: HaltingSession) -> Iterator[HaltingSession]:
+        with self.detached(), other.attach(beside=self):
+            yield other
+
+    def iterations(self) -> dict[str, int]:
+        """Iterations computed in the newest loop of each region."""
+        return {name: done.computed for name, done in self.newest.items()}
+
+    def watched(self) -> dict[str, Inputs]:
+        """What the modules of each region's body were given in its newest loop, where that was watched."""
+        return {name: region.watched for name, region in self._parts.items() if region.watched is not None}

@@ -1,0 +1,76 @@
+"""The tensors inside what a module is given or returns: alone, or in tuples, lists, dictionaries and objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["disturbed", "first_tensor", "map_tensors", "tensors_in", "with_first_tensor"]
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that an output is, or begins with, as a tuple or a dataclass; None if it does not."""
+    if isinstance(output, Tensor):
+        return output
+    found = None
+    if isinstance(output, tuple) and output:
+        found = output[0]
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        found = getattr(output, dataclasses.fields(output)[0].name)
+    return found if isinstance(found, Tensor) else None
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """The output, of the same type, with another :func:`first_tensor`."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        parts = (tensor, *output[1:])
+        return type(output)(*parts) if hasattr(output, "_fields") else parts
+    return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: tensor})
+
+
+def disturbed(tensor: Tensor) -> Tensor:
+    """A tensor with noise of its own size, the same each time; one that is not of floating point as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    return tensor + noise * (tensor.abs().mean() + 0.1)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors inside a value, in order; of an object, those that are its attributes."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, list)):
+        return [t for part in output for t in tensors_in(part)]
+    if isinstance(output, dict):
+        return [t for part in output.values() for t in tensors_in(part)]
+    return [t for t in vars(output).values() if isinstance(t, Tensor)] if hasattr(output, "__dict__") else []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """Apply a function to the tensors of a value, keeping its structure."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, tuple):
+        parts = [map_tensors(function, part) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    if isinstance(output, list):
+        return [map_tensors(function, part) for part in output]
+    if isinstance(output, dict):
+        changed: Any = copy.copy(output)
+        for key, value in output.items():
+            changed[key] = map_tensors(function, value)
+        return changed
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        changed = copy.copy(output)
+        for field in dataclasses.fields(output):
+            object.__setattr__(changed, field.name, map_tensors(function, getattr(output, field.name)))
+        return changed
+    return output

@@ -1,0 +1,207 @@
+"""Cards: a policy that was chosen for a model, as a YAML file or as a folder that holds it beside a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from haltkit.calibration.certificate import Certificate
+from haltkit.files import read_yaml, write_text
+from haltkit.folders import atomic_folder
+from haltkit.identity import Identity
+from haltkit.protocol import HaltingPolicy
+from haltkit.specs import parse_choice, policy_for_regions
+from haltkit.trust import reading
+
+__all__ = ["Card", "is_card"]
+
+_KEYS = ("policy", "model", "regions", "loop", "loops", "identity")
+# In the folder of a card with a certificate.
+_CARD, _CERTIFICATE = "card.yaml", "certificate.json"
+
+
+def is_card(given: object) -> bool:
+    """Whether what was given for a policy is the path of a card: a path, text that ends in ``.yaml``, or its folder."""
+    if isinstance(given, PathLike):
+        return True
+    return isinstance(given, str) and (given.endswith((".yaml", ".yml")) or (Path(given) / _CARD).is_file())
+
+
+@dataclass(frozen=True)
+class Card:
+    """A policy and the model that it was chosen for.
+
+    Args:
+        policy: a spec, or ``region=spec;region=spec``.
+        model: name of the model's class; empty: not known, as in files that older versions wrote.
+        regions: the model's regions; empty: not known.
+        loops: region to the description of its loop, the plain fields of :class:`haltkit.Loop`; empty: the model's
+            preset finds them, or the model halts itself.
+        about: how it was chosen, for a reader of the file.
+        identity: of the very model that a certificate is about; None: any weights will do.
+        certificate: what is promised of the policy on that model.
+
+    Raises:
+        ValueError: a certificate about another policy, or about no model.
+    """
+
+    policy: str
+    model: str = ""
+    regions: tuple[str, ...] = ()
+    loops: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    about: str = field(default="", compare=False)
+    identity: Identity | None = None
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        if self.certificate is not None and self.certificate.setting != self.policy:
+            raise ValueError(f"a card for {self.policy!r} with a certificate for {self.certificate.setting!r}")
+        if (self.certificate is None) != (self.identity is None):
+            raise ValueError("a card has a certificate and the identity of the model that it is about, or neither")
+
+    def policies(self, regions: Sequence[str]) -> dict[str, HaltingPolicy[Any]]:
+        """The policy of each region.
+
+        Raises:
+            ValueError: a bad spec, an unknown region, or a missing one.
+        """
+        return policy_for_regions(self.policy, regions)
+
+    def check(self, model: nn.Module, regions: Sequence[str] = (), full_depth: int = 0) -> None:
+        """Whether the card, and its certificate if there is one, is for this model.
+
+        Args:
+            model: that is to be run.
+            regions: its regions, if known.
+            full_depth: the budget that it is run with; 0: not known.
+
+        Raises:
+            ValueError: another class or other regions; under a certificate also other weights, another structure, dtype
+                or full depth.
+        """
+        name = type(model).__name__
+        other = bool(self.model and self.model != name)
+        other = other or bool(self.regions and regions and set(self.regions) != set(regions))
+        if other:
+            raise ValueError(
+                f"the card was made for a {self.model or 'model'} with regions {', '.join(self.regions) or '?'}, and "
+                f"this is a {name} with regions {', '.join(regions) or '?'}: thresholds do not carry over; run "
+                "'haltkit compare --save' on this model"
+            )
+        if self.identity is None:
+            return
+        if differences := self.identity.differences(Identity.of(model, full_depth)):
+            raise ValueError(
+                f"the card's certificate is not about this model ({'; '.join(differences)}): run 'haltkit calibrate' "
+                f"on it, or use the policy without a certificate by its spec, {self.policy!r}"
+            )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the file; a card with a certificate is a folder, which appears whole or not at all.
+
+        Raises:
+            ValueError: a folder is asked for where something that is no card stands.
+        """
+        if self.certificate is None:
+            self._write(Path(path))
+            return
+        self.check_folder(path)
+        with atomic_folder(Path(path)) as folder:
+            self._write(folder / _CARD)
+            write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
+
+    @staticmethod
+    def check_folder(path: str | PathLike[str]) -> None:
+        """Whether a card with a certificate can be written there: nothing, an empty folder or such a card may be there.
+
+        Raises:
+            ValueError: something else is.
+        """
+        folder = Path(path)
+        free = not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= {_CARD, _CERTIFICATE})
+        if not free or folder.is_symlink():
+            raise ValueError(f"{str(path)!r} is there and is no card: name a new folder for the card")
+
+    def _write(self, path: Path) -> None:
+        import yaml
+
+        values: dict[str, Any] = {"policy": self.policy}
+        if self.model:
+            values["model"] = self.model
+        if self.regions:
+            values["regions"] = list(self.regions)
+        if list(self.loops) == ["loop"]:
+            values["loop"] = dict(self.loops["loop"])
+        elif self.loops:
+            values["loops"] = {name: dict(fields) for name, fields in self.loops.items()}
+        if self.identity is not None:
+            values["identity"] = self.identity.fields()
+        head = "".join(f"# {line}\n" for line in self.about.splitlines())
+        write_text(path, head + yaml.safe_dump(values, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Card:
+        """The card in a file, or in a folder with its certificate.
+
+        Raises:
+            ValueError: no such file, or it is not a card, or its certificate is missing or about another policy; the
+                message says what is wrong.
+            CodeRefused: a policy is code of its own, ``pkg.mod:Class``, that the user has not allowed
+                (:func:`haltkit.allow_code`).
+        """
+        folder = Path(path)
+        path = folder / _CARD if folder.is_dir() else folder
+        values: Any = read_yaml(path, "the card", object)
+        wrong = not isinstance(values, dict) or bool(set(values) - set(_KEYS)) or {"loop", "loops"} <= set(values)
+        policy = None if wrong else _policy(values.get("policy"))
+        if policy is None:
+            raise ValueError(
+                f"{str(path)!r} must contain 'policy: SPEC' and may contain 'loop:', the fields of haltkit.Loop, or "
+                "'loops:', those of several by region"
+            )
+        with reading(f"the card {str(path)!r}"):
+            parse_choice(policy)
+        model, regions, loops = values.get("model", ""), values.get("regions", []), values.get("loops") or {}
+        if not isinstance(model, str) or not isinstance(regions, list) or not isinstance(loops, dict):
+            raise ValueError(f"{str(path)!r}: model must be a name, regions a list, and loops a mapping from regions")
+        if values.get("loop") is not None:
+            loops = {"loop": values["loop"]}
+        for described in loops.values():
+            if not isinstance(described, dict):
+                raise ValueError(f"{str(path)!r}: a loop is described by the fields of haltkit.Loop, by name")
+        by_region = {str(name): described for name, described in loops.items()}
+        try:
+            identity, certificate = _certified(path, values.get("identity"))
+            return cls(policy, model, tuple(map(str, regions)), by_region, "", identity, certificate)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from None
+
+
+def _certified(card: Path, identity: Any) -> tuple[Identity | None, Certificate | None]:
+    """The identity in a card, and the certificate in the file beside it that an identity promises."""
+    if identity is None:
+        return None, None
+    if not isinstance(identity, dict):
+        raise ValueError("identity must be a mapping")
+    found = Identity.of_fields(identity)
+    path = card.parent / _CERTIFICATE
+    if not path.is_file():
+        raise ValueError(f"the certificate that belongs to the card, {_CERTIFICATE}, is not beside it")
+    try:
+        return found, Certificate.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"the certificate beside the card, {_CERTIFICATE}, is not text") from None
+
+
+def _policy(written: Any) -> str | None:
+    """The policy's text: as it stands, or from a mapping from regions to specs; None: neither."""
+    if isinstance(written, str):
+        return written
+    if isinstance(written, dict) and written and all(isinstance(spec, str) for spec in written.values()):
+        return ";".join(f"{region}={spec}" for region, spec in written.items())
+    return None

@@ -1,0 +1,83 @@
+"""``haltkit.compare``: which policy and threshold, on a model of yours?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haltkit.attachment import Loop
+from haltkit.comparison.measure import measure
+from haltkit.comparison.settings import Given, candidates, choose_settings
+from haltkit.comparison.table import Comparison
+from haltkit.subject import Subject
+
+__all__ = ["DEFAULT_TAUS", "compare"]
+
+DEFAULT_TAUS = "both"
+
+
+def compare(
+    model: nn.Module | Subject,
+    run: Callable[[Any], Any] | None = None,
+    policies: str | Sequence[Given] | None = None,
+    taus: str | Sequence[float] = DEFAULT_TAUS,
+    loss: Callable[[Any, Any], Tensor | float] | None = None,
+    *,
+    samples: Sequence[Any] = (),
+    granularity: str | None = None,
+    repeats: int = 3,
+    timed: int = 1,
+    on_tick: Callable[[int, int], None] | None = None,
+    **about: Any,
+) -> Comparison:
+    """Compare policies, thresholds and fixed depths at equal quality::
+
+        result = haltkit.compare(model, samples=batches, loss=loss, body=["core"])
+        result.conclusion().winner
+
+    Full depth is the model as it is; fixed depths and policies halt it earlier.
+
+    Args:
+        model: the model, or a :class:`~haltkit.subject.Subject` that says everything about it.
+        run: one pass of the model on a sample; None: the model itself.
+        policies: specs, comma-separated or as a sequence, policy objects, mappings from regions to either, or paths of
+            saved choices; those without a tau are swept. None: the policies that ``haltkit policies`` marks as swept.
+        taus: thresholds for the sweep: ``paper``, ``auto`` (picked from scores observed on the first samples),
+            ``both``, or a list.
+        loss: from (output, sample) to what is lost; see :class:`~haltkit.subject.Subject`.
+        samples: what the model is run on.
+        granularity: for every policy that does not say its own: token, sequence, batch or world.
+        repeats, timed, on_tick: see :func:`haltkit.comparison.measure.measure`.
+        about: ``loop``, ``loops``, ``body`` and the other fields of a description, and further attributes of a
+            :class:`~haltkit.subject.Subject`.
+
+    Raises:
+        AttachError: the loop is not described, or cannot be halted as described.
+        ValueError: bad policies, thresholds or loss.
+    """
+    if isinstance(model, Subject):
+        given = [name for name, value in {"run": run, "loss": loss, **about}.items() if value is not None]
+        if given or samples:
+            raise ValueError(f"a Subject says {', '.join(given) or 'samples'} itself: use dataclasses.replace")
+        subject = model
+    else:
+        described = {f.name: about.pop(f.name) for f in fields(Loop) if f.name in about}
+        if "body" in described:
+            about["loop"] = Loop(**described)
+        elif described:
+            raise ValueError(f"{', '.join(described)} belong to a description by fields, which needs body=")
+        if not samples:
+            raise ValueError("compare needs at least one sample to run the model on, or a Subject that has them")
+        subject = Subject.attached(model, run, samples=samples, loss=loss, **about)
+    wanted = candidates(policies, subject)
+    look = subject.look()
+    subject = replace(subject, full_depth=look.full_depth)
+    with torch.no_grad():
+        settings = choose_settings(subject, look, wanted, taus, granularity)
+        for setting in (settings[0], settings[-1]):  # warm up before anything is timed
+            subject.run(subject.samples[0], setting)
+    return measure(subject, settings, depths=look.depths, timed=timed, repeats=repeats, on_tick=on_tick)

@@ -1,0 +1,104 @@
+"""What halting could save on a subject at best, and how much of it signals can see: one recorded pass per sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haltkit import signals
+from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount
+from haltkit.loop import Outcome
+from haltkit.protocol import Readout
+from haltkit.recording.replay import readout_of_recordings
+from haltkit.recording.trajectory import RegionTrajectory
+from haltkit.subject import Subject
+
+__all__ = ["Possible", "possible"]
+
+# A rule that compares two steps halts one step after a row has settled.
+LAG = 1
+# Below this gain, or this area under the curve, a policy does not pay for its overhead.
+LEAST_GAIN, LEAST_AUC = 1.1, 0.75
+
+
+@dataclass(frozen=True)
+class Possible:
+    """What was found in one region.
+
+    Attributes:
+        headroom: of the *stable* oracle, by the readout of this region's states.
+        aucs: per signal, how well it tells at steps 1 to K which rows have settled.
+    """
+
+    headroom: Headroom
+    aucs: dict[str, tuple[Auc, ...]]
+
+    @property
+    def step(self) -> int:
+        """The step nearest to the oracle's mean depth, at which predictability is judged."""
+        return round(self.headroom.mean_depth)
+
+    def best_signal(self) -> tuple[str, Auc] | None:
+        """The signal that tells most at :attr:`step`; None where all rows have settled by then, or none has."""
+        known = {name: areas[self.step - 1] for name, areas in self.aucs.items()}
+        known = {name: area for name, area in known.items() if not math.isnan(area.value)}
+        return max(known.items(), key=lambda item: item[1].value) if known else None
+
+    def conclusion(self, level: float) -> str:
+        """Whether halting can pay here, in one sentence; ``level`` is the share of rows that must lose nothing."""
+        depth, gain, best = self.headroom.fixed_depth(level), self.headroom.ceiling(level, LAG), self.best_signal()
+        use = f"use a fixed depth of {depth}"
+        if gain < LEAST_GAIN:
+            return f"halting cannot pay here because rows settle too close to step {depth}, or too evenly; {use}"
+        if best is not None and best[1].value < LEAST_AUC:
+            return f"halting cannot pay here because no signal tells which rows have settled; {use}"
+        return (
+            f"halting can pay: up to {gain:.2f}x as fast as a fixed depth of {depth}, if every row's settling is seen"
+        )
+
+
+@torch.no_grad()
+def possible(subject: Subject) -> dict[str, Possible]:
+    """Record every sample once at full depth and find, by region, what halting could save.
+
+    Where a subject halts whole sequences, a sequence has settled when all of its positions have.
+
+    Raises:
+        ValueError: the subject has no samples, no looped region or no readout.
+    """
+    if subject.readout is None:
+        raise ValueError(f"{subject.name} has no readout from its state: give the Subject a readout=")
+    readout = readout_of_recordings(subject.readout, subject.model)
+    steps = subject.full_depth or subject.look().full_depth
+    whole = subject.granularity == "sequence"
+    found = {name: HeadroomAccount(steps, region=name, item_dims=int(whole)) for name in subject.regions}
+    seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
+    for sample in subject.samples:
+        for name, region in subject.record(subject.inputs(sample), steps).regions.items():
+            predictions, scores = _readings(region, readout)
+            present = region.outcome != Outcome.ABSENT if region.outcome is not None else None
+            present = torch.ones(predictions.shape[1:], dtype=torch.bool) if present is None else present.cpu()
+            if whole:
+                predictions = torch.where(present, predictions, predictions[-1])
+                scores = {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in scores.items()}
+                present = present.any(-1)
+            depths = found[name].add(predictions=predictions, present=present)
+            seen[name].add(scores, depths.masked_fill(~present, 0))
+    if not found or not subject.samples:
+        raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
+    return {name: Possible(account.result(), seen[name].result()) for name, account in found.items()}
+
+
+def _readings(region: RegionTrajectory, readout: Readout) -> tuple[Tensor, dict[str, Tensor]]:
+    """Top predictions and scores that are small where a row has settled, each ``(K, rows...)``."""
+    assert region.states is not None  # Subject.record keeps states
+    predictions, margins = [], []
+    for state in region.states[1:]:
+        log_p = signals.log_probabilities(readout(state))
+        predictions.append(signals.top(log_p).cpu())
+        margins.append(-signals.margin(log_p).cpu())
+    sizes = signals.normalized(region.step_norms(), region.state_norms()).cpu()
+    return torch.stack(predictions), {"step norm": sizes, "margin": torch.stack(margins)}

@@ -1,0 +1,83 @@
+"""One row of a comparison: what was measured at one setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+__all__ = ["Row", "policies_of", "sweep_spread"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at one setting.
+
+    Attributes:
+        policy: the sweep that the setting belongs to; ``fixed`` heads the fixed depths.
+        spec: the setting as text; None for a policy object that no spec can say.
+        tau: the threshold, where the setting has one number.
+        depth: the fixed steps by region; None where policies decide.
+        loss: mean over the items, in ``unit``.
+        unit: of the loss and of what is said about it; ``nats`` for cross-entropy.
+        delta, delta_se: difference to full depth's loss on the same items, and its standard error, paired and
+            clustered by sequence; the error is infinite for a single sequence.
+        agreement, agreement_se: share of positions whose top token equals full depth's.
+        kl_to_full: mean ``KL(full || this)`` in nats. None, like agreement, where there are no logits.
+        steps: mean steps by region.
+        ms: median wall-clock time of a pass, in milliseconds per item.
+        ms_spread: least and greatest of the repeats.
+        ms_repeats: every repeat, in order; repeat ``i`` of all settings ran side by side.
+        speedup: full depth's median time over this one's.
+        outcomes: share of the rows of all regions that ended in each way; empty for a fixed depth, which nothing ends.
+        causal: no row's depth depends on another row.
+        label: what tells the setting from its neighbours.
+    """
+
+    policy: str
+    spec: str | None
+    tau: float | None
+    depth: dict[str, int] | None
+    loss: float
+    unit: str
+    delta: float
+    delta_se: float
+    agreement: float | None
+    agreement_se: float | None
+    kl_to_full: float | None
+    steps: dict[str, float]
+    ms: float
+    ms_spread: tuple[float, float]
+    ms_repeats: tuple[float, ...]
+    speedup: float
+    outcomes: dict[str, float] = field(default_factory=dict)
+    causal: bool = True
+    label: str = ""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether this is a fixed depth, which no policy decides."""
+        return self.depth is not None
+
+    @property
+    def perplexity(self) -> float | None:
+        """The exponential of a loss in nats; None of any other."""
+        if self.unit != "nats":
+            return None
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def same_as_full(self) -> bool:
+        """Whether no difference to full depth was seen at all."""
+        return self.delta == 0 and self.kl_to_full in (0, None) and self.agreement in (1, None)
+
+
+def policies_of(rows: Iterable[Row]) -> list[str]:
+    """The policies by name, in the order of their rows; fixed depths are none."""
+    return list(dict.fromkeys(row.policy for row in rows if not row.fixed))
+
+
+def sweep_spread(rows: Iterable[Row], policy: str) -> float | None:
+    """Greatest minus least loss over a policy's thresholds: how much tuning it needs."""
+    losses = [row.loss for row in rows if row.policy == policy and row.tau is not None]
+    return max(losses) - min(losses) if len(losses) > 1 else None

@@ -1,0 +1,1 @@
+"""Recording a loop's states, and judging recordings."""

@@ -1,0 +1,71 @@
+"""Timing side by side: a wall clock that waits for accelerators, and turns in which everything is timed.
+
+What is compared runs in turns within each repeat, so that a machine that slows down slows all sides; ratios are
+medians over the repeats of the ratio within one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Times", "clock", "in_turns", "milliseconds", "ratio", "settled", "turns"]
+
+T = TypeVar("T")
+Times = dict[str, list[float]]
+
+
+def settled() -> float:
+    """Seconds on a monotonic clock, once every CUDA device that this process uses, or MPS, has done all it was given.
+
+    An accelerator is handed its work and does it later: a clock read without waiting times the handing over.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        count = torch.cuda.device_count()
+        for device in range(count):
+            # Synchronizing an unused device would create a context on it, and querying it costs more than short
+            # measurements.
+            if count == 1 or torch.cuda.memory_reserved(device):
+                torch.cuda.synchronize(device)
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def clock(call: Callable[[], T]) -> tuple[float, T]:
+    """Seconds that a call took, and what it returned."""
+    started = settled()
+    result = call()
+    return settled() - started, result
+
+
+def turns(count: int, repeats: int) -> Iterator[tuple[int, ...]]:
+    """The order of ``count`` runs in each repeat: each begins with another run, so that none is always first."""
+    order = tuple(range(count))
+    for number in range(repeats):
+        shift = number * max(1, count // 3) % count
+        yield (*order[shift:], *order[:shift])
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Times:
+    """Seconds of every run in each repeat, all of them in turn."""
+    names = list(runs)
+    times: Times = {name: [] for name in names}
+    for order in turns(len(names), repeats):
+        for index in order:
+            times[names[index]].append(clock(runs[names[index]])[0])
+    return times
+
+
+def ratio(times: Times, above: str, below: str) -> float:
+    """Median over the repeats of one run's time over another's."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def milliseconds(seconds: Sequence[float], items: int = 1) -> float:
+    """Median time per item."""
+    return 1e3 * statistics.median(seconds) / items

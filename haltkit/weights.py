@@ -1,0 +1,103 @@
+"""Weights of a learned policy: tensors that belong to the policy object and never to its moving state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Weights", "WeightsMisfit", "held_by"]
+
+
+class WeightsMisfit(ValueError):
+    """A policy whose weights cannot be applied to the states it is given."""
+
+
+class Weights:
+    """Named tensors, given to the rows on whatever device and in whatever dtype they are::
+
+        @haltkit.register("learned", formula="sigmoid(w x)")
+        @dataclass(frozen=True)
+        class Learned:
+            tau: float
+            weights: haltkit.Weights = field(compare=False, repr=False)
+
+            def update(self, state, step):
+                w = self.weights.like(step.x)["w"]  # (D,)
+
+    A spec writes them as ``weights=FILE``, the safetensors file that they were loaded from or saved to. Weights that
+    are in no file cannot be written in a spec.
+
+    Args:
+        tensors: by name.
+        source: the file that contains them, if any.
+
+    Raises:
+        ValueError: no tensors, or an entry that is none.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str | None = None) -> None:
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("Weights need at least one tensor: give a mapping from names to tensors")
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        self.source = source
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Weights:
+        """The weights in a safetensors file.
+
+        Raises:
+            ValueError: the file does not exist or is not safetensors.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise ValueError(f"no file {str(path)!r} with a policy's weights")
+        try:
+            return cls(load_file(path), str(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the weights in {str(path)!r} cannot be read: {error}") from None
+
+    def save(self, path: str | PathLike[str]) -> Weights:
+        """Write a safetensors file.
+
+        Returns:
+            the same weights with that file as their source, so that a policy that has them prints as a spec.
+        """
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}, path)
+        return Weights(self._tensors, str(path))
+
+    def like(self, x: Tensor) -> Mapping[str, Tensor]:
+        """The tensors on the device of ``x``; floating-point ones in its dtype. Each is moved once."""
+        key = (x.device, x.dtype)
+        if key not in self._moved:
+            with torch.inference_mode(False):  # kept for later calls, which may want gradients
+                self._moved[key] = {
+                    name: tensor.to(x.device, x.dtype if tensor.is_floating_point() else tensor.dtype)
+                    for name, tensor in self._tensors.items()
+                }
+        return self._moved[key]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"Weights({shapes})"
+
+
+def held_by(policy: Any) -> list[Weights]:
+    """The weights in a policy and in the policies that it wraps or combines."""
+    found: list[Weights] = []
+    for value in getattr(policy, "__dict__", {}).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Weights):
+                found.append(part)
+            elif hasattr(part, "update") and hasattr(part, "init"):
+                found += held_by(part)
+    return found

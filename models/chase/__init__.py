@@ -1,0 +1,1 @@
+"""Chase: follow pointers to the root; how many hops that takes is nowhere in the input."""

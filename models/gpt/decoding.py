@@ -1,0 +1,226 @@
+"""A cache of varying depth and the pass that adds to it: tokens one by one, each looping until its policy halts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haltkit.loop import Execution
+from haltkit.models.gpt.cache import CacheMemory, DecodeRows, LayerCache, parse_layout
+from haltkit.models.gpt.draws import EvaluationNoise
+from haltkit.models.gpt.layers import Region
+from haltkit.models.gpt.memory import CompactRegionLoop, run_once
+from haltkit.models.gpt.passes import Budgets, CompactMemories, Network, Policies, fixed_pass, halting_pass
+from haltkit.models.gpt.sampling import GenerationError
+from haltkit.policies import Fixed
+from haltkit.protocol import HaltingPolicy, granularity_of
+from haltkit.specs import policy_for_regions
+from haltkit.wrappers import MinSteps
+
+__all__ = ["CacheMemories", "Decoded", "Decoder"]
+
+
+def _least_steps(policy: HaltingPolicy[Any]) -> int:
+    """Steps that a policy takes whatever it measures, as far as its own fields say."""
+    least = policy.steps if isinstance(policy, (Fixed, MinSteps)) else 1
+    inner = getattr(policy, "policy", None)
+    return least if inner is None else max(least, _least_steps(inner))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The result of decoding one token per sequence: logits ``(B, V)``; steps and outcome by region, ``(B,)``."""
+
+    logits: Tensor
+    steps: dict[str, Tensor]
+    outcome: dict[str, Tensor]
+
+
+class CacheMemories:
+    """The newest token of each sequence, which reads the others in the cache.
+
+    Args:
+        caches: one for each layer, by the name it has in the network.
+        rows: the newest tokens; ``guarded`` once something was not finite.
+        looking: guard what is not finite; False computes and looks at nothing.
+    """
+
+    execution: Execution = "compact"
+
+    def __init__(
+        self, caches: Mapping[str, Sequence[LayerCache]], rows: DecodeRows, noise: EvaluationNoise, *, looking: bool
+    ) -> None:
+        self.caches, self.rows, self.noise, self.looking = caches, rows, noise, looking
+
+    def once(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        memory = CacheMemory(self.caches[name][0], self.rows)
+        if self.looking:
+            return run_once(layer, x, memory, self.rows)
+        out: Tensor = layer(x, memory)
+        return out
+
+    def enter(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
+        rows = self.rows.all_present()
+        memories = [CacheMemory(cache, rows) for cache in self.caches[name]]
+        body = CompactRegionLoop(region, e, rows.positions, self.noise, rows, memories)
+        return body, region.initial_state(e, body.noise_at)
+
+    def leave(self, name: str, body: CompactRegionLoop, steps: Tensor | None) -> None:
+        self.rows.guarded |= body.rows.guarded
+
+
+class Decoder:
+    """A cache for ``B`` sequences and the way to add to it: a prompt first, then one token at a time.
+
+    Args:
+        policy: as in :meth:`~haltkit.models.gpt.model.LoopedGPT.forward_adaptive`; token by token only.
+        layout: ``depth-indexed`` (exact), ``last`` or ``modulo:M``; see :mod:`haltkit.models.gpt.cache`.
+        max_loops, total_loops: budgets of each region and of a token over all regions.
+        capacity: longest sequence, at most the model's context (None: that).
+
+    Raises:
+        GenerationError: a policy that decides for more than a token, or takes more steps than ``max_loops``.
+        ValueError: a bad spec, layout or budget.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        policy: Policies,
+        *,
+        layout: str = "depth-indexed",
+        max_loops: int | Mapping[str, int] = 32,
+        total_loops: int | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self.budgets = Budgets.of(model, max_loops, total_loops)
+        self.model, self.layout = model, parse_layout(layout)
+        self.policies = policy_for_regions(policy, list(model.regions))
+        for region, one in self.policies.items():
+            if (granularity := granularity_of(one)) != "token":
+                raise GenerationError(
+                    f"region {region}: a policy with granularity={granularity} cannot decode token by token, because "
+                    "other tokens' loops are over: use granularity=token, or forward_adaptive on the whole text"
+                )
+            if (least := _least_steps(one)) > (most := self.budgets.by_region[region]):
+                raise GenerationError(
+                    f"region {region}: the policy takes at least {least} steps and max_loops is {most}: raise "
+                    "max_loops, or ask for fewer steps"
+                )
+        self.capacity = model.block_size if capacity is None else min(capacity, model.block_size)
+        self.lengths: list[int] = []
+        self.guarded = False  # something in the cache is not finite
+        self._caches: dict[str, list[LayerCache]] = {}
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Decoded:
+        """Take the prompts, ``(B, T)`` padded at the end to the longest of ``lengths``; compact, then cached.
+
+        The logits, steps and outcomes are those of each prompt's last token.
+
+        Raises:
+            GenerationError: prompts longer than the context, or ``lengths`` that are not theirs.
+        """
+        batch, longest = tokens.shape
+        self.lengths = [longest] * batch if lengths is None else list(lengths)
+        if len(self.lengths) != batch or not all(1 <= n <= longest for n in self.lengths):
+            raise GenerationError(f"lengths {self.lengths}: one for each of {batch} prompts, from 1 to {longest}")
+        if longest > self.capacity:
+            raise GenerationError(f"{longest} tokens do not fit the context of {self.capacity}")
+        ends = torch.tensor(self.lengths, device=tokens.device)
+        rows = None
+        if min(self.lengths) < longest:
+            rows = torch.arange(longest, device=tokens.device) < ends.unsqueeze(-1)
+        self._caches, self.guarded = {}, False
+        memories = CompactMemories(batch, longest, self.model.noise, keeper=self)
+        seen = halting_pass(self.model, self.model.embed(tokens), self.policies, self.budgets, memories, rows=rows)
+        last = (torch.arange(batch, device=tokens.device), ends - 1)
+        return Decoded(
+            self.model.readout(seen.x[last]),
+            {name: taken[last] for name, taken in seen.steps.items()},
+            {name: ended[last] for name, ended in seen.outcome.items()},
+        )
+
+    def keep(self, name: str, blocks: Sequence[Sequence[Tensor]], steps: Tensor | None, guarded: bool) -> None:
+        """Cache what the prompts' layer ``name`` computed, as the layout says; see ``Keeper`` in ``passes``."""
+        layout = self.layout if steps is not None else parse_layout("last")
+        self._caches[name] = []
+        for after in blocks:
+            batch = len(self.lengths)
+            cache = LayerCache(layout, batch, self.capacity, after[0].shape[-1], after[0])
+            cache.fill(after, steps, len(after[0]) // batch)
+            self._caches[name].append(cache)
+        self.guarded |= guarded
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, active: Tensor | None = None) -> Decoded:
+        """Add one token to each sequence, ``(B,)``. Sequences not ``active``, ``(B,)`` bool, do not loop or grow.
+
+        Raises:
+            GenerationError: a sequence is at the end of its context, or there is no prompt yet.
+        """
+        growing = [True] * len(self.lengths) if active is None else active.tolist()
+        x, memories = self._next(tokens, growing, looking=True)
+        seen = halting_pass(self.model, x, self.policies, self.budgets, memories, rows=active)
+        self.guarded = memories.rows.guarded
+        self.lengths = [n + grows for n, grows in zip(self.lengths, growing, strict=True)]
+        return Decoded(self.model.readout(seen.x), seen.steps, seen.outcome)
+
+    @torch.inference_mode()
+    def step_fixed(self, tokens: Tensor, loops: Mapping[str, int]) -> Tensor:
+        """Add one token to each sequence at fixed loop counts, no policy, nothing looked at; logits ``(B, V)``.
+
+        What halting is to be measured against: the same cache, and the bare loop.
+
+        Raises:
+            GenerationError: as :meth:`step`.
+        """
+        x, memories = self._next(tokens, [True] * len(self.lengths), looking=False)
+        x = fixed_pass(self.model.layers, x, loops, self.model.noise, memories=memories)
+        self.lengths = [n + 1 for n in self.lengths]
+        return self.model.readout(x)
+
+    def _next(self, tokens: Tensor, growing: Sequence[bool], *, looking: bool) -> tuple[Tensor, CacheMemories]:
+        """The newest tokens embedded, ``(B, D)``, and what their pass reads and writes."""
+        if not self.lengths:
+            raise GenerationError("the cache is empty: give it a prompt with prefill first")
+        if any(grows and n >= self.capacity for grows, n in zip(growing, self.lengths, strict=True)):
+            raise GenerationError(f"the context of {self.capacity} tokens is full")
+        places = [min(n, self.capacity - 1) for n in self.lengths]
+        positions = torch.tensor(places, device=tokens.device)
+        rows = DecodeRows(places, positions, guarded=self.guarded)
+        x = self.model.embed(tokens.unsqueeze(-1), positions.unsqueeze(-1)).squeeze(1)
+        return x, CacheMemories(self._caches, rows, self.model.noise, looking=looking)
+
+    def rewind(self, count: int | Sequence[int]) -> None:
+        """Drop the newest positions of each sequence, as if they had never been added; the next step overwrites them.
+
+        For text that was tried and is not kept, as in speculative decoding. A region's cache keeps the depth that it
+        has grown to, and a cache that was guarded stays so.
+
+        Args:
+            count: how many positions: one number for all sequences, or one for each.
+
+        Raises:
+            GenerationError: a negative number, more positions than a sequence has, or not one number per sequence.
+        """
+        counts = [count] * len(self.lengths) if isinstance(count, int) else list(count)
+        if len(counts) != len(self.lengths):
+            raise GenerationError(f"rewind has {len(counts)} counts; the cache has {len(self.lengths)} sequences")
+        for b, (dropped, length) in enumerate(zip(counts, self.lengths, strict=True)):
+            if not 0 <= dropped <= length:
+                raise GenerationError(f"rewind by {dropped}: sequence {b + 1} has {length} positions, so 0 to {length}")
+        self.lengths = [n - dropped for n, dropped in zip(self.lengths, counts, strict=True)]
+
+    @property
+    def caches(self) -> Mapping[str, Sequence[LayerCache]]:
+        """The caches of each layer's blocks, by the layer's name; empty before the prompt."""
+        return self._caches
+
+    def nbytes(self) -> int:
+        """Bytes of the cache that are in use."""
+        return sum(cache.nbytes(self.lengths) for caches in self._caches.values() for cache in caches)

@@ -1,0 +1,259 @@
+"""Continue texts token by token: what may be asked for, a stream of tokens, and whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+from haltkit import signals
+from haltkit.models.gpt.decoding import Decoder
+from haltkit.models.gpt.passes import Network, Policies
+from haltkit.models.gpt.sampling import GenerationError, Sampling
+from haltkit.models.gpt.wavefront import Wavefront, check_budget, check_wavefront
+from haltkit.protocol import HaltingPolicy
+from haltkit.specs import policy_for_regions
+
+__all__ = ["Emission", "Generation", "Reason", "Settings", "generate", "stream"]
+
+Reason = Literal["stop", "length", "context", "nonfinite"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are continued.
+
+    Args:
+        max_new_tokens: of each sequence; it also ends at a stop token or where the context is full.
+        sampling: how a token is drawn.
+        stop: token ids that end a sequence and are not returned.
+        layout: of the cache: ``depth-indexed``, exact; or a smaller one that is an approximation: ``last``,
+            ``modulo:M`` (see :mod:`haltkit.models.gpt.cache`).
+        max_loops, total_loops: budgets of each region, and of a token over all regions.
+        sampler: ``sequential``: one token after the other. ``wavefront``: several positions at the same time, an
+            approximation (see :mod:`haltkit.models.gpt.wavefront`); prompts are continued one after the other.
+        width: of the wavefront, the greatest number of open positions (None: 8).
+        commit: of the wavefront, what settles a new token (None: the policy that the prompt is read with).
+        inner: of the wavefront, steps per sweep in each region (None: 1).
+
+    Raises:
+        GenerationError: ``max_new_tokens`` below 1, an unknown sampler, or settings of the other sampler.
+    """
+
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[int] = ()
+    layout: str = "depth-indexed"
+    max_loops: int | Mapping[str, int] = 32
+    total_loops: int | None = None
+    sampler: Literal["sequential", "wavefront"] = "sequential"
+    width: int | None = None
+    commit: Policies | None = None
+    inner: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1")
+        if self.sampler not in ("sequential", "wavefront"):
+            raise GenerationError(f"sampler={self.sampler!r}: allowed are 'sequential' and 'wavefront'")
+        if self.sampler == "sequential":
+            for name in ("width", "commit", "inner"):
+                if getattr(self, name) is not None:
+                    raise GenerationError(f"{name} is a setting of sampler=wavefront; the sampler is sequential")
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """From fields of this class and of :class:`~haltkit.models.gpt.sampling.Sampling`, side by side.
+
+        Raises:
+            GenerationError: an unknown field, or a value that is not allowed.
+        """
+        drawn = {f.name for f in fields(Sampling)}
+        known = ({f.name for f in fields(cls)} - {"sampling"}) | drawn
+        if unknown := sorted(values.keys() - known):
+            raise GenerationError(f"generate has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        sampling = Sampling(**{name: value for name, value in values.items() if name in drawn})
+        return cls(sampling=sampling, **{name: value for name, value in values.items() if name not in drawn})
+
+
+@dataclass(frozen=True)
+class Emission:
+    """One new token for each sequence.
+
+    Attributes:
+        tokens: an id per sequence; None for a sequence that had finished, or whose logits are not finite.
+        steps: by region, the steps that the model took for it.
+        finished: why the sequence is finished with this token, or None. A stop token is given but is not text.
+    """
+
+    tokens: list[int | None]
+    steps: dict[str, list[int]]
+    finished: list[Reason | None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of each sequence, the steps each took by region, and why it ended; without stop tokens."""
+
+    tokens: list[list[int]]
+    steps: dict[str, list[list[int]]]
+    finished: list[Reason]
+
+
+def check_prompts(model: Network, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts that cannot be continued.
+
+    Raises:
+        GenerationError: none, an empty one, one that fills the context, or a token that the model does not have.
+    """
+    if not prompts:
+        raise GenerationError("no prompt")
+    for i, prompt in enumerate(prompts):
+        where = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
+        given: object = prompt  # callers without a type checker give a text, a tensor, a single id
+        if not isinstance(given, Sequence) or not all(isinstance(token, int) for token in given):
+            raise GenerationError(f"{where} is not a list of token ids (integers), as tokenizer.encode gives")
+        if not prompt:
+            raise GenerationError(f"{where} is empty: give at least one token")
+        if len(prompt) >= model.block_size:
+            raise GenerationError(
+                f"{where} has {len(prompt)} tokens and the model's context {model.block_size}: shorten it to at most "
+                f"{model.block_size - 1}, to leave room for one more"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise GenerationError(f"{where} has a token outside the vocabulary of {model.vocab_size}")
+
+
+def stream(
+    model: Network, prompts: Sequence[Sequence[int]], policy: Policies, settings: Settings | None = None
+) -> Iterator[Emission]:
+    """Generate, giving each token as soon as it is there; arguments as :meth:`LoopedGPT.generate`.
+
+    Raises:
+        GenerationError: prompts, stop tokens or policies that do not work; the message says what does.
+        ValueError: a bad spec, layout or budget.
+    """
+    settings = settings or Settings()
+    check_prompts(model, prompts)
+    if unknown := [token for token in settings.stop if not 0 <= token < model.vocab_size]:
+        raise GenerationError(f"stop token {unknown[0]} is outside the vocabulary of {model.vocab_size}")
+    decoder = Decoder(
+        model,
+        policy,
+        layout=settings.layout,
+        max_loops=settings.max_loops,
+        total_loops=settings.total_loops,
+        capacity=min(model.block_size, max(len(prompt) for prompt in prompts) + settings.max_new_tokens),
+    )
+    if settings.sampler == "sequential":
+        return _stream(decoder, prompts, settings)
+    commit = decoder.policies if settings.commit is None else policy_for_regions(settings.commit, list(model.regions))
+    width, inner = 8 if settings.width is None else settings.width, 1 if settings.inner is None else settings.inner
+    check_wavefront(model.regions, commit, width, inner, settings.layout)
+    check_budget(decoder.budgets, inner)
+    return _wavefront_stream(decoder, commit, width, inner, prompts, settings)
+
+
+def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settings) -> Iterator[Emission]:
+    model, count, sampling, stop = decoder.model, settings.max_new_tokens, settings.sampling, frozenset(settings.stop)
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    seen = decoder.prefill(tokens.to(device), lengths)
+    draws = sampling.draws(len(prompts), count)
+    active = [True] * len(prompts)
+    for i in range(count):
+        # What a sequence comes to when its numbers break, or after its end, is no other sequence's concern.
+        sound = signals.finite(seen.logits)  # (B,)
+        broken = (~sound).tolist()
+        logits = seen.logits.masked_fill(~sound.unsqueeze(-1), 0.0) if any(broken) else seen.logits
+        chosen = sampling.pick(logits, draws[:, i])
+        ids: list[int] = chosen.tolist()
+        finished: list[Reason | None] = [None] * len(ids)
+        for b, token in enumerate(ids):
+            if broken[b]:
+                finished[b] = "nonfinite"
+            elif token in stop:
+                finished[b] = "stop"
+            elif i + 1 == count:
+                finished[b] = "length"
+            elif lengths[b] + i + 1 >= model.block_size:
+                finished[b] = "context"
+        yield Emission(
+            [token if going and not bad else None for token, going, bad in zip(ids, active, broken, strict=True)],
+            {name: steps.tolist() for name, steps in seen.steps.items()},
+            [reason if going else None for reason, going in zip(finished, active, strict=True)],
+        )
+        active = [going and reason is None for going, reason in zip(active, finished, strict=True)]
+        if not any(active):
+            return
+        seen = decoder.step(chosen, None if all(active) else torch.tensor(active, device=device))
+
+
+def _wavefront_stream(
+    decoder: Decoder,
+    commit: Mapping[str, HaltingPolicy[Any]],
+    width: int,
+    inner: int,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+) -> Iterator[Emission]:
+    """One text after the other; the others' entries are None, and their steps 0."""
+    model, sampling, stop = decoder.model, settings.sampling, frozenset(settings.stop)
+    device = next(model.parameters()).device
+    draws = sampling.draws(len(prompts), settings.max_new_tokens)
+
+    def emission(b: int, token: int | None, steps: Mapping[str, int], reason: Reason | None) -> Emission:
+        numbers = range(len(prompts))
+        return Emission(
+            [token if i == b else None for i in numbers],
+            {name: [k if i == b else 0 for i in numbers] for name, k in steps.items()},
+            [reason if i == b else None for i in numbers],
+        )
+
+    for b, prompt in enumerate(prompts):
+        count = min(settings.max_new_tokens, model.block_size - len(prompt))
+        limit: Reason = "length" if count == settings.max_new_tokens else "context"
+        seen = decoder.prefill(torch.tensor([list(prompt)], device=device))
+        steps = {name: int(taken) for name, taken in seen.steps.items()}
+        if not bool(signals.finite(seen.logits)):
+            yield emission(b, None, steps, "nonfinite")
+            continue
+        token: int | None = int(sampling.pick(seen.logits, draws[b, :1]))
+        wavefront = Wavefront(decoder, commit, width=width, inner=inner)
+        rest = wavefront.tokens(int(token or 0), count - 1, sampling=sampling, draws=draws[b, 1:], stop=stop)
+        for i in range(count):
+            reason: Reason | None = None
+            if token is None:
+                reason = "nonfinite"
+            elif token in stop:
+                reason = "stop"
+            elif i + 1 == count:
+                reason = limit
+            yield emission(b, token, steps, reason)
+            if reason is not None:
+                break
+            found = next(rest)
+            token, steps = found.token, found.steps
+
+
+def generate(
+    model: Network, prompts: Sequence[Sequence[int]], policy: Policies, settings: Settings | None = None
+) -> Generation:
+    """:func:`stream`, gathered to whole texts."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    depths: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in model.regions}
+    reasons: list[Reason] = ["length"] * len(prompts)
+    for emission in stream(model, prompts, policy, settings):
+        for b, (token, reason) in enumerate(zip(emission.tokens, emission.finished, strict=True)):
+            if reason is not None:
+                reasons[b] = reason
+            if token is not None and reason != "stop":
+                texts[b].append(token)
+                for name, steps in emission.steps.items():
+                    depths[name][b].append(steps[b])
+    return Generation(texts, depths, reasons)

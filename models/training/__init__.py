@@ -1,0 +1,1 @@
+"""Training: configs, runs that resume, logs and exports."""

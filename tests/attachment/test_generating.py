@@ -1,0 +1,188 @@
+"""``model.generate(..., custom_generate=haltkit.generation(...))`` of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import haltkit
+from cases import hrm_model
+from haltkit.attachment.errors import AttachError, KVDepthMismatch
+from standins import AtDepths, with_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns as it likes
+
+NEW = 6
+IDS = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+COMMON: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "return_dict_in_generate": True}
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return hrm_model()
+
+
+def generated(model: Any, seed: int = 0, **keys: Any) -> Any:
+    torch.manual_seed(seed)
+    return model.generate(**{"inputs": IDS, "do_sample": False, **COMMON, **keys})
+
+
+def padded() -> dict[str, Any]:
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    return {"inputs": IDS.where(mask.bool(), 0), "attention_mask": mask}
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+class TooLong:
+    """A stopping criterion of a user's own."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= IDS.shape[1] + 3)
+
+
+WAYS: dict[str, Callable[[], dict[str, Any]]] = {
+    "greedy": dict,
+    "sampling": lambda: {"do_sample": True, "temperature": 0.7, "top_k": 9},
+    "several of each": lambda: {"do_sample": True, "num_return_sequences": 2},
+    "padding": padded,
+    "ended": lambda: {"eos_token_id": list(range(0, 50, 3)), "output_scores": True},
+    "criteria": lambda: {"stopping_criteria": [TooLong()]},
+    "no cache": lambda: {"use_cache": False},
+    "in chunks": lambda: {"prefill_chunk_size": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_those_of_the_model_at_that_depth(model: Any, way: str) -> None:
+    keys = WAYS[way]()
+    expected = with_config(model.config, lambda: generated(model, **keys), H_cycles=2)
+    out = generated(model, custom_generate=haltkit.generation("fixed:steps=2"), **keys)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.steps.shape == (len(out.sequences), out.sequences.shape[1] - IDS.shape[1], 1)
+    assert out.steps.eq(2).all()
+    assert out.outcome.eq(haltkit.Outcome.CONVERGED).all()
+    for scores, others in zip(out.scores or (), expected.scores or (), strict=True):
+        assert torch.equal(scores, others)
+
+
+def test_each_token_equals_a_loop_by_hand_at_its_depth(model: Any) -> None:
+    """Without a cache every call is exact at a depth of its own: the model itself, run with as many steps."""
+    depths = (3, 1, 4, 2, 1, 3)
+    out = generated(model, use_cache=False, custom_generate=haltkit.generation(AtDepths(*depths)))
+    ids = IDS
+    for depth in depths:
+        logits = with_config(model.config, lambda ids=ids: model(ids, use_cache=False).logits, H_cycles=depth)
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out.sequences, ids)
+    assert out.steps[:, :, 0].tolist() == [list(depths)] * len(IDS)
+
+
+def test_steps_are_those_of_the_position_that_a_token_was_read_from(model: Any) -> None:
+    """Rows halt one by one; the reference attaches to one call of the model after the other."""
+    spec = "norm:tau=0.055"
+    out = generated(model, use_cache=False, custom_generate=haltkit.generation(spec, max_steps=3))
+    assert len(out.steps.unique()) > 1
+    for token in range(NEW):
+        with haltkit.attach(model, spec, max_steps=3) as session, torch.no_grad():
+            model(out.sequences[:, : IDS.shape[1] + token], use_cache=False)
+        assert torch.equal(out.steps[:, token, 0], session.steps["loop"][:, -1])
+        assert torch.equal(out.outcome[:, token, 0], session.outcome["loop"][:, -1])
+
+
+def test_rows_that_max_steps_stops_have_spent_their_budget(model: Any) -> None:
+    out = generated(model, custom_generate=haltkit.generation("norm:tau=1e-30", max_steps=3))
+    expected = with_config(model.config, lambda: generated(model), H_cycles=3)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.steps.eq(3).all()
+    assert out.outcome.eq(haltkit.Outcome.BUDGET).all()
+    with pytest.raises(ValueError, match="max_steps=0"):
+        generated(model, custom_generate=haltkit.generation("norm:tau=1", max_steps=0))
+
+
+def test_regions_of_one_token_are_counted_over_all_their_turns(model: Any) -> None:
+    out = generated(model, custom_generate=haltkit.generation("high=fixed:steps=3;low=fixed:steps=2"))
+    expected = with_config(model.config, lambda: generated(model), H_cycles=3, L_cycles=2)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.steps[0, 0].tolist() == [3, 3 * 2]
+    assert out.steps.shape == out.outcome.shape == (3, NEW, 2)
+
+
+def test_streamers_hear_what_they_hear_without_haltkit(model: Any) -> None:
+    with_it, without = Streamer(), Streamer()
+    keys: dict[str, Any] = {"inputs": IDS[:1]}
+    generated(model, streamer=with_it, custom_generate=haltkit.generation("fixed:steps=4"), **keys)
+    generated(model, streamer=without, **keys)
+    assert with_it.seen == without.seen
+    assert with_it.seen[-1] == "end"
+
+
+def test_without_a_dictionary_the_tokens_come_alone(model: Any) -> None:
+    keys = {"return_dict_in_generate": False}
+    out = generated(model, custom_generate=haltkit.generation("fixed:steps=4"), **keys)
+    assert torch.equal(out, generated(model, **keys))
+
+
+def test_a_cache_that_would_miss_steps_is_refused_until_a_mode_is_chosen(model: Any) -> None:
+    with pytest.raises(KVDepthMismatch):
+        generated(model, custom_generate=haltkit.generation(AtDepths(3, 2, 4, 1, 1, 1)))
+    out = generated(model, custom_generate=haltkit.generation(AtDepths(3, 2, 4, 1, 1, 1), kv="uniform"))
+    expected = with_config(model.config, lambda: generated(model), H_cycles=3)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    ("keys", "token"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beam sample"),
+        ({"prompt_lookup_num_tokens": 2, "inputs": IDS[:1]}, "assisted generation"),
+    ],
+)
+def test_other_ways_to_choose_tokens_are_refused_by_name(model: Any, keys: dict[str, Any], token: str) -> None:
+    with pytest.raises(ValueError, match=token):
+        generated(model, custom_generate=haltkit.generation("fixed:steps=2"), **keys)
+
+
+def test_an_assistant_is_refused_by_name(model: Any) -> None:
+    with pytest.raises(ValueError, match="assisted generation"):
+        generated(
+            model, inputs=IDS[:1], assistant_model=hrm_model(), custom_generate=haltkit.generation("fixed:steps=2")
+        )
+
+
+def test_a_model_that_no_preset_knows_and_a_region_that_is_not_there(model: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(AttachError, match="body="):
+        generated(GPT2LMHeadModel(config), custom_generate=haltkit.generation("norm:tau=1"))
+    with pytest.raises(ValueError, match="middle"):
+        generated(model, custom_generate=haltkit.generation("middle=norm:tau=1"))
+
+
+def test_the_model_is_restored_whatever_happens(model: Any) -> None:
+    class Fails(nn.Module):
+        def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+            raise InterruptedError
+
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InterruptedError):
+        generated(model, custom_generate=haltkit.generation("fixed:steps=2"), stopping_criteria=[Fails()])
+    assert [type(module) for module in model.modules()] == before
+    assert not model._forward_pre_hooks

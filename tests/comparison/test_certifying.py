@@ -1,0 +1,218 @@
+"""Certifying on live runs: on a model whose risk at every threshold is known, and the card that is written of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import haltkit
+from haltkit.card import Card, is_card
+from haltkit.comparison.certify import certify
+from haltkit.comparison.choice import save_certified
+from haltkit.comparison.settings import candidates
+from haltkit.identity import Identity
+from haltkit.subject import Subject
+
+STEPS = 8
+
+
+class Approach(nn.Module):
+    """A row ``(h, x)`` has x = 2^-k after step k and predicts class 1 from step h on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _Halve()
+
+    def forward(self, x: Tensor, steps: int = STEPS) -> Tensor:
+        for _ in range(steps):
+            x = self.body(x)
+        return x
+
+
+class _Halve(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[..., 0], x[..., 1] * self.factor], -1)
+
+
+def _logits(x: Tensor) -> Tensor:
+    settled = 1.5 * 2 ** -x[..., 0] - x[..., 1]
+    return torch.stack([-settled, settled], -1)
+
+
+def _subject(hops: Tensor, size: int = 1, **more: Any) -> Subject:
+    """Of sequences ``(N, T)`` whose rows settle at the given steps, in samples of ``size``."""
+    model = Approach().eval()
+    inputs = torch.stack([hops.double(), torch.ones_like(hops).double()], -1)
+    model.double()
+    given: dict[str, Any] = {
+        "samples": list(inputs.split(size)),
+        "loss": lambda output, sample: (_logits(output)[..., 0] > 0).double(),
+        "logits": _logits,
+        "full_depth": STEPS,
+        "unit": "wrong",
+        **more,
+    }
+    return Subject.attached(model, loop=haltkit.Loop(["body"]), run_at=model, granularity="batch", **given)
+
+
+def _hops(units: int, late: int) -> Tensor:
+    """Sequences of 10 rows that settle at step 2, and in each ``late`` of them at step 5."""
+    hops = torch.full((units, 10), 2)
+    hops[:, :late] = 5
+    return hops
+
+
+# The step norm is 2^-k at step k: thresholds that halt at steps 7, 6, 5, 4 and 3.
+TAUS = [1.5 * 2.0**-k for k in (7, 6, 5, 4, 3)]
+
+
+@pytest.mark.parametrize("risk", ["disagreement", "loss-gap", "answer"])
+def test_certifies_the_last_threshold_before_rows_are_lost(risk: Any) -> None:
+    found = certify(_subject(_hops(151, 1)), "norm", risk=risk, epsilon=0.05, delta=0.1, taus=TAUS)
+    assert found.setting is not None
+    assert found.setting.tau == TAUS[2]
+    assert found.steps == {"loop": 5.0}
+    assert found.certificate.units == 150  # the first sample chose the thresholds
+    assert found.certificate.empirical_risk == 0
+    assert len(found.certificate.settings) == 4  # the first that failed is the last that was run
+
+
+def test_a_risk_below_epsilon_is_accepted() -> None:
+    found = certify(_subject(_hops(151, 1)), "norm", epsilon=0.2, delta=0.1, taus=TAUS)
+    assert found.setting is not None
+    assert found.setting.tau == TAUS[4]
+    assert found.certificate.empirical_risk == pytest.approx(0.1)
+
+
+def test_where_whole_sequences_count_one_row_loses_all() -> None:
+    subject = _subject(_hops(151, 1))
+    whole = Subject(**{**vars(subject), "granularity": "sequence"})
+    one = certify(whole, "norm:granularity=batch", epsilon=0.2, delta=0.1, taus=TAUS)
+    assert one.setting is not None
+    assert one.setting.tau == TAUS[2]
+
+
+def test_sequences_that_halt_together_are_one_unit() -> None:
+    found = certify(_subject(_hops(100, 1), size=10), "norm", epsilon=0.2, delta=0.1, taus=TAUS)
+    assert (found.certificate.units, found.certificate.unit) == (9, "batch")
+
+
+def test_thresholds_are_found_without_being_told() -> None:
+    found = certify(_subject(_hops(151, 1)), "norm", epsilon=0.05, delta=0.1)
+    assert found.steps == {"loop": 5.0}
+
+
+def test_too_few_units_say_how_many_are_needed() -> None:
+    found = certify(_subject(_hops(80, 0)), "norm", epsilon=0.01, delta=0.05, taus=TAUS)
+    assert found.setting is None
+    assert "308" in found.certificate.reason
+
+
+@pytest.mark.parametrize(
+    ("more", "asked", "said"),
+    [
+        ({"logits": None}, {}, "logits"),
+        ({"unit": "nats"}, {"risk": "answer"}, "labels"),
+        ({}, {"risk": "harm"}, "loss-gap"),
+        ({}, {"policy": "norm,accel"}, "2 policies"),
+        ({"samples": [torch.ones(5, 2)]}, {}, "at least two"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused(more: Mapping[str, Any], asked: Mapping[str, Any], said: str) -> None:
+    given = {"policy": "norm", "epsilon": 0.05, "delta": 0.1, "taus": TAUS, **asked}
+    with pytest.raises(ValueError, match=said):
+        certify(_subject(_hops(100, 1), **more), **given)
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> tuple[Subject, Path]:
+    subject = _subject(_hops(151, 1))
+    found = certify(subject, "norm", epsilon=0.05, delta=0.1, taus=TAUS)
+    save_certified(tmp_path / "card", found, subject, "made up rows")
+    return subject, tmp_path / "card"
+
+
+def test_a_card_gives_back_what_was_certified(certified: tuple[Subject, Path]) -> None:
+    subject, folder = certified
+    card = Card.load(folder)
+    assert is_card(str(folder))
+    assert card == Card.load(folder / "card.yaml")
+    assert card.certificate is not None
+    assert card.policy == card.certificate.setting
+    assert card.identity == Identity.of(subject.model, STEPS)
+    (candidate,) = candidates(str(folder), subject)
+    assert not candidate.open
+    with haltkit.attach(subject.model, folder) as session:
+        subject.model(subject.samples[0])
+    assert session.tally["loop"].computed == 5
+
+
+def test_another_model_is_refused(certified: tuple[Subject, Path]) -> None:
+    subject, folder = certified
+    card = Card.load(folder)
+    card.check(subject.model, full_depth=STEPS)
+    card.check(subject.model)
+    other = Approach().double()
+    with torch.no_grad():
+        other.body.factor.add_(0.1)
+    wider = Approach().double()
+    wider.register_buffer("extra", torch.ones(1))
+    for model, depth, said in (
+        (subject.model, STEPS + 1, "full depth"),
+        (other, STEPS, "other weights"),
+        (Approach(), STEPS, "dtype"),
+        (wider, STEPS, "structure"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            card.check(model, full_depth=depth)
+    with pytest.raises(ValueError, match="other weights"):
+        haltkit.attach(other, folder)
+    with pytest.raises(ValueError, match="full depth"):
+        candidates(str(folder), Subject(**{**vars(subject), "full_depth": STEPS + 1}))
+
+
+def test_a_card_whose_certificate_is_gone_or_edited_is_refused(certified: tuple[Subject, Path]) -> None:
+    _, folder = certified
+    path = folder / "certificate.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "chosen": 0}))
+    with pytest.raises(ValueError, match="certificate for"):
+        Card.load(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="not beside it"):
+        Card.load(folder)
+
+
+def test_a_card_does_not_replace_what_is_none(certified: tuple[Subject, Path], tmp_path: Path) -> None:
+    _, folder = certified
+    Card.load(folder).save(folder)  # its own folder
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="no card"):
+        Card.load(folder).save(tmp_path / "work")
+    assert [entry.name for entry in (tmp_path / "work").iterdir()] == ["thesis.txt"]
+
+
+def test_without_a_certified_setting_nothing_is_written(tmp_path: Path) -> None:
+    subject = _subject(_hops(80, 0))
+    found = certify(subject, "norm", epsilon=0.01, delta=0.05, taus=TAUS)
+    with pytest.raises(ValueError, match="308"):
+        save_certified(tmp_path / "card", found, subject, "made up rows")
+    assert not (tmp_path / "card").exists()
+
+
+def test_an_identity_does_not_depend_on_the_order_of_modules() -> None:
+    model = Approach()
+    first = Identity.of(model, 4)
+    assert Identity.of_fields(first.fields()) == first
+    assert first.differences(Identity.of(model.bfloat16(), 4)) == ["dtype bfloat16 instead of float32"]

@@ -1,0 +1,85 @@
+"""What halting could save: on a model whose rows settle at steps that are known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from haltkit.comparison.possible import Possible, possible
+from haltkit.headroom import Auc, Headroom
+from haltkit.subject import Subject
+
+STEPS = 8
+
+
+class Countdown(nn.Module):
+    """A row ``(h, 0)`` counts to h, one per step, and predicts class 1 from step h on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _Count()
+
+    def forward(self, x: Tensor, steps: int) -> Tensor:
+        for _ in range(steps):
+            x = self.body(x)
+        return x
+
+
+class _Count(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        hops, count = x.unbind(-1)
+        return torch.stack([hops, torch.minimum(count + 1, hops)], -1)
+
+
+def _readout(x: Tensor) -> Tensor:
+    settled = x[..., 1] - x[..., 0] + 0.5
+    return torch.stack([-settled, settled], -1)
+
+
+def _subject(hops: Tensor, **more: Any) -> Subject:
+    model = Countdown().eval()
+
+    def run(inputs: Tensor, depth: int | Mapping[str, int]) -> Tensor:
+        return model(inputs, depth if isinstance(depth, int) else depth["loop"])
+
+    sample = torch.stack([hops, torch.zeros_like(hops)], -1).float()
+    given = {"samples": [sample], "readout": _readout, "full_depth": STEPS, **more}
+    return Subject.of_modules(model, run, {"loop": "body"}, **given)
+
+
+def test_finds_the_steps_at_which_rows_are_known_to_settle() -> None:
+    hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
+    found = possible(_subject(hops))["loop"]
+    assert found.headroom.histogram == (3, 2, 1, 0, 0, 2, 0, 0)
+    assert found.headroom.mean_depth == pytest.approx(float(hops.float().mean()))
+    assert found.headroom.fixed_depth(0.99) == 6
+    assert found.best_signal() is not None
+    assert "can pay: up to" in found.conclusion(0.99)
+
+
+def test_rows_that_settle_together_leave_nothing_to_halt() -> None:
+    found = possible(_subject(torch.full((2, 4), 3)))["loop"]
+    assert found.headroom.headroom(0.99) == 0
+    assert "fixed depth of 3" in found.conclusion(0.99)
+    assert "cannot pay" in found.conclusion(0.99)
+
+
+def test_a_sequence_has_settled_when_its_last_position_has() -> None:
+    found = possible(_subject(torch.tensor([[1, 2, 5], [1, 1, 3]]), granularity="sequence"))["loop"]
+    assert found.headroom.histogram == (0, 0, 1, 0, 1, 0, 0, 0)
+
+
+def test_without_signals_that_tell_no_policy_pays() -> None:
+    known = Headroom("loop", "stable", 2, 4, 0, (3, 0, 0, 1), (0.75, 0.75, 0.75, 1.0), (), None, 1.75, None)
+    for value, said in ((0.6, "no signal"), (0.9, "can pay: up to"), (math.nan, "can pay: up to")):
+        assert said in Possible(known, {"margin": (Auc(value, 0.01),) * 4}).conclusion(0.99)
+
+
+def test_a_subject_without_a_readout_is_refused() -> None:
+    with pytest.raises(ValueError, match="readout"):
+        possible(_subject(torch.ones(1, 2), readout=None))

@@ -1,0 +1,75 @@
+"""What holds for every claim, whichever paper it is from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diagnoses import UNKNOWN, YES, regions, results, rulings
+from haltkit.diagnostics import CLAIMS, Diagnosis, claims_table, judge
+
+REPRODUCTION = Path(__file__).parent.parent.parent / "examples" / "reproduction"
+
+
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    return {judgement.name: judgement for judgement in judge(Diagnosis.from_json(found))}
+
+
+@pytest.mark.parametrize("folder", [REPRODUCTION, REPRODUCTION / "one-region"], ids=["bundled", "one-region"])
+def test_the_committed_results_are_judged_as_the_committed_table_says(folder: Path) -> None:
+    stored = Diagnosis.load(folder / "diagnose.json")
+    again = judge(stored)
+    assert again == stored.claims
+    assert claims_table(replace(stored, claims=again)) == (folder / "claims.md").read_text(encoding="utf-8")
+
+
+def test_everything_as_the_papers_say_is_reproduced() -> None:
+    found = judge(Diagnosis.from_json(results()))
+    assert {f.name: (f.ruling, f.reason) for f in found if f.ruling != YES} == {}
+    assert not any("untrained model has it" in f.reason for f in found)
+
+
+def test_nothing_at_hand_tells_nothing_and_says_why() -> None:
+    for judgement in judge(Diagnosis()):
+        assert judgement.ruling == UNKNOWN, judgement.name
+        assert judgement.reason, judgement.name
+
+
+def test_every_claim_has_a_rule_and_a_name_of_its_own() -> None:
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    assert all(claim.rule and claim.quantity for claim in CLAIMS)
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_states_that_stopped_being_finite_tell_nothing_in_whatever_region_they_are(order: tuple[str, str]) -> None:
+    found = results()
+    for part in ("geometry", "limits"):
+        whole = regions(found, part)["a"]
+        both = {"a": whole, "b": {**whole, "nonfinite": 3}}
+        found["models"]["trained"][part]["regions"] = {name: both[name] for name in order}
+    for name in ("P1", "P2", "P4", "P5", "P8 net", "M7"):
+        judgement = judged(found)[name]
+        assert (judgement.ruling, judgement.reason) == (UNKNOWN, "states stopped being finite"), name
+
+
+def test_numbers_that_are_not_there_are_no_error() -> None:
+    found = results()
+    found["models"]["trained"]["geometry"]["dlr"] = {"a -> b": {"noise": {"mean": None, "std": None, "median": None}}}
+    regions(found, "limits")["a"].update(distinct=None)
+    regions(found, "attention")["a"]["successive"][7] = [None] * 4
+    for name in ("P8 noise", "M1", "M2"):
+        judgement = judged(found)[name]
+        assert (judgement.ruling, judgement.reason) == (UNKNOWN, "states stopped being finite"), name
+        json.dumps(replace(Diagnosis(), claims=tuple(judged(found).values())).to_json(), allow_nan=False)
+
+
+def test_what_the_untrained_model_shares_is_said() -> None:
+    found = results()
+    found["models"]["untrained"] = copy.deepcopy(found["models"]["trained"])
+    shared = {name for name, one in judged(found).items() if one.reason.endswith("the untrained model has it too")}
+    assert shared == {"P1", "P2", "P4", "P5", "M1", "M2", "M3", "M7"} | {n for n in rulings(found) if n[:3] == "P8 "}
