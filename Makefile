@@ -55,9 +55,9 @@ PYTEST_ARGS ?= -n 2
 unit: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=$(if $(CI),ci,default) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# A minute: no other process, no training, no browser.
+# A minute: no other process, no training, no browser, and few examples of each property.
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
 # Damaged files and odd text, other ones each time, for MINUTES.
 MINUTES ?= 60

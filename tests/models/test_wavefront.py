@@ -59,7 +59,7 @@ def test_one_open_position_and_one_region_is_the_sequential_decoder_token_for_to
 
 
 @pytest.mark.parametrize("layout", ["depth-indexed", "last"])
-@pytest.mark.parametrize("width", [1, 2, 8])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_where_states_settle_fully_every_width_gives_the_text_of_full_depth(
     regions: LoopedGPT, width: int, temperature: float, layout: str
