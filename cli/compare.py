@@ -21,6 +21,7 @@ from haltkit.cli.options import (
     chosen_model,
     read_thresholds,
 )
+from haltkit.cli.oracles import print_headroom, print_regret
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.tables import comparison_title, print_comparison, print_conclusion
 from haltkit.cli.terminal import check_writable, make_console, passing_bar
@@ -118,8 +119,10 @@ def compare(
         result = compare_subject(
             subject, policies=policies, taus=thresholds, granularity=granularity, repeats=repeats, on_tick=tick
         )
+    print_headroom(console, result)
     print_comparison(console, result)
     print_conclusion(console, result)
+    print_regret(console, result)
     if json_path is not None:
         from haltkit.files import write_json
 

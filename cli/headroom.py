@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, Model, Text
+from haltkit.cli.oracles import LEVEL, describe_headroom
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def headroom(
     context: typer.Context,
     model: Model = None,
-    level: Annotated[float, typer.Option(help="Share of rows on which the fixed depth may lose nothing.")] = 0.99,
+    level: Annotated[float, typer.Option(help="Share of rows on which the fixed depth may lose nothing.")] = LEVEL,
     max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
@@ -45,25 +45,18 @@ def headroom(
 
 
 def _print(name: str, region: Possible, level: float) -> None:
-    known, best = region.headroom, region.best_signal()
-    error = "" if known.error is None else f" ± {known.error:.2f}"
+    known = region.headroom
     print(f"Region {name}: {known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}")
     most = max(known.histogram)
     for k, rows in enumerate(known.histogram, 1):
         if rows:
             print(f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
-    print(f"  oracle (stable): {known.mean_depth:.2f}{error} steps; best fixed depth: {known.fixed_depth(level)}")
-    print(f"  headroom: {known.headroom(level):.0%}")
-    if best is not None:
-        print(f"  predictability at step {region.step}: {best[0]}, AUC {best[1].value:.2f} ± {best[1].error:.2f}")
-    print(f"  {region.conclusion(level)}\n")
+    for line in describe_headroom(name, region, level):
+        print(f"  {line}")
+    print()
 
 
 def _plain(region: Possible, level: float) -> dict[str, Any]:
     known = region.headroom
-    areas = {
-        name: [[None if math.isnan(value) else value for value in area] for area in steps]
-        for name, steps in region.aucs.items()
-    }
     summary = {"fixed_depth": known.fixed_depth(level), "headroom": known.headroom(level)}
-    return {**dataclasses.asdict(known), **summary, "auc": areas, "conclusion": region.conclusion(level)}
+    return {**region.to_json(), **summary, "conclusion": region.conclusion(level)}

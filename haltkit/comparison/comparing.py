@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from haltkit.attachment import Loop
 from haltkit.comparison.measure import measure
+from haltkit.comparison.possible import Possible, possible
 from haltkit.comparison.settings import Given, candidates, choose_settings
 from haltkit.comparison.table import Comparison
+from haltkit.recording.trajectory import TrajectoryError
 from haltkit.subject import Subject
 
 __all__ = ["DEFAULT_TAUS", "compare"]
 
 DEFAULT_TAUS = "both"
+RECORDED = 512
 
 
 def compare(
@@ -31,6 +34,7 @@ def compare(
     granularity: str | None = None,
     repeats: int = 3,
     timed: int = 1,
+    recorded: int = RECORDED,
     on_tick: Callable[[int, int], None] | None = None,
     **about: Any,
 ) -> Comparison:
@@ -51,6 +55,8 @@ def compare(
         loss: from (output, sample) to what is lost; see :class:`~haltkit.subject.Subject`.
         samples: what the model is run on.
         granularity: for every policy that does not say its own: token, sequence, batch or world.
+        recorded: headroom and regret are measured on the first samples, until so many rows were recorded; 0: they are
+            not measured.
         repeats, timed, on_tick: see :func:`haltkit.comparison.measure.measure`.
         about: ``loop``, ``loops``, ``body`` and the other fields of a description, and further attributes of a
             :class:`~haltkit.subject.Subject`.
@@ -80,4 +86,21 @@ def compare(
         settings = choose_settings(subject, look, wanted, taus, granularity)
         for setting in (settings[0], settings[-1]):  # warm up before anything is timed
             subject.run(subject.samples[0], setting)
-    return measure(subject, settings, depths=look.depths, timed=timed, repeats=repeats, on_tick=on_tick)
+    oracles: list[Mapping[str, Tensor]] = []
+    headroom, unknown = _headroom(subject, recorded, oracles)
+    result = measure(
+        subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
+    )
+    return replace(result, headroom=headroom, no_headroom=unknown)
+
+
+def _headroom(subject: Subject, recorded: int, oracles: list[Mapping[str, Tensor]]) -> tuple[dict[str, Possible], str]:
+    """What halting could save by region, or why that is not known; the oracle depths are added to ``oracles``."""
+    if not recorded:
+        return {}, "it was not asked for"
+    if subject.readout is None:
+        return {}, "the subject has no readout from its state"
+    try:
+        return possible(subject, enough=recorded, on_sample=oracles.append), ""
+    except TrajectoryError as error:  # a model that cannot be told to go to a depth can still be compared
+        return {}, str(error)

@@ -15,6 +15,7 @@ from haltkit import signals, timing
 from haltkit.comparison.rows import Row
 from haltkit.comparison.table import Comparison
 from haltkit.driving import Pass
+from haltkit.headroom import RegretAccount
 from haltkit.loop import Outcome
 from haltkit.setting import Setting
 from haltkit.subject import Subject
@@ -43,6 +44,16 @@ class _Sums:
     steps: dict[str, list[float]] = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
+    regrets: dict[str, RegretAccount] = field(default_factory=dict)
+
+    def miss(self, seen: _Seen, oracle: Mapping[str, Tensor]) -> None:
+        """How far the steps of a pass are from the oracle's, where they are of the same rows."""
+        for name, depths in oracle.items():
+            steps = seen.steps.get(name)
+            if steps is None or steps.shape[: depths.ndim] != depths.shape:
+                continue
+            whole = steps.flatten(depths.ndim).amax(-1) if steps.ndim > depths.ndim else steps
+            self.regrets.setdefault(name, RegretAccount()).add(whole.cpu(), depths.cpu())
 
     def add(self, seen: _Seen, full: _Seen, full_log_p: Tensor | None) -> None:
         self.losses += _by_sequence(seen.losses)
@@ -78,9 +89,10 @@ class _Measuring:
         subject: Subject,
         settings: Sequence[Setting],
         depths: Sequence[Mapping[str, int]],
+        oracles: Sequence[Mapping[str, Tensor]],
         tick: Callable[[], None],
     ) -> None:
-        self.subject, self.settings, self.depths, self.tick = subject, settings, depths, tick
+        self.subject, self.settings, self.depths, self.oracles, self.tick = subject, settings, depths, oracles, tick
         self.sums = [_Sums() for _ in settings]
 
     def judge(self, number: int) -> tuple[list[float], int, int]:
@@ -102,6 +114,8 @@ class _Measuring:
                 full, items, sequences = seen, seen.losses.numel(), len(seen.losses)
                 full_log_p = None if seen.logits is None else signals.log_probabilities(seen.logits)
             sums.add(seen, full, full_log_p)
+            if number < len(self.oracles):
+                sums.miss(seen, self.oracles[number])
         return times, items, sequences
 
     def see(self, setting: Setting, done: Pass, number: int, is_full: bool) -> _Seen:
@@ -134,6 +148,7 @@ def measure(
     settings: Sequence[Setting],
     *,
     depths: Sequence[Mapping[str, int]] = (),
+    oracles: Sequence[Mapping[str, Tensor]] = (),
     timed: int = 1,
     repeats: int = 3,
     on_tick: Callable[[int, int], None] | None = None,
@@ -144,6 +159,8 @@ def measure(
         subject: what is run.
         settings: the first is full depth, the reference for quality and speed.
         depths: the steps that each sample takes at full depth by region, where the model itself decides.
+        oracles: the oracle depth of each row by region, of the first samples (see
+            :func:`haltkit.comparison.possible.possible`), for each setting's regret.
         timed: time is measured on this many of the samples, the first ones, all settings in turn, ``repeats`` times;
             the first repeat is the pass that quality is measured on.
         repeats: at least 1.
@@ -164,7 +181,7 @@ def measure(
         if on_tick is not None:
             on_tick(done, total)
 
-    measuring = _Measuring(subject, settings, depths, tick)
+    measuring = _Measuring(subject, settings, depths, oracles, tick)
     judged = [measuring.judge(number) for number in range(count)]
     for index, sums in enumerate(measuring.sums):
         sums.times.append(sum(times[index] for times, _, _ in judged[:timed]))
@@ -209,4 +226,6 @@ def _row(setting: Setting, sums: _Sums, unit: str, full_time: float, timed_items
         outcomes={name: count / ended for name, count in sums.outcomes.items()} if ended else {},
         causal=setting.causal,
         label=setting.label,
+        regret={name: account.result() for name, account in sums.regrets.items() if account.rows},
+        promise=setting.promise,
     )

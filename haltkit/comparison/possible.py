@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +63,48 @@ class Possible:
             f"halting can pay: up to {gain:.2f}x as fast as a fixed depth of {depth}, if every row's settling is seen"
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file; an area that is not defined is null."""
+        areas = {
+            name: [[_plain(area.value), _plain(area.error)] for area in known] for name, known in self.aucs.items()
+        }
+        return {**dataclasses.asdict(self.headroom), "auc": areas}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Possible:
+        """What :meth:`to_json` gave.
+
+        Raises:
+            ValueError: other fields.
+        """
+        known = {f.name: values[f.name] for f in dataclasses.fields(Headroom) if f.name in values}
+        aucs = {name: tuple(Auc(*map(_number, area)) for area in found) for name, found in values["auc"].items()}
+        return cls(Headroom.from_json(json.dumps(known)), aucs)
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
 
 @torch.no_grad()
-def possible(subject: Subject) -> dict[str, Possible]:
-    """Record every sample once at full depth and find, by region, what halting could save.
+def possible(
+    subject: Subject,
+    *,
+    enough: int | None = None,
+    on_sample: Callable[[Mapping[str, Tensor]], None] | None = None,
+) -> dict[str, Possible]:
+    """Record samples once at full depth and find, by region, what halting could save.
 
     Where a subject halts whole sequences, a sequence has settled when all of its positions have.
+
+    Args:
+        subject: with samples and a readout.
+        enough: no further sample is recorded once so many rows of a region were; None: all samples are.
+        on_sample: told, sample by sample, of the oracle depth of each row by region, ``(rows...)``; 0: it has none.
 
     Raises:
         ValueError: the subject has no samples, no looped region or no readout.
@@ -76,7 +116,9 @@ def possible(subject: Subject) -> dict[str, Possible]:
     whole = subject.granularity == "sequence"
     found = {name: HeadroomAccount(steps, region=name, item_dims=int(whole)) for name in subject.regions}
     seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
+    rows = dict.fromkeys(subject.regions, 0)
     for sample in subject.samples:
+        depths: dict[str, Tensor] = {}
         for name, region in subject.record(subject.inputs(sample), steps).regions.items():
             predictions, scores = _readings(region, readout)
             present = region.outcome != Outcome.ABSENT if region.outcome is not None else None
@@ -85,8 +127,13 @@ def possible(subject: Subject) -> dict[str, Possible]:
                 predictions = torch.where(present, predictions, predictions[-1])
                 scores = {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in scores.items()}
                 present = present.any(-1)
-            depths = found[name].add(predictions=predictions, present=present)
-            seen[name].add(scores, depths.masked_fill(~present, 0))
+            depths[name] = found[name].add(predictions=predictions, present=present).masked_fill(~present, 0)
+            seen[name].add(scores, depths[name])
+            rows[name] += int((depths[name] > 0).sum())
+        if on_sample is not None:
+            on_sample(depths)
+        if enough is not None and rows and min(rows.values()) >= enough:
+            break
     if not found or not subject.samples:
         raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
     return {name: Possible(account.result(), seen[name].result()) for name, account in found.items()}

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from haltkit.headroom import Regret
+
 __all__ = ["Row", "policies_of", "sweep_spread"]
 
 
@@ -32,6 +34,8 @@ class Row:
         outcomes: share of the rows of all regions that ended in each way; empty for a fixed depth, which nothing ends.
         causal: no row's depth depends on another row.
         label: what tells the setting from its neighbours.
+        regret: against the oracle by region, on the rows whose oracle depth is known; empty where none is.
+        promise: what a certificate about this model promises of the setting; empty: nothing is promised.
     """
 
     policy: str
@@ -53,6 +57,8 @@ class Row:
     outcomes: dict[str, float] = field(default_factory=dict)
     causal: bool = True
     label: str = ""
+    regret: dict[str, Regret] = field(default_factory=dict)
+    promise: str = ""
 
     @property
     def fixed(self) -> bool:

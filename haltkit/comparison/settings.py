@@ -38,11 +38,13 @@ class Candidate:
         name: of its sweep: what was given, without thresholds.
         parts: by region; a single entry named ``""`` is for all regions.
         as_given: whether it is a finished choice, which no default granularity applies to.
+        promise: what the certificate of a card promises; empty: there is none.
     """
 
     name: str
     parts: Mapping[str, Spec | HaltingPolicy[Any]]
     as_given: bool = False
+    promise: str = ""
 
     @property
     def open(self) -> bool:
@@ -73,7 +75,8 @@ def _candidate(given: Given, subject: Subject) -> Candidate:
         if is_card(given):
             card = Card.load(given)
             card.check(subject.model, subject.regions, subject.full_depth)
-            return _named(card.policies(subject.regions), Path(given).stem)
+            promise = "" if card.certificate is None else card.certificate.promise
+            return _named(card.policies(subject.regions), Path(given).stem, promise)
         parsed: Given = parse_choice(given)
     else:
         parsed = given
@@ -108,13 +111,13 @@ def _without_tau(part: Spec | HaltingPolicy[Any]) -> str:
         return type(part).__name__
 
 
-def _named(policies: Mapping[str, Any], name: str | None = None) -> Candidate:
+def _named(policies: Mapping[str, Any], name: str | None = None, promise: str = "") -> Candidate:
     """A finished choice of policy objects by region."""
     try:
         name = name or text_of(policies)
     except UnprintablePolicy:
         name = ";".join(f"{region}={type(policy).__name__}" for region, policy in policies.items())
-    return Candidate(name, policies, as_given=True)
+    return Candidate(name, policies, as_given=True, promise=promise)
 
 
 def choose_settings(
@@ -205,7 +208,7 @@ class Sweeps:
     def _setting(self, candidate: Candidate, parts: Mapping[str, Any], tau: float | None) -> Setting:
         built = {region: _built(part, tau) for region, part in parts.items()}
         setting = Setting.of(built.get("", built), self.subject.regions)
-        return setting.named(candidate.name, tau)
+        return setting.named(candidate.name, tau, candidate.promise)
 
     def _common(self, candidate: Candidate) -> Sequence[float]:
         """Thresholds that are the same whatever was seen."""

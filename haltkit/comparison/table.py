@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from haltkit.comparison.conclusions import AGREEMENT_LEVELS, NATS_LEVELS, SHARES, Conclusion, conclude
+from haltkit.comparison.possible import Possible
 from haltkit.comparison.rows import Row, policies_of
+from haltkit.headroom import Regret
 from haltkit.setting import Setting
 
 __all__ = ["FORMAT", "VERSION", "Comparison"]
@@ -22,6 +24,7 @@ _OLD_COUNTS = {"tokens": "items", "timed_tokens": "timed_items"}
 _FIXED = re.compile(r"([^=;]+=)?fixed:steps=\d+(;[^=;]+=fixed:steps=\d+)*")
 # Standard errors of a single sequence are infinite, which JSON cannot say: null there.
 _ERRORS = {"delta_se": "delta", "agreement_se": "agreement"}
+_CLUSTERED = ("wasted_error", "early_error")  # NaN of a single sequence
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Comparison:
             winner is chosen at.
         agreement_levels: the same for agreement with full depth.
         about: model, text, device and what else is known, plain values.
+        headroom: what halting could save at best, by region; empty where it is not known.
+        no_headroom: why it is not known.
     """
 
     rows: tuple[Row, ...]
@@ -49,6 +54,8 @@ class Comparison:
     levels: tuple[float, ...] = NATS_LEVELS
     agreement_levels: tuple[float, ...] = AGREEMENT_LEVELS
     about: dict[str, Any] = field(default_factory=dict)
+    headroom: dict[str, Possible] = field(default_factory=dict)
+    no_headroom: str = ""
 
     def __post_init__(self) -> None:
         if not self.rows or not self.levels:
@@ -83,7 +90,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "about")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "about", "headroom")}
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {
             "format": FORMAT,
@@ -91,6 +98,7 @@ class Comparison:
             "about": self.about,
             **plain,
             "unit": self.unit,
+            "headroom": {name: known.to_json() for name, known in self.headroom.items()},
             "rows": [_row_to_json(row) for row in self.rows],
         }
 
@@ -111,9 +119,11 @@ class Comparison:
                 f"reads {FORMAT!r} of version {VERSION}: measure again with 'haltkit compare --json'"
             )
         try:
+            values = {"headroom": {}, "no_headroom": "", **values}  # of this version, but before there was headroom
             made: dict[str, Any] = {f.name: values[f.name] for f in fields(cls)}
             made["rows"] = tuple(_row_from_json(row) for row in made["rows"])
             made["about"] = dict(made["about"])
+            made["headroom"] = {name: Possible.from_json(known) for name, known in made["headroom"].items()}
             for name in ("levels", "agreement_levels"):
                 made[name] = tuple(map(float, made[name]))
             return cls(**made)
@@ -133,11 +143,19 @@ def _row_to_json(row: Row) -> dict[str, Any]:
     for name in _ERRORS:
         if values[name] is not None and not math.isfinite(values[name]):
             values[name] = None
+    for one in values["regret"].values():
+        for name in _CLUSTERED:
+            one[name] = one[name] if math.isfinite(one[name]) else None
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _row_from_json(values: Mapping[str, Any]) -> Row:
+    values = {"regret": {}, "promise": "", **values}
     made = {f.name: values[f.name] for f in fields(Row)}
+    made["regret"] = {
+        name: Regret(**{**one, **{e: math.nan if one[e] is None else one[e] for e in _CLUSTERED}})
+        for name, one in made["regret"].items()
+    }
     for name, of in _ERRORS.items():
         if made[name] is None and made[of] is not None:
             made[name] = math.inf

@@ -19,12 +19,14 @@ class Regret:
 
     Attributes:
         rows: how many have an oracle depth.
+        steps: the policy's mean steps on these rows.
         wasted: mean over these rows of ``max(0, steps - oracle depth)``.
         early: share of these rows that halted before their oracle depth.
         wasted_error, early_error: standard errors, clustered by sequence; NaN with fewer than two sequences.
     """
 
     rows: int
+    steps: float
     wasted: float
     early: float
     wasted_error: float
@@ -35,7 +37,7 @@ class RegretAccount:
     """Adds up regret over text that comes in portions, each sequence whole."""
 
     def __init__(self) -> None:
-        self._wasted, self._early = ClusteredMean(), ClusteredMean()
+        self._steps, self._wasted, self._early = ClusteredMean(), ClusteredMean(), ClusteredMean()
 
     def add(self, steps: Tensor, depths: Tensor, sequence: Tensor | None = None) -> None:
         """Take a policy's steps and the oracle's depths, both ``(rows...)``; rows of depth 0 have no oracle.
@@ -48,8 +50,14 @@ class RegretAccount:
         index = sequence_of_rows(depths.shape, sequence).cpu()
         known = depths.flatten().cpu() > 0
         gap = (steps - depths).flatten().cpu()[known]
+        self._steps.add(steps.flatten().cpu()[known], index[known])
         self._wasted.add(gap.clamp_min(0), index[known])
         self._early.add((gap < 0).to(torch.float64), index[known])
+
+    @property
+    def rows(self) -> int:
+        """Rows with an oracle depth seen so far."""
+        return self._wasted.count
 
     def result(self) -> Regret:
         """What was found so far.
@@ -60,7 +68,7 @@ class RegretAccount:
         if not self._wasted.count:
             raise ValueError("no row has an oracle depth to measure regret against")
         wasted, early = self._wasted, self._early
-        return Regret(wasted.count, wasted.mean, early.mean, wasted.error, early.error)
+        return Regret(wasted.count, self._steps.mean, wasted.mean, early.mean, wasted.error, early.error)
 
 
 def realised(mean_steps: float, headroom: Headroom, level: float = 0.99) -> float | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import haltkit
+from haltkit.comparison import Comparison
 from haltkit.comparison.possible import Possible, possible
 from haltkit.headroom import Auc, Headroom
 from haltkit.subject import Subject
@@ -83,3 +87,51 @@ def test_without_signals_that_tell_no_policy_pays() -> None:
 def test_a_subject_without_a_readout_is_refused() -> None:
     with pytest.raises(ValueError, match="readout"):
         possible(_subject(torch.ones(1, 2), readout=None))
+
+
+def test_what_is_saved_reads_back_as_it_was() -> None:
+    found = possible(_subject(torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])))["loop"]
+    again = Possible.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    assert again.headroom == found.headroom
+    for name, areas in found.aucs.items():
+        pairs = zip(areas, again.aucs[name], strict=True)
+        assert all(repr(a) == repr(b) for a, b in pairs)  # NaN where an area is not defined
+
+
+def test_recording_ends_with_the_sample_that_has_enough_rows() -> None:
+    depths: list[Mapping[str, Tensor]] = []
+    subject = _subject(torch.tensor([[1, 2]]))
+    samples = [subject.samples[0]] * 5
+    found = possible(replace(subject, samples=samples), enough=3, on_sample=depths.append)["loop"]
+    assert found.headroom.rows == 4  # two samples of two rows
+    assert [one["loop"].tolist() for one in depths] == [[[1, 2]]] * 2
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_a_comparison_tells_each_settings_regret(depth: int) -> None:
+    hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
+    subject = _subject(hops, loss=_wrong, logits=_readout, metric="wrong", unit="wrong")
+    subject = replace(subject, fixed_depths=(depth,))
+    result = haltkit.compare(subject, policies=f"fixed:steps={depth}", repeats=1)
+    row = next(row for row in result.rows if row.depth == {"loop": depth})
+    regret = row.regret["loop"]
+    assert regret.rows == hops.numel()
+    assert regret.steps == depth
+    assert regret.wasted == pytest.approx(float((depth - hops).clamp_min(0).double().mean()))
+    assert regret.early == pytest.approx(float((hops > depth).double().mean()))
+    assert result.headroom["loop"].headroom.mean_depth == pytest.approx(float(hops.double().mean()))
+    again = Comparison.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
+    assert again.to_json() == result.to_json()
+    assert again.rows == result.rows
+
+
+def test_without_a_readout_a_comparison_says_why_headroom_is_not_known() -> None:
+    hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
+    result = haltkit.compare(_subject(hops, readout=None, loss=_wrong), policies="fixed:steps=2", repeats=1)
+    assert not result.headroom
+    assert "readout" in result.no_headroom
+    assert all(not row.regret for row in result.rows)
+
+
+def _wrong(output: Tensor, sample: Tensor) -> Tensor:
+    return (output[..., 1] < sample[..., 0]).float()

@@ -1,0 +1,94 @@
+"""What halting could save, and how far policies are from it, in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from haltkit.comparison import Comparison, Row
+    from haltkit.comparison.possible import Possible
+
+__all__ = ["LEVEL", "describe_headroom", "print_headroom", "print_regret"]
+
+# The share of rows on which the fixed depth that headroom is measured against may lose nothing.
+LEVEL = 0.99
+
+
+def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list[str]:
+    """A region's headroom in three lines."""
+    known, best = region.headroom, region.best_signal()
+    error = "" if known.error is None else f" ± {known.error:.2f}"
+    seen = ""
+    if best is not None:
+        seen = (
+            f"; at step {region.step} {best[0]} tells settled rows with AUC {best[1].value:.2f} ± {best[1].error:.2f}"
+        )
+    return [
+        f"{name}: oracle {known.mean_depth:.2f}{error} steps, best fixed depth {known.fixed_depth(level)} (on "
+        f"{known.rows:,} rows, {level:.0%} of which lose nothing)",
+        f"  headroom {known.headroom(level):.0%}{seen}",
+        f"  {region.conclusion(level)}",
+    ]
+
+
+def print_headroom(console: Console, result: Comparison) -> None:
+    """What halting could save at best, before any policy."""
+    from rich.text import Text
+
+    console.print(Text("Headroom: what an oracle would save that halts every row once its prediction is final"))
+    if not result.headroom:
+        console.print(Text(f"  not known: {result.no_headroom}"))
+    for name, region in result.headroom.items():
+        for line in describe_headroom(name, region):
+            console.print(Text(f"  {line}"))
+    console.print()
+
+
+def print_regret(console: Console, result: Comparison) -> None:
+    """Each policy's fastest setting of the winner's quality against the oracle, and what is promised of settings."""
+    from rich.table import Table
+    from rich.text import Text
+
+    concluded = result.conclusion()
+    chosen = [f.best for f in concluded.findings if f.kind == "loss" and f.level == concluded.level and f.best]
+    if any(row.regret for row in chosen):
+        unit = result.unit if result.unit != "loss" else result.metric
+        table = Table(
+            title=f"Against the oracle, within {concluded.level:g} {unit}",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            padding=(0, 1),
+        )
+        table.add_column("setting", overflow="fold")
+        for heading in ("region", "steps", "oracle", "wasted", "early", "realised"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in chosen:
+            for name, cells in _against(result, row):
+                table.add_row(Text(row.label), name, *cells)
+        console.print()
+        console.print(table)
+        console.print(Text(_NOTE))
+    for row in result.rows:
+        if row.promise:
+            console.print(Text(f"Certified: {row.label}: {row.promise}"))
+
+
+_NOTE = (
+    "  wasted: mean steps after the prediction was final; early: rows halted before that; realised: share saved of the "
+    "steps between the best fixed depth and the oracle"
+)
+
+
+def _against(result: Comparison, row: Row) -> list[tuple[str, list[str]]]:
+    from haltkit.headroom import realised
+
+    found = []
+    for name, regret in row.regret.items():
+        known = result.headroom[name].headroom
+        share = realised(regret.steps, known, LEVEL)
+        numbers = [f"{regret.steps:.1f}", f"{known.mean_depth:.1f}", f"{regret.wasted:.1f}", f"{regret.early:.1%}"]
+        found.append((name, [*numbers, "" if share is None else f"{share:.0%}"]))
+    return found
