@@ -43,7 +43,10 @@ def solve(
             show_default=False,
         ),
     ] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="Most steps per row.")] = 48,
+    max_loops: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most steps per row. \\[default: 48 for chase, 28 for sudoku]", show_default=False),
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Boards that run at a time.")] = 64,
     watch: Annotated[bool, typer.Option("--watch", help="Show the answers after every step.")] = False,
     json_path: JsonPath = None,
@@ -60,7 +63,8 @@ def solve(
     if policy is None and not (folder / CARD).is_file():
         raise ValueError(f"{model!r} has no policy beside its weights: give --policy, for instance norm:tau=0.1")
     spec = str(folder / CARD) if policy is None else policy
-    (chosen,) = read_policies(spec, checkpoint.model, list(checkpoint.model.regions), max_loops).values()
+    budget = checkpoint.task.full_depth if max_loops is None else max_loops
+    (chosen,) = read_policies(spec, checkpoint.model, list(checkpoint.model.regions), budget).values()
     problems = _read(checkpoint.task, problem)
     if watch and (len(problems) > 1 or json_path == Path("-")):
         raise ValueError("--watch shows one problem, on the terminal: give one problem, without --json -")
@@ -70,9 +74,9 @@ def solve(
             print(f"haltkit: {one.note}", file=sys.stderr)
     if watch:
         with _frames(console, problems[0]) as show:
-            solved = [watch_one(checkpoint, problems[0], chosen, show, max_loops=max_loops)]
+            solved = [watch_one(checkpoint, problems[0], chosen, show, max_loops=budget)]
     else:
-        solved = list(solve_all(checkpoint, problems, chosen, max_loops=max_loops, slots=slots))
+        solved = list(solve_all(checkpoint, problems, chosen, max_loops=budget, slots=slots))
     whole = checkpoint.task.granularity == "sequence"
     if json_path is not None:
         from haltkit.files import write_json

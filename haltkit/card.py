@@ -89,9 +89,8 @@ class Card:
         other = other or bool(self.regions and regions and set(self.regions) != set(regions))
         if other:
             raise ValueError(
-                f"the card was made for a {self.model or 'model'} with regions {', '.join(self.regions) or '?'}, and "
-                f"this is a {name} with regions {', '.join(regions) or '?'}: thresholds do not carry over; run "
-                "'haltkit compare --save' on this model"
+                f"the card was made for {self.model or 'another model'}{_with(self.regions)}, and this is a "
+                f"{name}{_with(regions)}: thresholds do not carry over; run 'haltkit compare --save' on this model"
             )
         if self.identity is None:
             return
@@ -174,12 +173,19 @@ class Card:
         for described in loops.values():
             if not isinstance(described, dict):
                 raise ValueError(f"{str(path)!r}: a loop is described by the fields of haltkit.Loop, by name")
+        named = tuple(map(str, regions))
+        if len(set(named)) < len(named):
+            raise ValueError(f"{str(path)!r}: a region is named more than once: {', '.join(named)}")
         by_region = {str(name): described for name, described in loops.items()}
         try:
             identity, certificate = _certified(path, values.get("identity"))
-            return cls(policy, model, tuple(map(str, regions)), by_region, "", identity, certificate)
+            return cls(policy, model, named, by_region, "", identity, certificate)
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
+
+
+def _with(regions: Sequence[str]) -> str:
+    return f" with regions {', '.join(regions)}" if regions else ""
 
 
 def _certified(card: Path, identity: Any) -> tuple[Identity | None, Certificate | None]:

@@ -65,14 +65,20 @@ class Weights:
             raise ValueError(f"the weights in {str(path)!r} cannot be read: {error}") from None
 
     def save(self, path: str | PathLike[str]) -> Weights:
-        """Write a safetensors file.
+        """Write a safetensors file, which appears whole or not at all.
 
         Returns:
             the same weights with that file as their source, so that a policy that has them prints as a spec.
+
+        Raises:
+            ValueError: the file cannot be written there.
         """
         from safetensors.torch import save_file
 
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}, path)
+        from haltkit.files import atomic_path, check_output
+
+        with atomic_path(check_output(Path(path))) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}, partial)
         return Weights(self._tensors, str(path))
 
     def like(self, x: Tensor) -> Mapping[str, Tensor]:

@@ -73,6 +73,7 @@ class Chase:
     name: str = "chase"
     item: str = "answer"
     granularity: Literal["token", "sequence"] = "token"
+    full_depth: int = 48  # twice the steps that nearly all queries need
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def solve(
     problems: Iterable[Problem],
     policy: HaltingPolicy[Any],
     *,
-    max_loops: int = 48,
+    max_loops: int | None = None,
     slots: int = 64,
 ) -> Iterator[Solved]:
     """Solve problems in their order.
@@ -63,15 +63,16 @@ def solve(
         checkpoint: the model and its task.
         problems: as the task reads them; any iterable, read as slots become free.
         policy: judges rows, or with ``granularity=sequence`` instances.
-        max_loops: budget of each row.
+        max_loops: budget of each row; None: the task's full depth.
         slots: how many problems run at a time.
 
     Raises:
         ValueError: a budget or a number of slots below 1, or a policy that cannot halt instances one by one.
     """
+    budget = checkpoint.task.full_depth if max_loops is None else max_loops
     if checkpoint.task.granularity == "token":
-        return (_alone(checkpoint.model, problem, policy, max_loops) for problem in problems)
-    return _queued(checkpoint.model, problems, policy, max_loops, slots)
+        return (_alone(checkpoint.model, problem, policy, budget) for problem in problems)
+    return _queued(checkpoint.model, problems, policy, budget, slots)
 
 
 def _alone(
@@ -132,7 +133,7 @@ def watch(
     policy: HaltingPolicy[Any],
     on_step: Callable[[int, tuple[int, ...]], None],
     *,
-    max_loops: int = 48,
+    max_loops: int | None = None,
 ) -> Solved:
     """Solve one problem, and tell of every step: its number, and the answers after it."""
     model = checkpoint.model
@@ -146,4 +147,5 @@ def watch(
 
         def end(self, name: str, steps: Tensor, outcome: Tensor) -> None: ...
 
-    return _alone(model, problem, policy, max_loops, execution="masked", observer=Watcher())
+    budget = checkpoint.task.full_depth if max_loops is None else max_loops
+    return _alone(model, problem, policy, budget, execution="masked", observer=Watcher())

@@ -159,7 +159,7 @@ def checkpoint_subject(
         folder: of the checkpoint.
         name: for tables and titles.
         device: where the model goes.
-        max_loops: full depth; None: 48 steps for rows (twice what nearly all need), 28 for instances.
+        max_loops: full depth; None: the task's.
         batch: sequences per sample; None: 64.
         execution: see :func:`reasoner_subject`.
         test_set: by name; None: the task's first, which is like the last level of training.
@@ -171,7 +171,7 @@ def checkpoint_subject(
     """
     loaded = load_reasoner(folder, device=device)
     chosen, found = sequences_of(loaded.task, 128 if sequences is None else sequences, test_set)
-    full = max_loops or (48 if loaded.task.granularity == "token" else 28)
+    full = max_loops or loaded.task.full_depth
     samples = Batch(*(_moved(part, device) for part in (found.inputs, found.labels, found.needed)))
     size = min(64, len(samples.inputs)) if batch is None else batch
     about = {

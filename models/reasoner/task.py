@@ -90,6 +90,7 @@ class Task(Protocol):
         item: what one answer is called.
         granularity: ``token``: each row halts and is right or wrong by itself; ``sequence``: whole sequences, which are
             right if every answer in them is.
+        full_depth: steps after which nothing is expected to change any more: the default budget.
         columns: how many values each column of the input has, the 0 of nothing included.
         classes: how many answers there are.
         positions: rows in the longest sequence.
@@ -99,6 +100,7 @@ class Task(Protocol):
     name: str
     item: str
     granularity: Literal["token", "sequence"]
+    full_depth: int
     columns: tuple[int, ...]
     classes: int
     positions: int

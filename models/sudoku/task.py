@@ -179,6 +179,7 @@ class Sudoku:
     name: str = "sudoku"
     item: str = "board"
     granularity: Literal["token", "sequence"] = "sequence"
+    full_depth: int = 28
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 import haltkit
 from cases import Nervous
 from haltkit import registry
+from haltkit.card import Card
 from haltkit.policies import Acceleration, Fixed, StepNorm
 from haltkit.specs import (
     UnprintablePolicy,
@@ -421,3 +422,36 @@ def test_contradictions_are_refused() -> None:
     assert haltkit.policy("norm:tau=1", tau="1") == StepNorm(1.0)
     with pytest.raises(ValueError, match="an empty item"):
         parse_spec_list("accel,,kl")
+
+
+def test_weights_that_cannot_be_written_whole_leave_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    path = tmp_path / "w.safetensors"
+    haltkit.Weights({"w": torch.ones(2)}).save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors: object, filename: Path) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="space"):
+        haltkit.Weights({"w": torch.zeros(2)}).save(path)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="folder"):
+        haltkit.Weights({"w": torch.ones(2)}).save(tmp_path)
+
+
+def test_a_card_names_each_region_once_and_says_of_a_misfit_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "card.yaml"
+    path.write_text("policy: norm:tau=1\nregions: [loop, loop]\n")
+    with pytest.raises(ValueError, match="more than once"):
+        Card.load(path)
+    path.write_text("policy: norm:tau=1\nmodel: Other\n")
+    with pytest.raises(ValueError, match="made for Other, and this is a Linear with regions loop") as caught:
+        Card.load(path).check(torch.nn.Linear(1, 1), ["loop"])
+    assert "?" not in str(caught.value)
