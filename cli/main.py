@@ -17,6 +17,7 @@ from haltkit.cli import (
     doctor,
     eval,
     export,
+    fit,
     generate,
     headroom,
     lm_eval,
@@ -68,6 +69,7 @@ app.command("diagnose")(diagnose.diagnose)
 app.command("doctor")(doctor.doctor)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
+app.command("fit")(fit.fit)
 app.command("generate")(generate.generate)
 app.command("headroom")(headroom.headroom)
 app.command(

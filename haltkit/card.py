@@ -15,14 +15,17 @@ from haltkit.files import read_yaml, write_text
 from haltkit.folders import atomic_folder
 from haltkit.identity import Identity
 from haltkit.protocol import HaltingPolicy
-from haltkit.specs import parse_choice, policy_for_regions
+from haltkit.specs import Choice, Spec, parse_choice, policy_for_regions
 from haltkit.trust import reading
+from haltkit.weights import Weights
 
 __all__ = ["Card", "is_card"]
 
-_KEYS = ("policy", "model", "regions", "loop", "loops", "identity")
+_KEYS = ("policy", "model", "regions", "loop", "loops", "identity", "certified")
 # In the folder of a card with a certificate.
-_CARD, _CERTIFICATE = "card.yaml", "certificate.json"
+_CARD, _CERTIFICATE, _WEIGHTS = "card.yaml", "certificate.json", "weights.safetensors"
+
+_FILES = {_CARD, _CERTIFICATE, _WEIGHTS}
 
 
 def is_card(given: object) -> bool:
@@ -43,8 +46,10 @@ class Card:
         loops: region to the description of its loop, the plain fields of :class:`haltkit.Loop`; empty: the model's
             preset finds them, or the model halts itself.
         about: how it was chosen, for a reader of the file.
-        identity: of the very model that a certificate is about; None: any weights will do.
+        identity: of the very model that a certificate is about, or that a probe was fitted on; None: any weights will
+            do.
         certificate: what is promised of the policy on that model.
+        folder: where files of weights are that the policy names; None: where the process runs.
 
     Raises:
         ValueError: a certificate about another policy, or about no model.
@@ -57,12 +62,23 @@ class Card:
     about: str = field(default="", compare=False)
     identity: Identity | None = None
     certificate: Certificate | None = None
+    folder: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.certificate is not None and self.certificate.setting != self.policy:
             raise ValueError(f"a card for {self.policy!r} with a certificate for {self.certificate.setting!r}")
-        if (self.certificate is None) != (self.identity is None):
-            raise ValueError("a card has a certificate and the identity of the model that it is about, or neither")
+        if self.certificate is not None and self.identity is None:
+            raise ValueError("a card with a certificate has the identity of the model that it is about")
+
+    @property
+    def choice(self) -> Choice:
+        """The policy as parsed: one spec, or one per region, with files of weights looked for beside the card."""
+        found = parse_choice(self.policy)
+        if self.folder is None:
+            return found
+        if isinstance(found, Spec):
+            return found.located(self.folder)
+        return {region: spec.located(self.folder) for region, spec in found.items()}
 
     def policies(self, regions: Sequence[str]) -> dict[str, HaltingPolicy[Any]]:
         """The policy of each region.
@@ -70,7 +86,7 @@ class Card:
         Raises:
             ValueError: a bad spec, an unknown region, or a missing one.
         """
-        return policy_for_regions(self.policy, regions)
+        return policy_for_regions(self.choice, regions)
 
     def check(self, model: nn.Module, regions: Sequence[str] = (), full_depth: int = 0) -> None:
         """Whether the card, and its certificate if there is one, is for this model.
@@ -95,34 +111,45 @@ class Card:
         if self.identity is None:
             return
         if differences := self.identity.differences(Identity.of(model, full_depth)):
+            if self.certificate is None:
+                raise ValueError(
+                    f"the card's policy was fitted on another model ({'; '.join(differences)}): run 'haltkit fit' on it"
+                )
             raise ValueError(
                 f"the card's certificate is not about this model ({'; '.join(differences)}): run 'haltkit calibrate' "
                 f"on it, or use the policy without a certificate by its spec, {self.policy!r}"
             )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the file; a card with a certificate is a folder, which appears whole or not at all.
+    def save(self, path: str | PathLike[str], weights: Weights | None = None) -> None:
+        """Write the file; a card with a certificate or weights is a folder, which appears whole or not at all.
+
+        Args:
+            path: of the file or folder.
+            weights: of the fitted policy, which names them ``weights.safetensors``.
 
         Raises:
             ValueError: a folder is asked for where something that is no card stands.
         """
-        if self.certificate is None:
+        if self.certificate is None and weights is None:
             self._write(Path(path))
             return
         self.check_folder(path)
         with atomic_folder(Path(path)) as folder:
             self._write(folder / _CARD)
-            write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
+            if weights is not None:
+                weights.save(folder / _WEIGHTS)
+            if self.certificate is not None:
+                write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
 
     @staticmethod
     def check_folder(path: str | PathLike[str]) -> None:
-        """Whether a card with a certificate can be written there: nothing, an empty folder or such a card may be there.
+        """Whether a card that is a folder can be written there: nothing, an empty folder or such a card may be there.
 
         Raises:
             ValueError: something else is.
         """
         folder = Path(path)
-        free = not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= {_CARD, _CERTIFICATE})
+        free = not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= _FILES)
         if not free or folder.is_symlink():
             raise ValueError(f"{str(path)!r} is there and is no card: name a new folder for the card")
 
@@ -140,6 +167,8 @@ class Card:
             values["loops"] = {name: dict(fields) for name, fields in self.loops.items()}
         if self.identity is not None:
             values["identity"] = self.identity.fields()
+        if self.certificate is not None:
+            values["certified"] = True
         head = "".join(f"# {line}\n" for line in self.about.splitlines())
         write_text(path, head + yaml.safe_dump(values, sort_keys=False))
 
@@ -178,8 +207,8 @@ class Card:
             raise ValueError(f"{str(path)!r}: a region is named more than once: {', '.join(named)}")
         by_region = {str(name): described for name, described in loops.items()}
         try:
-            identity, certificate = _certified(path, values.get("identity"))
-            return cls(policy, model, named, by_region, "", identity, certificate)
+            identity, certificate = _certified(path, values.get("identity"), values.get("certified", False))
+            return cls(policy, model, named, by_region, "", identity, certificate, path.parent)
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
 
@@ -188,14 +217,16 @@ def _with(regions: Sequence[str]) -> str:
     return f" with regions {', '.join(regions)}" if regions else ""
 
 
-def _certified(card: Path, identity: Any) -> tuple[Identity | None, Certificate | None]:
-    """The identity in a card, and the certificate in the file beside it that an identity promises."""
-    if identity is None:
-        return None, None
-    if not isinstance(identity, dict):
+def _certified(card: Path, identity: Any, certified: Any) -> tuple[Identity | None, Certificate | None]:
+    """The identity in a card, and the certificate in the file beside it, which a card that is certified has."""
+    if not isinstance(certified, bool):
+        raise ValueError("certified must be true or false")
+    if identity is not None and not isinstance(identity, dict):
         raise ValueError("identity must be a mapping")
-    found = Identity.of_fields(identity)
+    found = None if identity is None else Identity.of_fields(identity)
     path = card.parent / _CERTIFICATE
+    if not certified:
+        return found, None
     if not path.is_file():
         raise ValueError(f"the certificate that belongs to the card, {_CERTIFICATE}, is not beside it")
     try:

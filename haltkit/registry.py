@@ -201,6 +201,12 @@ _BUILTIN = (
         sweep=("times", (1, 2, 3, 4, 6, 8)),
     ),
     PolicyRecord(
+        "probe",
+        policies.Probe,
+        "P(the prediction will change) = sigmoid(-(w x_k + u f_k + b)), w, u, b of 'haltkit fit'",
+        "a probability; [0, 1]",
+    ),
+    PolicyRecord(
         "fixed",
         policies.Fixed,
         "steps - k",

@@ -81,6 +81,11 @@ class Weights:
             save_file({name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}, partial)
         return Weights(self._tensors, str(path))
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they were given."""
+        return dict(self._tensors)
+
     def like(self, x: Tensor) -> Mapping[str, Tensor]:
         """The tensors on the device of ``x``; floating-point ones in its dtype. Each is moved once."""
         key = (x.device, x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from haltkit.models.training.config import RunConfig
 from haltkit.models.weights import read_tensors
 from haltkit.protocol import LoopStep, Verdict
 from haltkit.registry import records
+from haltkit.weights import Weights
 
 WIDTH, STEPS = 8, 10
 
@@ -38,6 +40,16 @@ def example_specs() -> dict[str, str]:
         for record in records()
         for number, keys in enumerate(record.examples)
     }
+
+
+def write_probe(width: int) -> str:
+    """A file with the weights of a probe for states of this width in the region ``loop``."""
+    path = Path(tempfile.mkdtemp()) / "probe.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"state": width, "bias": 1, "size": 1, "cosine": 1, "step": 1}
+    tensors = {f"loop/{name}": torch.randn(size, generator=generator) for name, size in shapes.items()}
+    Weights({**tensors, "loop/size": torch.tensor([-2.0]), "loop/bias": torch.tensor([-4.0])}).save(path)
+    return str(path)
 
 
 # Every registered policy under the examples of its record, and every wrapper.

@@ -14,6 +14,8 @@ from haltkit.attachment.regions import ONE
 from haltkit.calibration.certificate import Certificate
 from haltkit.card import Card
 from haltkit.identity import Identity
+from haltkit.specs import Choice
+from haltkit.weights import Weights
 
 __all__ = ["check_savable", "load", "save"]
 
@@ -44,16 +46,18 @@ def save(
     regions: Sequence[str] = (),
     identity: Identity | None = None,
     certificate: Certificate | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write a policy's spec, and the description, of one loop or of several by region, unless a preset finds it (None).
 
     Args:
-        path: of the file; of the folder, where there is a certificate.
+        path: of the file; of the folder, where there is a certificate or weights.
         spec: of the policy, or one per region.
         loop: the description.
         about: how the policy was chosen, for a reader of the file.
         model, regions: the name of the model's class and its regions, by which another model is refused.
         identity, certificate: of the very model, and what is promised of the policy on it.
+        weights: of a fitted policy, which the spec names ``weights.safetensors``.
 
     Raises:
         ValueError: the description has functions, which a file cannot contain.
@@ -61,7 +65,7 @@ def save(
     loops: Mapping[str, Loop] = {ONE: loop} if isinstance(loop, Loop) else loop or {}
     check_savable(loops)
     by_region = {name: _written(one) for name, one in loops.items()}
-    Card(spec, model, tuple(regions), by_region, about, identity, certificate).save(path)
+    Card(spec, model, tuple(regions), by_region, about, identity, certificate).save(path, weights)
 
 
 def _written(loop: Loop) -> dict[str, Any]:
@@ -74,8 +78,8 @@ def _written(loop: Loop) -> dict[str, Any]:
     }
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[str, dict[str, Loop] | None]:
-    """The spec, and the descriptions by region (None: find the preset), that :func:`save` wrote.
+def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Choice, dict[str, Loop] | None]:
+    """The spec or one per region, and the descriptions by region (None: find the preset), that :func:`save` wrote.
 
     Args:
         path: of the file.
@@ -87,7 +91,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[str
     card = Card.load(path)
     if model is not None:
         card.check(model)
-    return card.policy, {name: _read(path, fields) for name, fields in card.loops.items()} or None
+    return card.choice, {name: _read(path, fields) for name, fields in card.loops.items()} or None
 
 
 def _read(path: str | PathLike[str], described: Any) -> Loop:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from haltkit.attachment.saved import save
 from haltkit.comparison.certify import Certified
+from haltkit.comparison.fitting import Fitted
 from haltkit.comparison.table import Comparison
 from haltkit.identity import Identity
+from haltkit.specs import text_of
 from haltkit.subject import Subject
+from haltkit.weights import Weights
 
-__all__ = ["save_certified", "save_winner"]
+__all__ = ["save_certified", "save_fitted", "save_winner"]
 
 
 def save_winner(path: Path, result: Comparison, subject: Subject, title: str) -> None:
@@ -69,4 +72,30 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
+    )
+
+
+def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None:
+    """Write a folder with a fitted policy, its weights and the identity of the model.
+
+    Args:
+        path: of the folder.
+        found: the probe.
+        subject: what it was fitted on.
+        title: what it was run on, for a reader of the card.
+
+    Raises:
+        ValueError: something that is no card stands there.
+    """
+    named = found.policies(Weights(found.weights.tensors, "weights.safetensors"))
+    steps = " ".join(f"{taken:.2f}" for taken in found.row.steps.values())
+    save(
+        path,
+        text_of(named),
+        subject.described or None,
+        f"fitted by haltkit fit on {title}: agreement {found.row.agreement:.4f} at {steps} steps of {found.full_depth}",
+        model=type(subject.model).__name__,
+        regions=subject.regions,
+        identity=Identity.of(subject.model, found.full_depth),
+        weights=found.weights,
     )

@@ -8,6 +8,7 @@ from haltkit.policies.kl import KL
 from haltkit.policies.margin import Margin
 from haltkit.policies.normalized_acceleration import NormalizedAcceleration
 from haltkit.policies.normalized_step_norm import NormalizedStepNorm
+from haltkit.policies.probe import Probe
 from haltkit.policies.stable import Stable
 from haltkit.policies.step_norm import StepNorm
 from haltkit.policies.step_size_change import StepSizeChange
@@ -21,6 +22,7 @@ __all__ = [
     "Margin",
     "NormalizedAcceleration",
     "NormalizedStepNorm",
+    "Probe",
     "Stable",
     "StepNorm",
     "StepSizeChange",

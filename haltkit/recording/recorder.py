@@ -165,9 +165,11 @@ class Recorder:
         if not any(region.k for region in self._regions.values()):
             wanted = "" if self.spec.regions is None else f" in {', '.join(self.spec.regions)}"
             raise ValueError(f"nothing was recorded: no loop ran{wanted}")
-        return Trajectory({name: self._finish(r) for name, r in self._regions.items() if r.recorded}, self.metadata)
+        return Trajectory(
+            {name: self._finish(name, r) for name, r in self._regions.items() if r.recorded}, self.metadata
+        )
 
-    def _finish(self, region: _Region) -> RegionTrajectory:
+    def _finish(self, name: str, region: _Region) -> RegionTrajectory:
         stacked = torch.stack(region.kept)
         states = stacked if self.spec.what == "states" else None
         statistics = {} if states is not None else {name: stacked[:, i] for i, name in enumerate(STATISTICS)}
@@ -181,6 +183,7 @@ class Recorder:
             steps=steps,
             outcome=region.outcome,
             injected=region.injected,
+            name=name,
         )
 
 

@@ -92,7 +92,16 @@ def replay(
     if readout is not None:
         readout = _fitting(readout, states.shape[-1])
     rows = None if trajectory.outcome is None else trajectory.outcome != Outcome.ABSENT
-    return run_loop(_Tape(states), states[0], policy, max_steps=len(states) - 1, readout=readout, rows=rows, keep=keep)
+    return run_loop(
+        _Tape(states),
+        states[0],
+        policy,
+        max_steps=len(states) - 1,
+        readout=readout,
+        rows=rows,
+        keep=keep,
+        name=trajectory.name,
+    )
 
 
 def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class RegionTrajectory:
         steps: body applications of each row, ``(...)`` int64.
         outcome: an :class:`~haltkit.loop.Outcome` each, ``(...)`` int8; None where no policy was running.
         injected: what enters the first layer at step 1, ``(..., D)``, where the model injects an input.
+        name: of the region.
     """
 
     recorded: Tensor
@@ -46,6 +47,7 @@ class RegionTrajectory:
     steps: Tensor
     outcome: Tensor | None = None
     injected: Tensor | None = None
+    name: str = "loop"
 
     def __repr__(self) -> str:
         kept = f"statistics {', '.join(self.statistics)}"
@@ -178,6 +180,7 @@ class Trajectory:
                 steps=own["steps"],
                 outcome=own.get("outcome"),
                 injected=own.get("injected"),
+                name=name,
             )
         return cls(regions, metadata)
 

@@ -7,6 +7,7 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from haltkit.protocol import HaltingPolicy
@@ -109,6 +110,14 @@ class Spec:
         if self.parts:
             return replace(self, parts=tuple(part.with_default(key, value) for part in self.parts))
         return self.with_key(key, value) if self.takes(key) and self.get(key) is None else self
+
+    def located(self, folder: Path) -> Spec:
+        """The spec with files of weights that it names looked for in a folder, unless their paths are absolute."""
+        if self.parts:
+            return replace(self, parts=tuple(part.located(folder) for part in self.parts))
+        hints = typing.get_type_hints(record_of(self.name).policy)
+        keys = tuple((k, str(folder / v) if hints.get(k) is Weights else v) for k, v in self.keys)
+        return replace(self, keys=keys)
 
     def build(self) -> HaltingPolicy[Any]:
         """The policy.

@@ -11,7 +11,7 @@ from haltkit.specs.parse import parse_choice, parse_spec
 
 __all__ = ["Policies", "policy", "policy_for_regions", "regions_named"]
 
-Policies = str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]]
+Policies = str | Spec | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]] | Mapping[str, Spec]
 
 
 def policy(spec: str | Spec, **keys: object) -> HaltingPolicy[Any]:

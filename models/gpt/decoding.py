@@ -14,11 +14,11 @@ from haltkit.models.gpt.cache import CacheMemory, DecodeRows, LayerCache, parse_
 from haltkit.models.gpt.draws import EvaluationNoise
 from haltkit.models.gpt.layers import Region
 from haltkit.models.gpt.memory import CompactRegionLoop, run_once
-from haltkit.models.gpt.passes import Budgets, CompactMemories, Network, Policies, fixed_pass, halting_pass
+from haltkit.models.gpt.passes import Budgets, CompactMemories, Network, fixed_pass, halting_pass
 from haltkit.models.gpt.sampling import GenerationError
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, granularity_of
-from haltkit.specs import policy_for_regions
+from haltkit.specs import Policies, policy_for_regions
 from haltkit.wrappers import MinSteps
 
 __all__ = ["CacheMemories", "Decoded", "Decoder"]

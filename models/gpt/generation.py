@@ -10,11 +10,11 @@ import torch
 
 from haltkit import signals
 from haltkit.models.gpt.decoding import Decoder
-from haltkit.models.gpt.passes import Network, Policies
+from haltkit.models.gpt.passes import Network
 from haltkit.models.gpt.sampling import GenerationError, Sampling
 from haltkit.models.gpt.wavefront import Wavefront, check_budget, check_wavefront
 from haltkit.protocol import HaltingPolicy
-from haltkit.specs import policy_for_regions
+from haltkit.specs import Policies, policy_for_regions
 
 __all__ = ["Emission", "Generation", "Reason", "Settings", "generate", "stream"]
 

@@ -40,12 +40,11 @@ from haltkit.models.gpt.passes import (
     CompactMemories,
     MaskedMemories,
     Memories,
-    Policies,
     fixed_pass,
     halting_pass,
 )
 from haltkit.models.gpt.sampling import GenerationError
-from haltkit.specs import policy_for_regions
+from haltkit.specs import Policies, policy_for_regions
 
 __all__ = ["AdaptiveOutput", "Block", "LoopedGPT", "Noise", "Region", "RegionBody"]
 

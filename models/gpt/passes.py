@@ -36,13 +36,10 @@ __all__ = [
     "Memories",
     "Network",
     "Pass",
-    "Policies",
     "fixed_pass",
     "halting_pass",
     "walk",
 ]
-
-Policies = str | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]]
 
 
 class Network(Protocol):

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import haltkit
-from cases import SPECS
+from cases import SPECS as CASES
+from cases import write_probe
 from haltkit.loop import LoopResult
 from haltkit.protocol import LoopStep, Verdict, map_state
 from haltkit.recording.recorder import Recorder
 from haltkit.recording.replay import scores
 from maps import MAPS, contraction, diverger, orbit, readout, rotation, slider, wiggle
 
+SPECS = {**CASES, "probe": f"probe:tau=0.3,weights={write_probe(6)}"}
 THRESHOLDS = [name for name in SPECS if "tau" in SPECS[name] and name not in ("any", "all")]
 every_policy = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 seeds = st.integers(0, 2**31)
@@ -73,8 +75,8 @@ def test_a_smaller_tau_never_halts_earlier(name: str, seed: int, factor: float) 
 def test_live_run_equals_replay_on_independent_rows(spec: str, seed: int) -> None:
     x0 = start(seed)
     recorder = Recorder()
-    haltkit.run_loop(wiggle, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder, name="map")
-    replayed = haltkit.replay(haltkit.policy(spec), recorder.trajectory["map"], readout=readout)
+    haltkit.run_loop(wiggle, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder, name="loop")
+    replayed = haltkit.replay(haltkit.policy(spec), recorder.trajectory["loop"], readout=readout)
     live = run(spec, x0)
     assert torch.equal(live.steps, replayed.steps)
     assert torch.equal(live.x, replayed.x)
@@ -130,8 +132,8 @@ def test_a_state_can_be_gathered_in_the_middle_of_a_loop(spec: str, seed: int) -
 @pytest.mark.parametrize("name", ["kl", "kl tau=1e-3,min_p=0.1", "accel", "accel-rel", "speed", "entropy", "stable"])
 def test_a_signal_that_is_not_defined_yet_is_infinite(name: str) -> None:
     recorder = Recorder()
-    haltkit.run_loop(wiggle, start(0), haltkit.policy("fixed:steps=3"), observer=recorder, name="map")
-    seen = scores(haltkit.policy(SPECS[name]), recorder.trajectory["map"], readout=readout)
+    haltkit.run_loop(wiggle, start(0), haltkit.policy("fixed:steps=3"), observer=recorder, name="loop")
+    seen = scores(haltkit.policy(SPECS[name]), recorder.trajectory["loop"], readout=readout)
     assert (seen[0] == math.inf).all()
     assert seen[1:].isfinite().all()
 
@@ -200,8 +202,8 @@ def test_accel_that_keeps_the_previous_state_is_algorithm_1(seed: int, tau: floa
 
 def test_wrappers_change_decisions_and_never_measurements() -> None:
     recorder = Recorder()
-    haltkit.run_loop(wiggle, start(3), haltkit.policy("fixed:steps=12"), observer=recorder, name="map")
-    trajectory = recorder.trajectory["map"]
+    haltkit.run_loop(wiggle, start(3), haltkit.policy("fixed:steps=12"), observer=recorder, name="loop")
+    trajectory = recorder.trajectory["loop"]
     plain = scores(haltkit.policy("norm:tau=0.1"), trajectory)
     for keys in ("patience=3", "min_steps=6", "check_every=4", "patience=2,min_steps=5,check_every=3"):
         assert torch.equal(plain, scores(haltkit.policy(f"norm:tau=0.1,{keys}"), trajectory))
@@ -213,8 +215,8 @@ def test_wrappers_decide_as_their_definition_says(seed: int, patience: int, min_
     tau, budget = 0.1, 20
     recorder = Recorder()
     x0 = start(seed)
-    haltkit.run_loop(wiggle, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder, name="map")
-    below = scores(haltkit.policy("norm", tau=tau), recorder.trajectory["map"]) < tau
+    haltkit.run_loop(wiggle, x0, haltkit.policy("fixed:steps=20"), max_steps=20, observer=recorder, name="loop")
+    below = scores(haltkit.policy("norm", tau=tau), recorder.trajectory["loop"]) < tau
     spec = f"norm:tau={tau},patience={patience},min_steps={min_steps},check_every={every}"
     steps = run(spec, x0).steps
     for row in range(len(x0)):
