@@ -67,8 +67,22 @@ def generate(
     ] = "depth-indexed",
     sampler: Annotated[
         str,
-        typer.Option(metavar="sequential|wavefront", help="Token by token, or several positions at once (inexact)."),
+        typer.Option(
+            metavar="sequential|speculative|wavefront",
+            help="Token by token; drafts that are verified (the same text); several positions at once (inexact).",
+        ),
     ] = "sequential",
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Policy of speculative drafts.  \\[default: fixed:steps=1]", show_default=False),
+    ] = None,
+    ahead: Annotated[
+        int | None,
+        typer.Option(help="Drafts per verifying pass.  \\[default: 4; of a wavefront 16]", show_default=False),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Verify what a wavefront commits: the same text as sequential.")
+    ] = False,
     width: Annotated[
         int | None, typer.Option(help="Open positions of a wavefront.  \\[default: 8]", show_default=False)
     ] = None,
@@ -104,6 +118,9 @@ def generate(
         max_loops=max_loops,
         total_loops=total_loops,
         sampler=cast(Any, sampler),  # an unknown name is refused there
+        draft=None if draft is None else read_policies(draft, gpt, list(gpt.regions), max_loops),
+        ahead=ahead,
+        verify=verify or None,
         width=width,
         commit=None if commit is None else read_policies(commit, gpt, list(gpt.regions), max_loops),
     )

@@ -1,4 +1,4 @@
-"""What wavefront generation costs and loses, beside sequential decoding at fixed depths.
+"""What wavefront and speculative generation cost and lose, beside sequential decoding at fixed depths.
 
     python examples/bench_wavefront.py [--tokens 64] [--prompts 2] [--repeats 3] [--threads 1]
 
@@ -19,12 +19,16 @@ import torch
 from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 from haltkit.models.gpt.decoding import Decoder
 from haltkit.models.gpt.model import LoopedGPT, Region
+from haltkit.models.gpt.packed import packed
 from haltkit.models.gpt.sampling import Sampling
+from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront
 from haltkit.models.gpt.wavefront import Wavefront
 from haltkit.specs import policy_for_regions
 from haltkit.timing import turns
 
 FULL = 16
+DEPTHS = "4=fixed:steps=3;5-6=fixed:steps=9;7=fixed:steps=4"
+SHALLOW = "4=fixed:steps=1;5-6=fixed:steps=2;7=fixed:steps=1"
 Clocks = tuple[float, float]  # wall, processor
 Text = tuple[list[int], float, float, Clocks]  # tokens, sweeps, sequential layer calls, time after the prompt
 Run = Callable[[list[int], int], Text]
@@ -39,7 +43,8 @@ def fixed(model: LoopedGPT, loops: dict[str, int]) -> Run:
     calls = sum(loops[n] * len(r.body.blocks) if isinstance(r, Region) else 1 for n, r in model.layers.items())
 
     def run(prompt: list[int], count: int) -> Text:
-        decoder = Decoder(model, f"fixed:steps={FULL}", max_loops=FULL, capacity=len(prompt) + count)
+        policies = {name: f"fixed:steps={k}" for name, k in loops.items()}
+        decoder = Decoder(model, policies, max_loops=FULL, capacity=len(prompt) + count)
         logits = decoder.prefill(torch.tensor([prompt])).logits
         tokens = [int(logits.argmax())]
         begun = clocks()
@@ -65,6 +70,24 @@ def wavefront(model: LoopedGPT, commit: str, width: int, layout: str, inner: int
     return run
 
 
+def verified(model: LoopedGPT, exact: str, draft: str, ahead: int, width: int = 0) -> Run:
+    """Drafts by few steps, or by a wavefront of a width under ``draft``; verified under ``exact``."""
+
+    def run(prompt: list[int], count: int) -> Text:
+        decoder = Decoder(model, exact, max_loops=FULL, capacity=len(prompt) + count)
+        first = int(decoder.prefill(torch.tensor([prompt])).logits.argmax())
+        begun = clocks()
+        greedy, stop = Sampling(0.0), frozenset[int]()
+        wave = Wavefront(decoder, policy_for_regions(draft, list(model.regions)), width=width) if width else None
+        drafter = by_wavefront(wave, greedy, stop) if wave else by_shallow_steps(decoder, draft, greedy, stop)
+        one = Speculation(decoder, drafter, ahead=ahead)
+        found = one.tokens(first, count - 1, sampling=greedy, draws=torch.zeros(count, dtype=torch.float64))
+        tokens = [first, *(t.token for t in found if t.token is not None)]
+        return tokens, wave.sweeps if wave else 0.0, 0.0, clocks(begun)
+
+    return run
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,17 +102,24 @@ def main() -> None:
     ids = checkpoint.tokenizer.encode_ordinary((BUNDLED / "sample.txt").read_text(encoding="utf-8"))
     stride = len(ids) // options.prompts
     prompts = [ids[i * stride : i * stride + 64] for i in range(options.prompts)]
+    twin = packed(model)
     best = dict(zip(model.regions, (3, 9, 4), strict=True))
     runs: dict[str, Run] = {
         "sequential 16": fixed(model, dict.fromkeys(model.regions, FULL)),
         "sequential 3 9 4": fixed(model, best),
-        "last, norm 0.05": wavefront(model, "norm:tau=0.05", 8, "last"),
-        "last, norm 0.3": wavefront(model, "norm:tau=0.3", 8, "last"),
-        "last, norm 0.3, width 4": wavefront(model, "norm:tau=0.3", 4, "last"),
-        "last, norm 0.3, 4, inner 2": wavefront(model, "norm:tau=0.3", 4, "last", 2),
-        "last, norm 1, 4, inner 2": wavefront(model, "norm:tau=1", 4, "last", 2),
-        "last, after 8 sweeps": wavefront(model, "fixed:steps=8", 8, "last"),
-        "depth-indexed, norm 0.3": wavefront(model, "norm:tau=0.3", 8, "depth-indexed"),
+        "sequential 3 9 4, packed": fixed(twin, best),
+        "speculative, 16": verified(twin, f"fixed:steps={FULL}", SHALLOW, 4),
+        "speculative, 3 9 4": verified(twin, DEPTHS, SHALLOW, 4),
+        "speculative, 3 9 4, one step": verified(twin, DEPTHS, "fixed:steps=1", 4),
+        "speculative, 3 9 4, 3 ahead": verified(twin, DEPTHS, SHALLOW, 3),
+        "wavefront verified, 3 9 4": verified(twin, DEPTHS, "norm:tau=5", 16, 8),
+        "last, norm 0.05": wavefront(twin, "norm:tau=0.05", 8, "last"),
+        "last, norm 0.3": wavefront(twin, "norm:tau=0.3", 8, "last"),
+        "last, norm 0.3, width 4": wavefront(twin, "norm:tau=0.3", 4, "last"),
+        "last, norm 0.3, 4, inner 2": wavefront(twin, "norm:tau=0.3", 4, "last", 2),
+        "last, norm 1, 4, inner 2": wavefront(twin, "norm:tau=1", 4, "last", 2),
+        "last, after 8 sweeps": wavefront(twin, "fixed:steps=8", 8, "last"),
+        "depth-indexed, norm 0.3": wavefront(twin, "norm:tau=0.3", 8, "depth-indexed"),
     }
     names = list(runs)
     wall: dict[str, list[float]] = {name: [] for name in names}

@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from haltkit import signals
 
-__all__ = ["CacheMemory", "DecodeRows", "LayerCache", "Layout", "parse_layout"]
+__all__ = ["CacheMemory", "DecodeRows", "LayerCache", "Layout", "NewRows", "parse_layout"]
 
 
 @dataclass(frozen=True)
@@ -106,25 +107,35 @@ class LayerCache:
             self.kv[self.filled : k, :, :end] = self.kv[self.filled - 1, :, :end]
             self.filled = k
 
-    def write(self, rows: DecodeRows, new: Tensor) -> None:
-        """Keep the newest token's keys and values of this step, ``(n, 2D)``, for those rows present that are active."""
+    def write(self, rows: NewRows, new: Tensor) -> None:
+        """Keep the new rows' keys and values of this step, ``(n, 2D)``, for those rows present that are active."""
         k, layout = rows.k, self.layout
         slot = layout.slot(k)
         if layout.slots is None:
             self.deepen(k, rows.end)
         # The slots of steps to come too: if the token halts here, this is what they contain.
         end = self.filled if layout.slots is None or k <= layout.slots else slot + 1
-        if rows.place is not None and rows.index is None and rows.writers is None:
-            self.kv[slot:end, :, rows.place] = new
-            return
-        sequence = torch.arange(len(new), device=new.device) if rows.index is None else rows.index
-        if rows.writers is not None:
-            sequence, new = sequence[rows.writers], new[rows.writers]
-        self.kv[slot:end, sequence, rows.positions[sequence]] = new
+        where, new = rows.written(new)
+        self.kv[(slice(slot, end), *where)] = new
 
     def nbytes(self, lengths: Sequence[int]) -> int:
         """Bytes in use for sequences of these lengths."""
         return self.filled * sum(lengths) * self.kv.shape[-1] * self.kv.element_size()
+
+
+class NewRows(Protocol):
+    """Rows that are not in the cache yet, and which of them are present."""
+
+    k: int
+
+    @property
+    def end(self) -> int:
+        """One past the greatest position."""
+        ...
+
+    def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
+        """Sequence and position of each active row, as indices, and those rows' entries of ``new``, ``(n, 2D)``."""
+        ...
 
 
 class DecodeRows:
@@ -164,6 +175,18 @@ class DecodeRows:
             count = len(self.positions) if self.index is None else len(self.index)
             active = torch.ones(count, dtype=torch.bool, device=frozen.device).index_fill_(0, frozen, False)
             self.writers = active.nonzero().squeeze(-1)
+
+    def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
+        if self.place is not None and self.index is None and self.writers is None:
+            return (slice(None), self.place), new
+        sequence = torch.arange(len(new), device=new.device) if self.index is None else self.index
+        if self.writers is not None:
+            sequence, new = sequence[self.writers], new[self.writers]
+        return (sequence, self.positions[sequence]), new
+
+    def memory(self, cache: LayerCache) -> CacheMemory:
+        """What one layer's attention reads and writes."""
+        return CacheMemory(cache, self)
 
     def mask(self, like: Tensor) -> Tensor | None:
         """What hides the positions after a sequence's own, ``(B, 1, 1, end)``; None if there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.loop import Execution
-from haltkit.models.gpt.cache import CacheMemory, DecodeRows, LayerCache, parse_layout
+from haltkit.models.gpt.cache import DecodeRows, LayerCache, parse_layout
+from haltkit.models.gpt.chunk import ChunkRows
 from haltkit.models.gpt.draws import EvaluationNoise
 from haltkit.models.gpt.layers import Region
 from haltkit.models.gpt.memory import CompactRegionLoop, run_once
@@ -41,23 +43,28 @@ class Decoded:
 
 
 class CacheMemories:
-    """The newest token of each sequence, which reads the others in the cache.
+    """New rows, which read the others in the cache: the newest token of each sequence, or several of one.
 
     Args:
         caches: one for each layer, by the name it has in the network.
-        rows: the newest tokens; ``guarded`` once something was not finite.
+        rows: the new rows; ``guarded`` once something was not finite.
         looking: guard what is not finite; False computes and looks at nothing.
     """
 
     execution: Execution = "compact"
 
     def __init__(
-        self, caches: Mapping[str, Sequence[LayerCache]], rows: DecodeRows, noise: EvaluationNoise, *, looking: bool
+        self,
+        caches: Mapping[str, Sequence[LayerCache]],
+        rows: DecodeRows | ChunkRows,
+        noise: EvaluationNoise,
+        *,
+        looking: bool,
     ) -> None:
         self.caches, self.rows, self.noise, self.looking = caches, rows, noise, looking
 
     def once(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        memory = CacheMemory(self.caches[name][0], self.rows)
+        memory = self.rows.memory(self.caches[name][0])
         if self.looking:
             return run_once(layer, x, memory, self.rows)
         out: Tensor = layer(x, memory)
@@ -65,7 +72,7 @@ class CacheMemories:
 
     def enter(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
         rows = self.rows.all_present()
-        memories = [CacheMemory(cache, rows) for cache in self.caches[name]]
+        memories = [rows.memory(cache) for cache in self.caches[name]]
         body = CompactRegionLoop(region, e, rows.positions, self.noise, rows, memories)
         return body, region.initial_state(e, body.noise_at)
 
@@ -99,8 +106,15 @@ class Decoder:
     ) -> None:
         self.budgets = Budgets.of(model, max_loops, total_loops)
         self.model, self.layout = model, parse_layout(layout)
-        self.policies = policy_for_regions(policy, list(model.regions))
-        for region, one in self.policies.items():
+        self.policies = self._checked(policy)
+        self.capacity = model.block_size if capacity is None else min(capacity, model.block_size)
+        self.lengths: list[int] = []
+        self.guarded = False  # something in the cache is not finite
+        self._caches: dict[str, list[LayerCache]] = {}
+
+    def _checked(self, policy: Policies) -> dict[str, HaltingPolicy[Any]]:
+        policies = policy_for_regions(policy, list(self.model.regions))
+        for region, one in policies.items():
             if (granularity := granularity_of(one)) != "token":
                 raise GenerationError(
                     f"region {region}: a policy with granularity={granularity} cannot decode token by token, because "
@@ -111,10 +125,19 @@ class Decoder:
                     f"region {region}: the policy takes at least {least} steps and max_loops is {most}: raise "
                     "max_loops, or ask for fewer steps"
                 )
-        self.capacity = model.block_size if capacity is None else min(capacity, model.block_size)
-        self.lengths: list[int] = []
-        self.guarded = False  # something in the cache is not finite
-        self._caches: dict[str, list[LayerCache]] = {}
+        return policies
+
+    def under(self, policy: Policies) -> Decoder:
+        """Another decoder on this one's cache, whose tokens loop under another policy: for drafts.
+
+        What it adds is in the cache behind the positions of both; each overwrites what the other adds there.
+
+        Raises:
+            GenerationError, ValueError: as for a new decoder.
+        """
+        other = copy(self)
+        other.policies, other.lengths = self._checked(policy), list(self.lengths)
+        return other
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Decoded:
@@ -171,6 +194,28 @@ class Decoder:
         return Decoded(self.model.readout(seen.x), seen.steps, seen.outcome)
 
     @torch.inference_mode()
+    def extend(self, tokens: Tensor) -> Decoded:
+        """Add several tokens ``(n,)`` to the only sequence in one pass: logits ``(n, V)``, steps and outcome ``(n,)``.
+
+        The same as :meth:`step` for one after the other, up to rounding.
+
+        Raises:
+            GenerationError: another number of sequences than one, or tokens that the context has no room for.
+        """
+        if len(self.lengths) != 1:
+            raise GenerationError(f"extend adds to one sequence, and the cache has {len(self.lengths)}")
+        [start] = self.lengths
+        if start + len(tokens) > self.capacity:
+            raise GenerationError(f"{start} + {len(tokens)} tokens do not fit the context of {self.capacity}")
+        rows = ChunkRows(start, len(tokens), tokens.device, guarded=self.guarded)
+        x = self.model.embed(tokens.unsqueeze(0), rows.positions.unsqueeze(0))[0]
+        memories = CacheMemories(self._caches, rows, self.model.noise, looking=True)
+        seen = halting_pass(self.model, x, self.policies, self.budgets, memories)
+        self.guarded = rows.guarded
+        self.lengths = [start + len(tokens)]
+        return Decoded(self.model.readout(seen.x), seen.steps, seen.outcome)
+
+    @torch.inference_mode()
     def step_fixed(self, tokens: Tensor, loops: Mapping[str, int]) -> Tensor:
         """Add one token to each sequence at fixed loop counts, no policy, nothing looked at; logits ``(B, V)``.
 
@@ -215,6 +260,11 @@ class Decoder:
             if not 0 <= dropped <= length:
                 raise GenerationError(f"rewind by {dropped}: sequence {b + 1} has {length} positions, so 0 to {length}")
         self.lengths = [n - dropped for n, dropped in zip(self.lengths, counts, strict=True)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @property
     def caches(self) -> Mapping[str, Sequence[LayerCache]]:

@@ -2,80 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 import torch
+from torch import Tensor, nn
 
 from haltkit import signals
 from haltkit.models.gpt.decoding import Decoder
+from haltkit.models.gpt.packed import packed
 from haltkit.models.gpt.passes import Network
 from haltkit.models.gpt.sampling import GenerationError, Sampling
-from haltkit.models.gpt.wavefront import Wavefront, check_budget, check_wavefront
-from haltkit.protocol import HaltingPolicy
+from haltkit.models.gpt.settings import Settings
+from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront, check_speculation
+from haltkit.models.gpt.wavefront import Committed, Wavefront, check_budget, check_wavefront
 from haltkit.specs import Policies, policy_for_regions
 
 __all__ = ["Emission", "Generation", "Reason", "Settings", "generate", "stream"]
 
 Reason = Literal["stop", "length", "context", "nonfinite"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How texts are continued.
-
-    Args:
-        max_new_tokens: of each sequence; it also ends at a stop token or where the context is full.
-        sampling: how a token is drawn.
-        stop: token ids that end a sequence and are not returned.
-        layout: of the cache: ``depth-indexed``, exact; or a smaller one that is an approximation: ``last``,
-            ``modulo:M`` (see :mod:`haltkit.models.gpt.cache`).
-        max_loops, total_loops: budgets of each region, and of a token over all regions.
-        sampler: ``sequential``: one token after the other. ``wavefront``: several positions at the same time, an
-            approximation (see :mod:`haltkit.models.gpt.wavefront`); prompts are continued one after the other.
-        width: of the wavefront, the greatest number of open positions (None: 8).
-        commit: of the wavefront, what settles a new token (None: the policy that the prompt is read with).
-        inner: of the wavefront, steps per sweep in each region (None: 1).
-
-    Raises:
-        GenerationError: ``max_new_tokens`` below 1, an unknown sampler, or settings of the other sampler.
-    """
-
-    max_new_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[int] = ()
-    layout: str = "depth-indexed"
-    max_loops: int | Mapping[str, int] = 32
-    total_loops: int | None = None
-    sampler: Literal["sequential", "wavefront"] = "sequential"
-    width: int | None = None
-    commit: Policies | None = None
-    inner: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1")
-        if self.sampler not in ("sequential", "wavefront"):
-            raise GenerationError(f"sampler={self.sampler!r}: allowed are 'sequential' and 'wavefront'")
-        if self.sampler == "sequential":
-            for name in ("width", "commit", "inner"):
-                if getattr(self, name) is not None:
-                    raise GenerationError(f"{name} is a setting of sampler=wavefront; the sampler is sequential")
-
-    @classmethod
-    def of(cls, **values: Any) -> Settings:
-        """From fields of this class and of :class:`~haltkit.models.gpt.sampling.Sampling`, side by side.
-
-        Raises:
-            GenerationError: an unknown field, or a value that is not allowed.
-        """
-        drawn = {f.name for f in fields(Sampling)}
-        known = ({f.name for f in fields(cls)} - {"sampling"}) | drawn
-        if unknown := sorted(values.keys() - known):
-            raise GenerationError(f"generate has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        sampling = Sampling(**{name: value for name, value in values.items() if name in drawn})
-        return cls(sampling=sampling, **{name: value for name, value in values.items() if name not in drawn})
 
 
 @dataclass(frozen=True)
@@ -139,6 +85,8 @@ def stream(
     check_prompts(model, prompts)
     if unknown := [token for token in settings.stop if not 0 <= token < model.vocab_size]:
         raise GenerationError(f"stop token {unknown[0]} is outside the vocabulary of {model.vocab_size}")
+    if settings.sampler != "sequential" and isinstance(model, nn.Module):
+        model = cast(Network, packed(model))  # several rows at a time
     decoder = Decoder(
         model,
         policy,
@@ -149,11 +97,45 @@ def stream(
     )
     if settings.sampler == "sequential":
         return _stream(decoder, prompts, settings)
+    return _stream_one_by_one(decoder, _samplers(decoder, settings), prompts, settings)
+
+
+class _Sampler(Protocol):
+    """Continues one text after its first new token."""
+
+    def tokens(
+        self, first: int, count: int, *, sampling: Sampling, draws: Tensor, stop: frozenset[int] = ...
+    ) -> Iterator[Committed]: ...
+
+
+def _samplers(decoder: Decoder, settings: Settings) -> Callable[[], _Sampler]:
+    """What makes the sampler of each text, once its prompt is in the cache; settings are checked before any is.
+
+    Raises:
+        GenerationError: settings that do not go together.
+    """
+    sampling, stop = settings.sampling, frozenset(settings.stop)
+    if settings.sampler == "speculative":
+        ahead = 4 if settings.ahead is None else settings.ahead
+        check_speculation(settings.layout, ahead)
+        draft: Policies = "fixed:steps=1" if settings.draft is None else settings.draft
+        decoder.under(draft)
+        return lambda: Speculation(decoder, by_shallow_steps(decoder, draft, sampling, stop), ahead=ahead)
+    model = decoder.model
     commit = decoder.policies if settings.commit is None else policy_for_regions(settings.commit, list(model.regions))
     width, inner = 8 if settings.width is None else settings.width, 1 if settings.inner is None else settings.inner
     check_wavefront(model.regions, commit, width, inner, settings.layout)
     check_budget(decoder.budgets, inner)
-    return _wavefront_stream(decoder, commit, width, inner, prompts, settings)
+    if not settings.verify:
+        return lambda: Wavefront(decoder, commit, width=width, inner=inner)
+    ahead = 16 if settings.ahead is None else settings.ahead
+    check_speculation(settings.layout, ahead)
+
+    def verified() -> Speculation:
+        wavefront = Wavefront(decoder, commit, width=width, inner=inner)
+        return Speculation(decoder, by_wavefront(wavefront, sampling, stop), ahead=ahead)
+
+    return verified
 
 
 def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settings) -> Iterator[Emission]:
@@ -194,17 +176,12 @@ def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settin
         seen = decoder.step(chosen, None if all(active) else torch.tensor(active, device=device))
 
 
-def _wavefront_stream(
-    decoder: Decoder,
-    commit: Mapping[str, HaltingPolicy[Any]],
-    width: int,
-    inner: int,
-    prompts: Sequence[Sequence[int]],
-    settings: Settings,
+def _stream_one_by_one(
+    decoder: Decoder, sampler: Callable[[], _Sampler], prompts: Sequence[Sequence[int]], settings: Settings
 ) -> Iterator[Emission]:
     """One text after the other; the others' entries are None, and their steps 0."""
     model, sampling, stop = decoder.model, settings.sampling, frozenset(settings.stop)
-    device = next(model.parameters()).device
+    device = decoder.device
     draws = sampling.draws(len(prompts), settings.max_new_tokens)
 
     def emission(b: int, token: int | None, steps: Mapping[str, int], reason: Reason | None) -> Emission:
@@ -224,8 +201,7 @@ def _wavefront_stream(
             yield emission(b, None, steps, "nonfinite")
             continue
         token: int | None = int(sampling.pick(seen.logits, draws[b, :1]))
-        wavefront = Wavefront(decoder, commit, width=width, inner=inner)
-        rest = wavefront.tokens(int(token or 0), count - 1, sampling=sampling, draws=draws[b, 1:], stop=stop)
+        rest = sampler().tokens(int(token or 0), count - 1, sampling=sampling, draws=draws[b, 1:], stop=stop)
         for i in range(count):
             reason: Reason | None = None
             if token is None:

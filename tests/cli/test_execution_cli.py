@@ -224,3 +224,40 @@ def test_comparing_whole_sequences_says_that_they_are_not_causal(
     args = ["--checkpoint", checkpoint, "--text", text, "--policies", "norm:tau=0.1", "--max-loops", 3, "--tokens", 64]
     assert run_command("compare", *args, "--repeats", 1, "--granularity", "sequence") == 0
     assert "Non-causal" in capsys.readouterr().out
+
+
+GENERATE = ["generate", "The king", "--max-new-tokens", 8, "--temperature", 0, "--policy", "fixed:steps=3"]
+
+
+def test_every_exact_sampler_writes_the_text_of_the_sequential_one(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for more in ([], ["--sampler", "speculative", "--ahead", 3], ["--sampler", "wavefront", "--verify", "--width", 4]):
+        assert run_command(*GENERATE, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    assert run_command(*GENERATE, "--sampler", "wavefront", "--commit", "norm:tau=1") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "token"),
+    [
+        (["--sampler", "wavefront", "--commit", "norm:tau=1,granularity=batch"], "granularity=token"),
+        (["--sampler", "wavefront", "--width", 0], "width=0"),
+        (["--sampler", "wavefront", "--layout", "modulo:4"], "layout"),
+        (["--sampler", "wavefront", "--total-loops", 9], "total_loops"),
+        (["--sampler", "speculative", "--layout", "last"], "layout"),
+        (["--sampler", "speculative", "--ahead", 0], "ahead=0"),
+        (["--sampler", "speculative", "--draft", "kl"], "tau"),
+        (["--verify"], "wavefront"),
+        (["--width", 3], "wavefront"),
+        (["--sampler", "beam"], "speculative"),
+    ],
+)
+def test_samplers_and_settings_that_do_not_go_together_are_one_line(
+    more: list[object], token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(*GENERATE, *more) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert token in said.err
