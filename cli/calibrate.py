@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, Model, Text, read_thresholds
+from haltkit.cli.options import Data, MaxLoops, Model, Text, read_thresholds
 from haltkit.cli.subjects import asked_options, resolve
 
 
@@ -31,9 +31,10 @@ def calibrate(
     loss_bound: Annotated[float, typer.Option(help="Where loss-gap is cut.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the order in which betting uses the units.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the certificate.")] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
+    max_loops: MaxLoops = 32,
     sequences: Annotated[
-        int | None, typer.Option(min=2, help="Sequences to run, the first batch included. \\[default: 704]")
+        int | None,
+        typer.Option(min=2, max=10_000_000, help="Sequences to run, the first batch included. \\[default: 704]"),
     ] = None,
     text: Text = None,
     data: Data = None,

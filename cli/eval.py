@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
+from haltkit.cli.options import MOST_STEPS, Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable
 
@@ -27,7 +27,7 @@ def evaluate(
             "choice; may be given several times.",
         ),
     ] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="A policy's budget in each region.")] = 32,
+    max_loops: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="A policy's budget in each region.")] = 32,
     data: Data = None,
     split: Annotated[str, typer.Option(help="The split of --data.")] = "validation",
     text: Text = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, Model, Text
+from haltkit.cli.options import Data, MaxLoops, Model, Text
 from haltkit.cli.subjects import asked_options, resolve
 
 
@@ -26,8 +26,10 @@ def fit(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of the split into samples to learn, choose and report on.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the fitted weights.")] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
-    sequences: Annotated[int | None, typer.Option(min=4, help="Sequences to record. \\[default: 512]")] = None,
+    max_loops: MaxLoops = 32,
+    sequences: Annotated[
+        int | None, typer.Option(min=4, max=10_000_000, help="Sequences to record. \\[default: 512]")
+    ] = None,
     text: Text = None,
     data: Data = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,

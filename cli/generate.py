@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import ModelOption, OldCheckpoint, chosen_model, read_policies
+from haltkit.cli.options import MOST_STEPS, ModelOption, OldCheckpoint, chosen_model, read_policies
 from haltkit.cli.subjects import text_model
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop at this token too (a text that is one token); may be repeated.")
     ] = None,
-    max_loops: Annotated[int, typer.Option(min=1, help="Budget of each region.")] = 32,
+    max_loops: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Budget of each region.")] = 32,
     total_loops: Annotated[int | None, typer.Option(help="Budget of a token over all regions.")] = None,
     layout: Annotated[
         str, typer.Option(metavar="depth-indexed|last|modulo:M", help="What the KV cache keeps; the first is exact.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import JsonPath, Model, Text
+from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
 from haltkit.cli.oracles import LEVEL, describe_headroom
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable
@@ -21,7 +21,7 @@ def headroom(
     context: typer.Context,
     model: Model = None,
     level: Annotated[float, typer.Option(help="Share of rows on which the fixed depth may lose nothing.")] = LEVEL,
-    max_loops: Annotated[int, typer.Option(min=1, help="Full depth.")] = 32,
+    max_loops: MaxLoops = 32,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,

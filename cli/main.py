@@ -12,6 +12,7 @@ import typer
 from haltkit.cli import (
     bench,
     calibrate,
+    card,
     compare,
     diagnose,
     doctor,
@@ -64,6 +65,7 @@ def main(
 
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
+app.command("card")(card.card)
 app.command("compare")(compare.compare)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor")(doctor.doctor)

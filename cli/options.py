@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from haltkit.protocol import HaltingPolicy
 
 __all__ = [
+    "MOST_STEPS",
     "Data",
     "JsonPath",
     "MaxLoops",
@@ -47,7 +48,8 @@ Text = Annotated[
     Path | None, typer.Option(help="Text file. \\[default: the bundled held-out sample]", show_default=False)
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare' with the checkpoint's tokenizer.")]
-MaxLoops = Annotated[int, typer.Option(min=1, help="Full depth: the budget of each region.")]
+MOST_STEPS = 1_000_000
+MaxLoops = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Full depth: the budget of each region.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")]
 

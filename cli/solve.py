@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haltkit.cli.options import JsonPath, read_policies
+from haltkit.cli.options import MOST_STEPS, JsonPath, read_policies
 from haltkit.cli.subjects import reasoner
 from haltkit.cli.terminal import check_writable, make_console
 
@@ -45,7 +45,12 @@ def solve(
     ] = None,
     max_loops: Annotated[
         int | None,
-        typer.Option(min=1, help="Most steps per row. \\[default: 48 for chase, 28 for sudoku]", show_default=False),
+        typer.Option(
+            min=1,
+            max=MOST_STEPS,
+            help="Most steps per row. \\[default: 48 for chase, 28 for sudoku]",
+            show_default=False,
+        ),
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Boards that run at a time.")] = 64,
     watch: Annotated[bool, typer.Option("--watch", help="Show the answers after every step.")] = False,

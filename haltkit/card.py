@@ -21,7 +21,7 @@ from haltkit.weights import Weights
 
 __all__ = ["Card", "is_card"]
 
-_KEYS = ("policy", "model", "regions", "loop", "loops", "identity", "certified")
+_KEYS = ("policy", "model", "regions", "loop", "loops", "identity", "certified", "about")
 # In the folder of a card with a certificate.
 _CARD, _CERTIFICATE, _WEIGHTS = "card.yaml", "certificate.json", "weights.safetensors"
 
@@ -141,14 +141,39 @@ class Card:
             if self.certificate is not None:
                 write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
 
+    def to_markdown(self) -> str:
+        """A section for a model card: the policy, what is promised of it, on which model, and how it was chosen."""
+        lines = ["## Halting", "", f"- Policy: `{self.policy}`"]
+        if self.model:
+            lines.append(f"- Model: {self.model}{_with(self.regions)}")
+        if self.identity is not None:
+            known = self.identity
+            lines.append(f"- Weights (SHA-256): `{known.weights}`, {known.dtype}, full depth {known.full_depth} steps")
+        if self.about:
+            lines.append(f"- How it was chosen: {' '.join(self.about.split())}")
+        if self.certificate is None:
+            lines.append("- Certificate: none, so nothing is promised")
+        else:
+            one = self.certificate
+            failing = "in expectation" if one.delta is None else f"delta {one.delta:g}"
+            lines += [
+                f"- Certificate: {one.promise}",
+                f"- Risk: {one.risk}; epsilon {one.epsilon:g}, {failing}; measured {one.empirical_risk:.4g}",
+                f"- Method: {one.method}, {one.correction}, on {one.units} of unit {one.unit}; losses (SHA-256) "
+                f"`{one.data_hash}`, seed {one.seed}",
+            ]
+        return "\n".join(lines) + "\n"
+
     @staticmethod
     def check_folder(path: str | PathLike[str]) -> None:
         """Whether a card that is a folder can be written there: nothing, an empty folder or such a card may be there.
 
         Raises:
-            ValueError: something else is.
+            ValueError: something else is, or the folder around it is not there.
         """
         folder = Path(path)
+        if not folder.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(folder.absolute().parent)!r}")
         free = not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= _FILES)
         if not free or folder.is_symlink():
             raise ValueError(f"{str(path)!r} is there and is no card: name a new folder for the card")
@@ -169,8 +194,9 @@ class Card:
             values["identity"] = self.identity.fields()
         if self.certificate is not None:
             values["certified"] = True
-        head = "".join(f"# {line}\n" for line in self.about.splitlines())
-        write_text(path, head + yaml.safe_dump(values, sort_keys=False))
+        if self.about:
+            values["about"] = self.about
+        write_text(path, yaml.safe_dump(values, sort_keys=False, width=120))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Card:
@@ -195,8 +221,16 @@ class Card:
         with reading(f"the card {str(path)!r}"):
             parse_choice(policy)
         model, regions, loops = values.get("model", ""), values.get("regions", []), values.get("loops") or {}
-        if not isinstance(model, str) or not isinstance(regions, list) or not isinstance(loops, dict):
-            raise ValueError(f"{str(path)!r}: model must be a name, regions a list, and loops a mapping from regions")
+        about = values.get("about", "")
+        if (
+            not isinstance(model, str)
+            or not isinstance(about, str)
+            or not isinstance(regions, list)
+            or not isinstance(loops, dict)
+        ):
+            raise ValueError(
+                f"{str(path)!r}: model must be a name, about text, regions a list, and loops a mapping from regions"
+            )
         if values.get("loop") is not None:
             loops = {"loop": values["loop"]}
         for described in loops.values():
@@ -208,7 +242,7 @@ class Card:
         by_region = {str(name): described for name, described in loops.items()}
         try:
             identity, certificate = _certified(path, values.get("identity"), values.get("certified", False))
-            return cls(policy, model, named, by_region, "", identity, certificate, path.parent)
+            return cls(policy, model, named, by_region, about, identity, certificate, path.parent)
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
 

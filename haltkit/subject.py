@@ -257,12 +257,12 @@ class Subject:
             trajectory = self.record(inputs, steps, spec)
         went = {name: int(trajectory.metadata.get(f"iterations of {name}", steps)) for name in self.regions}
         return trajectory, {
-            path: self.by_recurrence(path, kept[path], steps, went[name])
+            path: self.by_step(path, kept[path], steps, went[name])
             for name in self.regions
             for path in self.layer_paths(name)
         }
 
-    def by_recurrence(self, path: str, kept: list[Tensor], steps: int, iterations: int) -> list[Tensor]:
+    def by_step(self, path: str, kept: list[Tensor], steps: int, iterations: int) -> list[Tensor]:
         """One entry per step, the last of each, from what every call of a layer gave in one pass.
 
         Args:

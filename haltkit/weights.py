@@ -60,9 +60,12 @@ class Weights:
         if not Path(path).is_file():
             raise ValueError(f"no file {str(path)!r} with a policy's weights")
         try:
-            return cls(load_file(path), str(path))
+            found = cls(load_file(path), str(path))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights in {str(path)!r} cannot be read: {error}") from None
+        if not all(bool(tensor.isfinite().all()) for tensor in found.tensors.values()):
+            raise ValueError(f"the weights in {str(path)!r} are not finite: a policy with them would never halt")
+        return found
 
     def save(self, path: str | PathLike[str]) -> Weights:
         """Write a safetensors file, which appears whole or not at all.

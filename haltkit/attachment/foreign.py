@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from haltkit.attachment.description import Loop, find_module
 from haltkit.attachment.errors import AlreadyAttached, DetachOrder, UnknownModule
 from haltkit.attachment.kv import CacheBook, KVMode
-from haltkit.attachment.leaving import Leaving
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
 from haltkit.attachment.regions import nesting
+from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
@@ -80,7 +80,7 @@ class HaltingSession(Session):
                 max_steps=how.max_steps,
                 throughout=how.throughout,
                 disturb_before=how.disturb_before.get(name, 0),
-                leaving=self._leaving(loop) if how.execution == "compact" else None,
+                retiring=self._retiring(loop) if how.execution == "compact" else None,
             )
             for name, loop in how.loops.items()
         }
@@ -92,9 +92,9 @@ class HaltingSession(Session):
         """The module whose output is a loop's state."""
         return find_module(self.model, loop.state_module)
 
-    def _leaving(self, loop: Loop) -> Leaving:
+    def _retiring(self, loop: Loop) -> Retiring:
         """What rows are retired from: the modules of a loop's body."""
-        return Leaving({path: find_module(self.model, path) for path in loop.body}, self._passing.through)
+        return Retiring({path: find_module(self.model, path) for path in loop.body}, self._passing.through)
 
     def attach(self, beside: Session | None = None) -> HaltingSession:
         """Override the model's modules. ``beside``: a session that is detached meanwhile.

@@ -20,8 +20,8 @@ from haltkit.attachment.errors import (
     TapeMismatch,
 )
 from haltkit.attachment.kv import CacheUse
-from haltkit.attachment.leaving import BodyCall, Leaving
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, tensors_in, with_first_tensor
+from haltkit.attachment.retiring import BodyCall, Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
@@ -48,11 +48,11 @@ class Frame:
         allow_grad: bool,
         inputs: Inputs | None,
         disturb_before: int = 0,
-        leaving: Leaving | None = None,
+        retiring: Retiring | None = None,
     ) -> None:
         self.loop, self._start, self._judging, self.kv = loop, start, judging, kv
         self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
-        self.leaving = leaving
+        self.retiring = retiring
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
@@ -97,14 +97,14 @@ class Frame:
 
     def _compute(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a body module gives; where rows can be retired, only those still active are computed."""
-        if self.leaving is None:
+        if self.retiring is None:
             return forward(*args, **kwargs)
         if self.kv.in_use:
             raise RowsMeet(
                 f"execution='compact': {name!r} is given a cache, whose entries would have to be retired with the "
                 "rows: use execution='masked'"
             )
-        self.leaving.refuse_training()
+        self.retiring.refuse_training()
         if self.run is None or self._present is None:
             return forward(*args, **kwargs)
         place = len(self._tape)
@@ -113,7 +113,7 @@ class Frame:
         everybody = len(self._present) == len(self.run.active)
         before = None if everybody else self._last[place].again(self.allow_grad)
         call = BodyCall(name, place, forward, args, kwargs, state_of)
-        return self.leaving.call(call, self._present, len(self.run.active), before)
+        return self.retiring.call(call, self._present, len(self.run.active), before)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
@@ -146,7 +146,7 @@ class Frame:
             return
         if self.run.running < self.run.active.numel():
             self._stopped = ~self.run.active
-        if self.leaving is not None and self.run.active.ndim:
+        if self.retiring is not None and self.run.active.ndim:
             entries = self.run.active.flatten(1).any(1) if self.run.active.ndim > 1 else self.run.active
             self._present = entries.nonzero().squeeze(-1)
 

@@ -99,7 +99,7 @@ class CacheUse:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A body module is about to be called: look for a cache among its arguments."""
         if self._copying is not None:
-            self._copying.enters()
+            self._copying.call_begins()
         given = [*args, *kwargs.values()]
         for value in candidates(given):
             if any(value is found for found in self.caches):
@@ -134,7 +134,7 @@ class CacheUse:
     def after(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: list[Tensor], state: Tensor | None) -> None:
         """A body module has returned ``beside`` beside the ``state``: what it changed, or made longer, is a cache."""
         if self._copying is not None:
-            self._copying.leaves()
+            self._copying.call_ends()
         for value, before in list(self._looked):
             if contents(value) != before:
                 self._looked = [entry for entry in self._looked if entry[0] is not value]

@@ -29,7 +29,7 @@ class Copying:
         self._inside = True
         cache.update = self._noting
 
-    def enters(self) -> None:
+    def call_begins(self) -> None:
         """A body module is called: what is written now belongs to the iteration.
 
         Raises:
@@ -38,7 +38,7 @@ class Copying:
         self._check()
         self._inside = True
 
-    def leaves(self) -> None:
+    def call_ends(self) -> None:
         """It has returned: layers around the loop may write into the cache as they like.
 
         Raises:

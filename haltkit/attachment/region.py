@@ -17,8 +17,8 @@ from haltkit.attachment.errors import BodyOutsideScope, ReentrantCheckpoint
 from haltkit.attachment.frame import Frame
 from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse
-from haltkit.attachment.leaving import Leaving
 from haltkit.attachment.override import Interceptor
+from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.steadiness import ENOUGH, Inputs
 from haltkit.attachment.tally import Tally
 from haltkit.loop import LoopObserver, LoopResult, LoopRun
@@ -81,12 +81,12 @@ class Region:
         max_steps: int | None = None,
         throughout: tuple[int, ...] | None = None,
         disturb_before: int = 0,
-        leaving: Leaving | None = None,
+        retiring: Retiring | None = None,
     ) -> None:
         self.name, self.loop, self.policy = name, loop, policy
         self.passing, self.caches, self.readout, self.observer = passing, caches, readout, observer
         self.allow_grad, self.max_steps, self.throughout = allow_grad, max_steps, throughout
-        self.disturb_before, self.leaving = disturb_before, leaving
+        self.disturb_before, self.retiring = disturb_before, retiring
         self._check = check  # whether the inputs of a halted body are still to be checked
         self.tally = Tally()
         self.newest: Completed | None = None
@@ -220,7 +220,7 @@ class _ScopeCall:
             allow_grad=region.allow_grad,
             inputs=self.inputs,
             disturb_before=region.disturb_before,
-            leaving=region.leaving,
+            retiring=region.retiring,
         )
 
     def close(self, finished: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from haltkit import timing
 from haltkit.calibration import Certificate, calibrate
 from haltkit.calibration.certificate import Method
 from haltkit.comparison.settings import Given, Sweeps, candidates
@@ -38,12 +39,14 @@ class Certified:
         setting: the certified one; None where nothing is certified.
         steps: mean steps of the certified setting by region, on the calibration units.
         full_depth: steps of full depth.
+        time: its wall-clock time on the calibration units over full depth's, one run each; None without a setting.
     """
 
     certificate: Certificate
     setting: Setting | None
     steps: dict[str, float]
     full_depth: int
+    time: float | None = None
 
 
 @torch.no_grad()
@@ -100,7 +103,7 @@ def certify(
         raise ValueError(f"{len(given)} policies: a certificate is about one, so give one")
     settings = Sweeps.on(dense, look, taus).settings(given[0])
     run = partial(_run, subject, samples)
-    full = run(Setting.of(look.full_depth, subject.regions))
+    full_seconds, full = timing.clock(lambda: run(Setting.of(look.full_depth, subject.regions)))
     # Sequences that halt together are not independent: what halts as one counts as one.
     policies = [one for setting in settings for one in setting.policies.values()]
     together = any(granularity_of(one) == "batch" for one in policies)
@@ -117,10 +120,12 @@ def certify(
     )
     columns: list[Tensor] = []
     steps: list[dict[str, float]] = []
+    times: list[float] = []
     for setting in settings:
         if on_setting is not None:
             on_setting(setting)
-        passes = run(setting)
+        seconds, passes = timing.clock(partial(run, setting))
+        times.append(seconds / full_seconds)
         columns.append(lost(passes))
         steps.append(_mean_steps(setting, passes))
         tried = [one.text or one.label for one in settings[: len(columns)]]
@@ -130,7 +135,7 @@ def certify(
     chosen = certificate.chosen
     if chosen is None:
         return Certified(certificate, None, {}, look.full_depth)
-    return Certified(certificate, settings[chosen], steps[chosen], look.full_depth)
+    return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, times[chosen])
 
 
 def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> list[tuple[Pass, Tensor, Tensor | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from haltkit.attachment.saved import save
@@ -67,12 +68,18 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         path,
         found.setting.text,
         subject.described or None,
-        f"certified by haltkit calibrate on {units}, {title}\n{certificate.promise}",
+        f"certified by haltkit calibrate on {units}, {title}: {_cost(found)}",
         model=type(subject.model).__name__,
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
     )
+
+
+def _cost(found: Certified) -> str:
+    steps = " ".join(f"{taken:.2f}" for taken in found.steps.values())
+    time = "" if found.time is None else f", {found.time:.2f} of its wall-clock time on {platform.machine()}"
+    return f"{steps} of full depth's {found.full_depth} steps{time}"
 
 
 def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None:

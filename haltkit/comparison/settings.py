@@ -186,7 +186,8 @@ class Sweeps:
             if isinstance(alone, Spec) and (values := alone.sweep):
                 return [self._setting(candidate, {"": spec}, None) for spec in values]
             written = alone.get("tau") if isinstance(alone, Spec) and not alone.parts else None
-            return [self._setting(candidate, parts, None if written is None else float(written))]
+            built = self._setting(candidate, parts, None)  # what is wrong with the threshold is said there
+            return [built.named(candidate.name, None if written is None else float(written), candidate.promise)]
         made = [self._setting(candidate, parts, tau) for tau in self._common(candidate)]
         made += self._picked(candidate, parts)
         if not made:

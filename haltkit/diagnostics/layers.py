@@ -1,4 +1,4 @@
-"""The layers inside a loop: each visited once a recurrence, each with a trajectory and a limit of its own.
+"""The layers inside a loop: each visited once a step, each with a trajectory and a limit of its own.
 
 Step signals are only comparable at one place of the cycle, so nothing here mixes layers but :func:`distinctness` and
 :func:`are_distinct`.
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 # Fixed points stay apart if the angle between them is still so much of what it was half way there, and so many
-# roundings: where layers' shares vanish it halves as recurrences double, or ends in rounding.
+# roundings: where layers' shares vanish it halves as steps double, or ends in rounding.
 LASTING, ROUNDINGS = 0.9, 100.0
 
 
 def layer_distances(states: Tensor) -> dict[str, Tensor]:
-    """How one layer's output moves over recurrences and how far it is from its own fixed point.
+    """How one layer's output moves over steps and how far it is from its own fixed point.
 
     Args:
-        states: ``(K, ..., D)``, recurrences 1 .. K of one layer; the last stands for its fixed point.
+        states: ``(K, ..., D)``, steps 1 .. K of one layer; the last stands for its fixed point.
 
     Returns:
         ``(K, ...)`` each: ``difference`` ``||x_t - x_{t-1}||`` and ``difference_cosine`` (NaN at t = 1), ``distance``
@@ -85,7 +85,7 @@ def are_distinct(half_way: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
     ([M], Fig. 6); in one of small shares it stays near 1. No bound on the cosine tells these apart, its course does.
 
     Args:
-        half_way, end: each layer's state at recurrence K / 2, and at K, which stands for its fixed point.
+        half_way, end: each layer's state at step K / 2, and at K, which stands for its fixed point.
 
     Raises:
         DiagnosticError: fewer than two layers: there is no cycle.

@@ -1,7 +1,7 @@
 """Where a loop ends in the long run: a fixed point, an orbit, a slider, or none of these.
 
 After "A Mechanistic Analysis of Looped Reasoning Language Models" (arXiv 2604.11791, [M]), appendix C: each of 128
-recurrences is compared with the last one, with a tolerance of 0.05 and a share of 0.9. The text does not give the
+steps is compared with the last one, with a tolerance of 0.05 and a share of 0.9. The text does not give the
 body of its algorithm; what follows is ours, and :data:`TOLERANCE`, :data:`SHARE` and the tail are stated with results.
 """
 
@@ -54,8 +54,8 @@ def classify_limits(
 ) -> tuple[Tensor, Tensor]:
     """The limit type of every row and, for orbits, the period.
 
-    Judged on the second half of the recurrences, so that the way there does not count. With ``e_t`` the error of
-    recurrence t to the last one:
+    Judged on the second half of the steps, so that the way there does not count. With ``e_t`` the error of
+    step t to the last one:
 
     - fixed point: ``e_t < tolerance`` at ``share`` of them;
     - orbit: otherwise, and ``e_t`` leaves the tolerance and comes back at least twice before the end. The period is
@@ -64,16 +64,16 @@ def classify_limits(
     - unknown: the rest.
 
     Args:
-        states: the same place of the cycle at every recurrence, ``(K, ..., D)``.
+        states: the same place of the cycle at every step, ``(K, ..., D)``.
 
     Returns:
         :class:`Limit` ``(...)`` int8, and periods ``(...)`` int64, 0 where there is none.
 
     Raises:
-        DiagnosticError: fewer than 16 recurrences: too few to tell an orbit from an accident.
+        DiagnosticError: fewer than 16 steps: too few to tell an orbit from an accident.
     """
     if len(states) < 16:
-        raise DiagnosticError(f"{len(states)} recurrences are too few to tell a limit: run at least 16, better 128")
+        raise DiagnosticError(f"{len(states)} steps are too few to tell a limit: run at least 16, better 128")
     tail = errors_to_last(states, measure)[len(states) // 2 :]  # (N, ...), the last of them 0
     before = tail[:-1]
     inside = before < tolerance

@@ -116,7 +116,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class LayerCurves:
-    """One layer of a cycle: how its output moves over recurrences, and how far it is from its last."""
+    """One layer of a cycle: how its output moves over steps, and how far it is from its last."""
 
     curves: dict[str, Curve] = field(default_factory=dict, metadata=FLAT)
 
@@ -172,14 +172,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class RegionAttention:
-    """How the attention of one region's layers settles. Lists are ``[recurrence][layer]``.
+    """How the attention of one region's layers settles. Lists are ``[step][layer]``.
 
     Attributes:
         layers: their names, in the order of the cycle.
-        frobenius: distance between the matrices of all (recurrence, layer) pairs, recurrence by recurrence.
-        successive: change of a layer's attention from the recurrence before, from the second one on.
-        to_last: distance of a layer's attention to the last recurrence's.
-        moved: mean norm of the change of a layer's states, from the second recurrence on.
+        frobenius: distance between the matrices of all (step, layer) pairs, step by step.
+        successive: change of a layer's attention from the step before, from the second one on.
+        to_last: distance of a layer's attention to the last step's.
+        moved: mean norm of the change of a layer's states, from the second step on.
         profiles: statistic to its values.
     """
 
@@ -214,7 +214,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cycle:
-    """The last token's states inside one region, in a plane of their own: ``points[recurrence][layer]``."""
+    """The last token's states inside one region, in a plane of their own: ``points[step][layer]``."""
 
     layers: tuple[str, ...]
     explained: Numbers

@@ -70,13 +70,13 @@ class CacheMemories:
         out: Tensor = layer(x, memory)
         return out
 
-    def enter(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
+    def begin(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
         rows = self.rows.all_present()
         memories = [rows.memory(cache) for cache in self.caches[name]]
         body = CompactRegionLoop(region, e, rows.positions, self.noise, rows, memories)
         return body, region.initial_state(e, body.noise_at)
 
-    def leave(self, name: str, body: CompactRegionLoop, steps: Tensor | None) -> None:
+    def end(self, name: str, body: CompactRegionLoop, steps: Tensor | None) -> None:
         self.rows.guarded |= body.rows.guarded
 
 

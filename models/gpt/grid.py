@@ -26,7 +26,7 @@ from haltkit.recording.layers import record_layers
 __all__ = ["INJECTIONS", "LAYERS", "NORMS", "Grid", "untrained_block"]
 
 # pre: x + f(n(x)). branch: x + n(f(n(x))). residual: n(x + f(n(x))), Huginn's. branch+state: branch, and a norm on the
-# state at the end of each recurrence, as Ouro and the bundled model have it (here without a gain).
+# state at the end of each step, as Ouro and the bundled model have it (here without a gain).
 Norm = Literal["pre", "branch", "residual", "branch+state"]
 Injection = Literal["every_step", "first_step", "never"]
 NORMS = get_args(Norm)
@@ -69,7 +69,7 @@ class Grid(Sized, Iterable[Cell]):
 
     Args:
         seeds: blocks per cell.
-        loops: recurrences of each.
+        loops: steps of each.
         sequences: of random tokens, for each.
     """
 

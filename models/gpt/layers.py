@@ -200,7 +200,7 @@ class Region(nn.Module):
         out: Tensor = self.body(x, e if inject else None, memory)
         return out
 
-    def leave(self, x: Tensor) -> Tensor:
+    def exit(self, x: Tensor) -> Tensor:
         """What the region hands on, from its last state: ``(..., D)``, row by row."""
         return x if self.exit_norm is None else self.exit_norm(x)
 
@@ -229,4 +229,4 @@ class Region(nn.Module):
                 x = checkpoint(self.step, x, e, k, noise, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self.step(x, e, k, noise)
-        return self.leave(x)
+        return self.exit(x)

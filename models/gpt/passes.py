@@ -78,11 +78,11 @@ class Memories(Protocol):
         """The output of a layer that does not loop."""
         ...
 
-    def enter(self, name: str, region: Region, e: Tensor) -> tuple[Body, Tensor]:
+    def begin(self, name: str, region: Region, e: Tensor) -> tuple[Body, Tensor]:
         """The body of a loop that begins, and its ``x_0``, from the region's input ``e``."""
         ...
 
-    def leave(self, name: str, body: Any, steps: Tensor | None) -> None:
+    def end(self, name: str, body: Any, steps: Tensor | None) -> None:
         """The loop of that body is over; its rows took ``steps`` (None: all rows as many)."""
         ...
 
@@ -140,7 +140,7 @@ class Budgets:
             )
         return cls(network.loop_counts(max_loops), total_loops)
 
-    def left(self, name: str, taken: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
+    def remaining(self, name: str, taken: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
         """What each row may spend in region ``name``, the shape of ``like``'s rows; None: its own budget alone counts.
 
         First come, first served, but one step is kept for each region still to come.
@@ -151,10 +151,10 @@ class Budgets:
         """
         if self.total is None:
             return None
-        left = torch.full(like.shape[:-1], self.total - (len(self.by_region) - 1 - len(taken)), device=like.device)
+        most = torch.full(like.shape[:-1], self.total - (len(self.by_region) - 1 - len(taken)), device=like.device)
         for steps in taken.values():
-            left = left - steps
-        return left.clamp_max(self.by_region[name])
+            most = most - steps
+        return most.clamp_max(self.by_region[name])
 
 
 def walk(
@@ -192,11 +192,11 @@ def fixed_pass(
         if memories is None:  # as a call, which engines of distributed training gather weights around
             out: Tensor = region(e, counts[name], noise, backprop_depth, recompute)
             return out
-        body, h = memories.enter(name, region, e)
+        body, h = memories.begin(name, region, e)
         for k in range(1, counts[name] + 1):
             h = body.step(h, k, None)
-        memories.leave(name, body, None)
-        return region.leave(h)
+        memories.end(name, body, None)
+        return region.exit(h)
 
     def once(name: str, layer: nn.Module, x: Tensor) -> Tensor:
         if memories is not None:
@@ -229,7 +229,7 @@ def halting_pass(
     outcome: dict[str, Tensor] = {}
 
     def loop(name: str, region: Region, e: Tensor) -> Tensor:
-        body, x0 = memories.enter(name, region, e)
+        body, x0 = memories.begin(name, region, e)
         result = run_loop(
             body,
             x0,
@@ -240,12 +240,12 @@ def halting_pass(
             keep=keep,
             observer=observer,
             name=name,
-            budget=budgets.left(name, steps, x0),
+            budget=budgets.remaining(name, steps, x0),
             execution=memories.execution,
         )
-        memories.leave(name, body, result.steps)
+        memories.end(name, body, result.steps)
         steps[name], outcome[name] = result.steps, result.outcome
-        return region.leave(result.x)
+        return region.exit(result.x)
 
     return Pass(walk(network.layers, x, loop, memories.once), steps, outcome)
 
@@ -263,10 +263,10 @@ class MaskedMemories:
         out: Tensor = layer(x, MaskedMemory())
         return out
 
-    def enter(self, name: str, region: Region, e: Tensor) -> tuple[RegionLoop, Tensor]:
+    def begin(self, name: str, region: Region, e: Tensor) -> tuple[RegionLoop, Tensor]:
         return RegionLoop(region, e, self.noise), region.initial_state(e, self.noise)
 
-    def leave(self, name: str, body: RegionLoop, steps: Tensor | None) -> None:
+    def end(self, name: str, body: RegionLoop, steps: Tensor | None) -> None:
         """Nothing is kept."""
 
 
@@ -290,14 +290,14 @@ class CompactMemories:
             self.keeper.keep(name, [[memory.kv]], None, rows.guarded)
         return out.view_as(x)
 
-    def enter(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
+    def begin(self, name: str, region: Region, e: Tensor) -> tuple[CompactRegionLoop, Tensor]:
         rows = Rows(self.batch, self.length)
         memories = [CompactMemory(rows, history=self.keeper is not None) for _ in region.body.blocks]
         positions = torch.arange(self.length, device=e.device).repeat(self.batch)
         body = CompactRegionLoop(region, e.flatten(0, 1), positions, self.noise, rows, memories)
         return body, region.initial_state(e, self.noise)
 
-    def leave(self, name: str, body: CompactRegionLoop, steps: Tensor | None) -> None:
+    def end(self, name: str, body: CompactRegionLoop, steps: Tensor | None) -> None:
         if self.keeper is not None:
             histories = [memory.history or [] for memory in body.memories if isinstance(memory, CompactMemory)]
             self.keeper.keep(name, histories, steps, body.rows.guarded)

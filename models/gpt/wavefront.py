@@ -388,7 +388,7 @@ class Wavefront:
             state, halt = self._judge(name, state, known, k, x, before)
             known = n
         after.x[name], after.judged[name] = x, state
-        return region.leave(x), halt
+        return region.exit(x), halt
 
     def _judge(
         self, name: str, state: Any, known: int, k: Sequence[int], x: Tensor, before: Tensor

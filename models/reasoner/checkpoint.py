@@ -84,8 +84,11 @@ def load_reasoner(
     except ConfigError as error:
         raise CheckpointError(f"{CHECKPOINT_CONFIG} in {str(folder)!r}: {error}") from None
     weights = read_weights(folder)
-    with torch.device("meta"):  # the shapes alone: a mistaken config must not fill the memory
-        own = {name: tuple(weight.shape) for name, weight in build_reasoner(task, config).state_dict().items()}
+    try:
+        with torch.device("meta"):  # the shapes alone: a mistaken config must not fill the memory
+            own = {name: tuple(weight.shape) for name, weight in build_reasoner(task, config).state_dict().items()}
+    except RuntimeError as error:
+        raise CheckpointError(f"{CHECKPOINT_CONFIG} in {str(folder)!r} asks for an impossible size: {error}") from None
     check_names_and_shapes(own, {name: tuple(weight.shape) for name, weight in weights.items()})
     if not all(bool(weight.isfinite().all()) for weight in weights.values()):
         raise CheckpointError(f"the weights in {str(folder)!r} are not finite")

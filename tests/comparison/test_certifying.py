@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
+from cases import run_command
 from haltkit.card import Card, is_card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified
@@ -216,3 +217,22 @@ def test_an_identity_does_not_depend_on_the_order_of_modules() -> None:
     first = Identity.of(model, 4)
     assert Identity.of_fields(first.fields()) == first
     assert first.differences(Identity.of(model.bfloat16(), 4)) == ["dtype bfloat16 instead of float32"]
+
+
+def test_a_card_prints_as_a_section_that_says_what_is_promised(
+    certified: tuple[Subject, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = certified
+    assert run_command("card", folder) == 0
+    out = capsys.readouterr().out
+    card = Card.load(folder)
+    assert card.certificate is not None
+    assert card.identity is not None
+    for said in (card.policy, card.certificate.promise, card.identity.weights, card.certificate.data_hash, card.about):
+        assert said in out
+    assert "of its wall-clock time" in card.about
+    plain = folder.parent / "plain.yaml"
+    Card("norm:tau=1").save(plain)
+    assert run_command("card", plain) == 0
+    assert "nothing is promised" in capsys.readouterr().out
+    assert run_command("card", folder.parent / "nowhere.yaml") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import haltkit
+from cases import run_command
 from haltkit.files import FileError, atomic_path, check_output, parse_json, read_json, read_yaml, write_json, write_text
 from haltkit.folders import atomic_folder, settle
 from haltkit.locks import LOCK_FILE, FolderInUse, hold
+from haltkit.models.checkpoint import BUNDLED
 
 
 def fifo(folder: Path) -> Path:
@@ -320,3 +325,46 @@ def test_yaml_that_says_a_thing_twice_is_refused_at_once(tmp_path: Path, text: s
     (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(FileError, match=token):
         read_yaml(tmp_path / "file.yaml", "the config", dict)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token"),
+    [
+        (["headroom", "chase", "--max-loops", "99999999999999999999"], "max-loops"),
+        (["calibrate", "chase", "--sequences", "99999999999999999999"], "sequences"),
+        (["calibrate", "chase", "--policy", "kl:tau=x"], "a number is expected"),
+        (["fit", "chase", "--save", "no-such-folder/card"], "there is no folder"),
+        (["calibrate", "chase", "--save", "no-such-folder/card"], "there is no folder"),
+    ],
+)
+def test_absurd_numbers_and_places_are_one_line(
+    arguments: list[str],
+    token: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert token in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_impossible_size_in_a_reasoners_config_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "chase"
+    shutil.copytree(BUNDLED / "chase", folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"d_model": 64', '"d_model": 1000000000'))
+    assert run_command("headroom", folder) == 2
+    assert "impossible size" in capsys.readouterr().err
+
+
+def test_weights_of_a_policy_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    haltkit.Weights({"w": torch.tensor([1.0, torch.nan])}).save(path)
+    with pytest.raises(ValueError, match="not finite"):
+        haltkit.Weights.load(path)

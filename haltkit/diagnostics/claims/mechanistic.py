@@ -87,7 +87,7 @@ def _cyclic_fixed_points(diagnosis: Diagnosis) -> Answer:
 
 def _attention_settles(diagnosis: Diagnosis) -> Answer:
     def ratio(rows: Sequence[Numbers]) -> float | None:
-        changes = np.array([numbers(row) for row in rows])  # (recurrences - 1, layers)
+        changes = np.array([numbers(row) for row in rows])  # (steps - 1, layers)
         return float((changes[7] / changes[0]).max()) if len(changes) >= 8 and (changes[0] > 0).all() else None
 
     def values(survey: Survey, rows: Callable[[RegionAttention], Sequence[Numbers]]) -> dict[str, Measured]:
@@ -103,7 +103,7 @@ def _attention_settles(diagnosis: Diagnosis) -> Answer:
     attention = values(diagnosis.trained, lambda region: region.successive)
     measured, untrained = shown(diagnosis.trained), shown(diagnosis.untrained)
     if not attention:
-        return cannot_tell("attention was not seen, or over fewer than nine recurrences")
+        return cannot_tell("attention was not seen, or over fewer than nine steps")
     if _cycle_region(diagnosis.trained, regions) is None:
         return Answer(UNKNOWN, measured, untrained, _other_setting(regions, "attention was not seen"))
     if (young := _too_young(diagnosis.tokens_seen)) is not None:
@@ -240,7 +240,7 @@ CLAIMS: tuple[Claim, ...] = (
         "[M]",
         "Each layer of the cycle converges to its own fixed point",
         "share of tokens at a fixed point (by cosine), and with distinct ones: the angle between the layers' states "
-        "at the last recurrence is 0.9 of that half way or more, and above 100 roundings",
+        "at the last step is 0.9 of that half way or more, and above 100 roundings",
         f"{SETTING}: both shares >= 0.95, the first in every layer",
         _cyclic_fixed_points,
     ),
@@ -248,7 +248,7 @@ CLAIMS: tuple[Claim, ...] = (
         "M2",
         "[M]",
         "Attention settles as the states do",
-        "change of attention between recurrences 8 and 9 over that between 1 and 2, largest layer; the states' too",
+        "change of attention between steps 8 and 9 over that between 1 and 2, largest layer; the states' too",
         f"{SETTING}: attention's at most 0.1",
         _attention_settles,
     ),

@@ -37,8 +37,8 @@ class _Attention:
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = list(layers)
         self.frobenius: Tensor | None = None
-        self.moved: Tensor | None = None  # (recurrence - 1, layer)
-        self.sums: Tensor | None = None  # (statistic, recurrence, layer)
+        self.moved: Tensor | None = None  # (step - 1, layer)
+        self.sums: Tensor | None = None  # (statistic, step, layer)
         self.windows = 0
 
     def add(self, matrices: Mapping[str, list[Tensor]], states: Mapping[str, list[Tensor]], loops: int) -> None:
@@ -50,7 +50,7 @@ class _Attention:
             found = attention_numbers(matrix)
             found["compression"] = float(residual_compression(states[path][t][0]))
             numbers[:, t, i] = torch.tensor([found[name] for name in self.NAMES])
-        visited = torch.stack([torch.stack(states[path]) for path in self.layers], 1)  # (recurrence, layer, 1, T, D)
+        visited = torch.stack([torch.stack(states[path]) for path in self.layers], 1)  # (step, layer, 1, T, D)
         moved = signals.norm(signals.difference(visited[1:], visited[:-1])).flatten(2).mean(-1).double()
         self.moved = moved if self.moved is None else self.moved + moved
         distances = frobenius_distances(ordered)
@@ -65,7 +65,7 @@ class _Attention:
         frobenius, sums = self.frobenius / self.windows, self.sums / self.windows
         width, n = len(self.layers), len(frobenius)
         later = torch.arange(width, n)
-        successive = frobenius[later, later - width].view(-1, width)  # the same layer, one recurrence apart
+        successive = frobenius[later, later - width].view(-1, width)  # the same layer, one step apart
         every = torch.arange(n)
         to_last = frobenius[every, n - width + every % width].view(-1, width)
         return RegionAttention(
@@ -109,8 +109,8 @@ def survey_attention(
                     unseen.append(name)
                 continue
             one.add(
-                {path: subject.by_recurrence(path, matrices[path], loops, loops) for path in one.layers},
-                {path: subject.by_recurrence(path, states[path], loops, iterations) for path in one.layers},
+                {path: subject.by_step(path, matrices[path], loops, loops) for path in one.layers},
+                {path: subject.by_step(path, states[path], loops, iterations) for path in one.layers},
                 loops,
             )
 

@@ -20,7 +20,7 @@ from haltkit.subject import Subject
 
 __all__ = ["DEEP_LOOPS", "SMALL_STEP", "survey_limits"]
 
-# [M]: the state after 128 recurrences stands for the fixed point.
+# [M]: the state after 128 steps stands for the fixed point.
 DEEP_LOOPS = 128
 # A step of under a hundredth of the state is small; whether the state is near its limit then is another question.
 SMALL_STEP = 0.01

@@ -48,7 +48,7 @@ def limits(diagnosis: Diagnosis) -> Figure | None:
 
 
 def attention(diagnosis: Diagnosis) -> Figure | None:
-    """[M] Figure 2: distance between the attention matrices of all (recurrence, layer) pairs, and how it settles."""
+    """[M] Figure 2: distance between the attention matrices of all (step, layer) pairs, and how it settles."""
     found = diagnosis.trained.attention.regions
     if not found:
         return None
@@ -60,7 +60,7 @@ def attention(diagnosis: Diagnosis) -> Figure | None:
         figure.colorbar(image, ax=axes[0][column], label="Frobenius distance")
         count = len(region.layers)
         many = f" ({count} layers)" if count > 1 else ""
-        axis = "recurrence, layer by layer" if count > 1 else "recurrence"
+        axis = "step, layer by layer" if count > 1 else "step"
         axes[0][column].set(title=region_title(name, many), xlabel=axis, ylabel=axis)
         for ticks in (axes[0][column].xaxis, axes[0][column].yaxis):
             ticks.set_major_locator(MaxNLocator(integer=True))
@@ -75,7 +75,7 @@ def attention(diagnosis: Diagnosis) -> Figure | None:
                     color=f"{0.5 * i / max(1, count - 1):.2f}",
                     label=model if i == 0 else None,
                 )
-        axes[1][column].set(yscale="log", xlabel="recurrence", ylabel="change of attention (Frobenius)")
+        axes[1][column].set(yscale="log", xlabel="step", ylabel="change of attention (Frobenius)")
     axes[1][0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -106,7 +106,7 @@ def layers(diagnosis: Diagnosis) -> Figure | None:
                     )
     for row, label in zip(axes, labels, strict=True):
         for panel, name in zip(row, names, strict=True):
-            panel.set(xscale="log", yscale="log", xlabel="recurrence t", ylabel=label, title=region_title(name))
+            panel.set(xscale="log", yscale="log", xlabel="step t", ylabel=label, title=region_title(name))
     for panel in axes[0]:
         panel.legend(frameon=False, fontsize=7)
     return figure
@@ -136,9 +136,9 @@ def stages(diagnosis: Diagnosis) -> Figure | None:
         for row, (key, label) in enumerate(PROFILES.items()):
             panel = axes[row][column]
             passes = _table(region.profiles[key])
-            if count == 1:  # one layer has no profile over depth: show it over recurrences
+            if count == 1:  # one layer has no profile over depth: show it over steps
                 panel.plot(range(1, len(passes) + 1), [values[0] for values in passes], color="black")
-                panel.set(xlabel="recurrence")
+                panel.set(xlabel="step")
             else:
                 for t, ys in enumerate(passes):
                     panel.plot(
@@ -164,7 +164,7 @@ def _middles(count: int) -> list[float]:
 
 
 def cycles(diagnosis: Diagnosis) -> Figure | None:
-    """[M] Figure 5: the last token's states at all layers and recurrences, in the plane of two components."""
+    """[M] Figure 5: the last token's states at all layers and steps, in the plane of two components."""
     models = {name: survey.paths.cycles for name, survey in diagnosis.models.items() if survey.paths.cycles}
     if "trained" not in models:
         return None

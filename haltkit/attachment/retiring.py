@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from haltkit.attachment.errors import BatchNotFound, RowsMeet
 from haltkit.attachment.outputs import map_tensors
 
-__all__ = ["BodyCall", "Leaving"]
+__all__ = ["BodyCall", "Retiring"]
 
 TRIALS = 32  # combinations of dimensions that are tried for one module
 Axes = tuple["int | None", ...]  # the batch dimension of each tensor; None: it has no batch and is shared
@@ -64,7 +64,7 @@ class _Proven:
     returned: Axes
 
 
-class Leaving:
+class Retiring:
     """What is known about the batch dimensions of one loop's modules. It lasts as long as the session."""
 
     def __init__(self, modules: dict[str, nn.Module], trying: Callable[[], AbstractContextManager[None]]) -> None:
