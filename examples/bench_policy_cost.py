@@ -9,23 +9,23 @@ machine that slows down slows both; the ratio is the median of the repeats' rati
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import haltkit
 from haltkit.models.gpt.model import Block
+from haltkit.policies import Probe
 from haltkit.protocol import LoopStep
+from haltkit.timing import in_turns, milliseconds, ratio
 
 SPECS = ["norm:tau=1e-9", "norm-rel:tau=1e-9", "accel:tau=1e-9", "accel-rel:tau=1e-9", "speed:tau=1e-9", "kl:tau=1e-12"]
 
 
-def clock(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def probe(width: int, *names: str) -> Probe:
+    """A probe with features, as 'haltkit fit' makes them."""
+    tensors: dict[str, Tensor] = {"loop/state": torch.randn(width) / width, "loop/bias": torch.zeros(1)}
+    return Probe(0.5, haltkit.Weights({**tensors, **{f"loop/{name}": torch.ones(1) for name in names}}))
 
 
 @torch.inference_mode()
@@ -44,24 +44,22 @@ def main() -> None:
     active = torch.ones(1, options.rows, dtype=torch.bool)
 
     policies = {spec.partition(":")[0]: haltkit.policy(spec) for spec in SPECS}
+    policies |= {"probe, state alone": probe(options.width)}
+    policies |= {"probe, size, cosine, step": probe(options.width, "size", "cosine", "step")}
     states = {}
     for name, policy in policies.items():  # a state from the middle of a loop
         states[name], _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
-    times: dict[str, list[float]] = {name: [] for name in ("body", *policies)}
-    for repeat in range(options.repeats + 3):
-        sample = {"body": clock(lambda: body(x_prev))}
-        for name, policy in policies.items():
-            step = LoopStep(2, x, x_prev, active, head)
-            sample[name] = clock(lambda policy=policy, name=name, step=step: policy.update(states[name], step))
-        if repeat >= 3:  # the first ones warm up
-            for name, seconds in sample.items():
-                times[name].append(seconds)
 
+    def judging(name: str) -> object:
+        return policies[name].update(states[name], LoopStep(2, x, x_prev, active, head))
+
+    runs = {"body": lambda: body(x_prev), **{name: (lambda name=name: judging(name)) for name in policies}}
+    in_turns(runs, 3)  # warms up
+    times = in_turns(runs, options.repeats)
     print(f"{options.rows} rows of width {options.width}, float32, {torch.get_num_threads()} threads")
-    print(f"{'body (one layer)':18} {1e3 * statistics.median(times['body']):8.3f} ms")
+    print(f"{'body (one layer)':26} {milliseconds(times['body']):8.3f} ms")
     for name in policies:
-        ratios = [mine / base for mine, base in zip(times[name], times["body"], strict=True)]
-        print(f"{name:18} {1e3 * statistics.median(times[name]):8.3f} ms  {statistics.median(ratios):7.1%} of the body")
+        print(f"{name:26} {milliseconds(times[name]):8.3f} ms  {ratio(times, name, 'body'):7.1%} of the body")
 
 
 if __name__ == "__main__":

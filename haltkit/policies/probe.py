@@ -78,4 +78,5 @@ class Probe:
         if names:
             logit = logit + features(step, state, names) @ torch.cat([known[f"{step.region}/{n}"] for n in names])
         score = torch.sigmoid(-logit)
-        return step.d, Verdict(score, score < self.tau)
+        before = step.d if "cosine" in names else state  # nothing else looks at it
+        return before, Verdict(score, score < self.tau)
