@@ -15,10 +15,16 @@ compare: $(VENV)/.installed
 figure: $(VENV)/.installed
 	$(BIN)/python examples/draw_overview.py --chase haltkit-chase.json --text haltkit-compare.json --out examples/overview.png
 
+REASONERS := examples/reproduction/reasoners
+
 # The claims of the papers, judged on the bundled checkpoint: examples/reproduction.
 reproduction: $(VENV)/.installed
 	$(BIN)/haltkit compare --policies accel,kl,norm --taus paper --tokens 1024 --json examples/reproduction/compare.json
 	$(BIN)/haltkit diagnose --snapshots examples/reproduction/snapshots --grid --out examples/reproduction
+	for model in chase sudoku; do \
+	  $(BIN)/haltkit compare $$model --policies accel,kl,norm --taus both --json $(REASONERS)/$$model/compare.json && \
+	  $(BIN)/haltkit diagnose $$model --out $(REASONERS)/$$model || exit 1; done
+	$(BIN)/haltkit report examples/reproduction $(REASONERS)/chase $(REASONERS)/sudoku --out examples/reproduction/claims-by-model.md
 
 test: check unit wheel
 

@@ -1,31 +1,62 @@
-"""``haltkit report``: one HTML page of what ``haltkit diagnose`` found."""
+"""``haltkit report``: an HTML page of what ``haltkit diagnose`` found, or the claims of several models side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from haltkit.diagnostics import Diagnosis
+
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by 'haltkit diagnose'.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Folder written by 'haltkit diagnose'; of several, their claims side by side."
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The page (.html), or the table of several (.md). [default: DIR/report.html, or the terminal]",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Make one HTML page that opens from disk: trade-off, paths, signals, claims, and the text by steps taken."""
+    """Make one HTML page that opens from disk: trade-off, paths, signals, claims, and the text by steps taken.
+
+    Of several folders, make a table of the papers' claims instead, with a column per model.
+    """
+    from haltkit.files import check_output, write_text
+
+    found = [_read(folder) for folder in folders]
+    if len(found) > 1:
+        from haltkit.diagnostics.claims import claims_by_model
+
+        table = claims_by_model(found)
+        if out is None:
+            print(table, end="")
+            return
+        write_text(check_output(out, ("md",)), table)
+        print(f"claims: {out}")
+        return
+    path = check_output(out or folders[0] / "report.html", ("html",))
+
+    from haltkit.reporting.report import render_page
+
+    write_text(path, render_page(found[0]))
+    print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _read(folder: Path) -> Diagnosis:
     from haltkit.diagnostics import Diagnosis
     from haltkit.diagnostics.diagnosis import RESULTS_FILE
-    from haltkit.files import check_output, write_text
 
     source = folder / RESULTS_FILE
     if not source.is_file():
         raise ValueError(f"{str(folder)!r} has no {RESULTS_FILE}: make it with 'haltkit diagnose --out {folder}'")
-    diagnosis = Diagnosis.load(source)
-    path = check_output(out or folder / "report.html", ("html",))
-
-    from haltkit.reporting.report import render_page
-
-    write_text(path, render_page(diagnosis))
-    print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return Diagnosis.load(source)

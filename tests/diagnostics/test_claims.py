@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cases import run_command
 from diagnoses import UNKNOWN, YES, regions, results, rulings
 from haltkit.diagnostics import CLAIMS, Diagnosis, claims_table, judge
 
@@ -20,12 +21,29 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     return {judgement.name: judgement for judgement in judge(Diagnosis.from_json(found))}
 
 
-@pytest.mark.parametrize("folder", [REPRODUCTION, REPRODUCTION / "one-region"], ids=["bundled", "one-region"])
+FOLDERS = [REPRODUCTION, REPRODUCTION / "one-region", *(REPRODUCTION / "reasoners" / n for n in ("chase", "sudoku"))]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_committed_results_are_judged_as_the_committed_table_says(folder: Path) -> None:
     stored = Diagnosis.load(folder / "diagnose.json")
     again = judge(stored)
     assert again == stored.claims
     assert claims_table(replace(stored, claims=again)) == (folder / "claims.md").read_text(encoding="utf-8")
+
+
+def test_claims_of_several_models_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [REPRODUCTION, *FOLDERS[2:]]
+    assert run_command("report", *folders) == 0
+    table = capsys.readouterr().out
+    assert table == (REPRODUCTION / "claims-by-model.md").read_text(encoding="utf-8")
+    rows = [line.replace("\\|", "").split(" | ") for line in table.splitlines() if line.startswith("| P1 ")]
+    for folder, cell in zip(folders, rows[0][2:], strict=True):
+        judgement = next(one for one in Diagnosis.load(folder / "diagnose.json").claims if one.name == "P1")
+        assert cell.startswith(f"**{judgement.ruling}**")
+    assert run_command("report", *folders, "--out", tmp_path / "page.html") == 2
+    assert run_command("report", REPRODUCTION, REPRODUCTION) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_everything_as_the_papers_say_is_reproduced() -> None:

@@ -8,7 +8,7 @@ A claim that a model of this kind or size cannot speak to is *cannot tell at thi
 untrained model of the same shape does stands beside each value: a finding that it shares is not training's.
 """
 
-from haltkit.diagnostics.claims.judging import CLAIMS, claims_table, judge
+from haltkit.diagnostics.claims.judging import CLAIMS, claims_by_model, claims_table, judge
 from haltkit.diagnostics.claims.rules import Answer, Claim
 
-__all__ = ["CLAIMS", "Answer", "Claim", "claims_table", "judge"]
+__all__ = ["CLAIMS", "Answer", "Claim", "claims_by_model", "claims_table", "judge"]

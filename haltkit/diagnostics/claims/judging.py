@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from haltkit.diagnostics.claims import mechanistic, two_scale, two_scale_policies
 from haltkit.diagnostics.claims.rules import Claim, Measured
 from haltkit.diagnostics.diagnosis import Diagnosis
+from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.judgement import YES, Judgement, Value, show_values
 from haltkit.diagnostics.numbers import finite
 
-__all__ = ["CLAIMS", "claims_table", "judge"]
+__all__ = ["CLAIMS", "claims_by_model", "claims_table", "judge"]
 
 CLAIMS: tuple[Claim, ...] = (*two_scale.CLAIMS, *two_scale_policies.CLAIMS, *mechanistic.CLAIMS)
 SHARED = "the untrained model has it too"
@@ -72,5 +73,45 @@ def claims_table(diagnosis: Diagnosis) -> str:
             show_values(one.untrained),
             f"**{one.ruling}**" + (f": {one.reason}" if one.reason else ""),
         )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def claims_by_model(diagnoses: Sequence[Diagnosis]) -> str:
+    """The judgements of several diagnoses side by side, as a Markdown document: a column per model.
+
+    Raises:
+        DiagnosticError: fewer than two diagnoses, or two of one name.
+    """
+    names = [one.name for one in diagnoses]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise DiagnosticError(
+            f"claims side by side are of two or more models of different names, got {', '.join(names)}"
+        )
+    found = {(one.name, one.paper): one for diagnosis in diagnoses for one in diagnosis.claims}
+    columns = [{(one.name, one.paper): one for one in diagnosis.claims} for diagnosis in diagnoses]
+    lines = [
+        f"# Claims, judged on {', '.join(names)}",
+        "",
+        "The same rules for every model; they stand in `haltkit/diagnostics/claims/`. Brackets have what was measured; "
+        "behind the bar stands what the same shape with fresh weights measures. [P] is arXiv 2509.23314, [M] arXiv "
+        "2604.11791.",
+        "",
+        _row(("", "claim", *names)),
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for key, claim in found.items():
+        cells = [_judged(column[key]) if key in column else "" for column in columns]
+        lines.append(_row((claim.name, f"{claim.text} {claim.paper}", *cells)))
+    return "\n".join(lines) + "\n"
+
+
+def _judged(one: Judgement) -> str:
+    numbers = show_values(one.measured)
+    if one.untrained:
+        numbers += f" | {show_values(one.untrained)}"
+    return f"**{one.ruling}**" + (f" ({numbers})" if numbers else "") + (f": {one.reason}" if one.reason else "")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
