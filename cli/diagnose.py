@@ -95,6 +95,7 @@ def diagnose(
             snapshots=case.snapshots,
             control=case.control,
             grid=blocks,
+            unfolding=case.unfolding,
             comparison=comparison,
             about=case.about,
             on_progress=on_progress,

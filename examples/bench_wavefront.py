@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -24,7 +25,7 @@ from haltkit.models.gpt.sampling import Sampling
 from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront
 from haltkit.models.gpt.wavefront import Wavefront
 from haltkit.specs import policy_for_regions
-from haltkit.timing import turns
+from haltkit.timing import in_turns, milliseconds, turns
 
 FULL = 16
 DEPTHS = "4=fixed:steps=3;5-6=fixed:steps=9;7=fixed:steps=4"
@@ -88,6 +89,25 @@ def verified(model: LoopedGPT, exact: str, draft: str, ahead: int, width: int = 
     return run
 
 
+def _batches(model: LoopedGPT, prompt: list[int], ids: list[int], count: int, repeats: int) -> None:
+    """Where the gain ends: several prompts, which the sequential decoder continues together and the others in turn."""
+    samplers: dict[str, dict[str, object]] = {
+        "sequential": {},
+        "speculative": {"sampler": "speculative", "draft": SHALLOW},
+        "wavefront": {"sampler": "wavefront", "commit": "norm:tau=0.3", "layout": "last"},
+    }
+    print(f"{'ms per token, batch of':28}" + "".join(f"{name:>14}" for name in samplers))
+    for batch in (1, 2, 4, 8):
+        given = [ids[i * 97 : i * 97 + len(prompt)] for i in range(batch)]
+        runs = {
+            name: partial(model.generate, given, DEPTHS, max_new_tokens=count, temperature=0, max_loops=FULL, **more)
+            for name, more in samplers.items()
+        }
+        times = in_turns(runs, repeats)
+        print(f"{batch:<28}" + "".join(f"{milliseconds(times[name], batch * count):14.2f}" for name in samplers))
+    print()
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +151,7 @@ def main() -> None:
             seen[name] = [(prompt, runs[name](prompt, options.tokens)) for prompt in prompts]
             for kind, i in ((wall, 0), (cpu, 1)):
                 kind[name].append(1e3 * sum(text[3][i] for _, text in seen[name]) / new)
+    _batches(model, prompts[0], ids, options.tokens, options.repeats)
     print(f"{'':28}{'wall ms':>9}{'cpu ms':>9}{'sweeps':>8}{'calls':>7}{'same':>7}")
     for name, texts in seen.items():
         same = total = 0

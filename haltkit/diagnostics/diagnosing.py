@@ -14,6 +14,7 @@ from haltkit.diagnostics.diagnosis import Diagnosis
 from haltkit.diagnostics.plan import Plan, check_subject, run_plan
 from haltkit.diagnostics.results import Cell, Control, Snapshot, Survey
 from haltkit.diagnostics.stages import stage_numbers
+from haltkit.diagnostics.unfolding import Unfolding
 from haltkit.subject import Subject
 
 __all__ = ["Progress", "diagnose"]
@@ -37,6 +38,7 @@ def diagnose(
     snapshots: Iterable[Snapshot | Callable[[], Snapshot]] = (),
     control: Control | Callable[[], Control] | None = None,
     grid: Iterable[Cell] = (),
+    unfolding: Callable[[], Unfolding] | None = None,
     comparison: Comparison | None = None,
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -54,6 +56,7 @@ def diagnose(
         snapshots: the model across its training, measured already or by a call.
         control: the attention of a model without loops, for stages of inference; measured already or by a call.
         grid: untrained blocks, run one by one as they are asked for.
+        unfolding: makes the answers of one problem, step by step, for the page.
         comparison: of policies, made beforehand.
         about: what is known of the model, plain values; ``tokens_seen`` is how long it was trained.
         on_progress: told after each window, snapshot and block.
@@ -71,6 +74,8 @@ def diagnose(
     )
     try:
         whole = run.surveys({"trained": subject, "untrained": untrained}, inputs, plan)
+        if whole and unfolding is not None:
+            run.add(trained=run.found.trained.with_part("unfolding", unfolding()))
         if whole:
             run.snapshots(snapshots)
             run.stages(control)

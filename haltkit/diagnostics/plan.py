@@ -19,6 +19,7 @@ from haltkit.diagnostics.survey import (
     survey_paths,
     survey_tokens,
 )
+from haltkit.diagnostics.unfolding import Unfolding
 from haltkit.subject import Subject
 
 __all__ = ["Case", "Plan", "check_subject", "run_plan"]
@@ -35,6 +36,7 @@ class Case:
         about: what is known of it, plain values; ``tokens_seen`` is how long it was trained.
         snapshots: the model across its training, measured already or by a call.
         control: the attention of a model without loops, measured already or by a call.
+        unfolding: makes the answers of one problem, step by step; None where there is no problem to show.
     """
 
     subject: Subject
@@ -43,6 +45,7 @@ class Case:
     about: dict[str, Any] = field(default_factory=dict)
     snapshots: Iterable[Snapshot | Callable[[], Snapshot]] = ()
     control: Control | Callable[[], Control] | None = None
+    unfolding: Callable[[], Unfolding] | None = None
 
     def __post_init__(self) -> None:
         check_subject(self.subject, self.inputs)

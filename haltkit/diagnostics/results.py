@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from haltkit.diagnostics.numbers import Numbers, numbers
 from haltkit.diagnostics.schema import FLAT, SPARSE, Curve
+from haltkit.diagnostics.unfolding import Unfolding
 
 __all__ = [
     "Attention",
@@ -282,6 +283,7 @@ class Survey:
     paths: Paths = field(metadata=SPARSE, default_factory=Paths)
     tokens: Tokens = field(metadata=SPARSE, default_factory=Tokens)
     stages: dict[str, dict[str, tuple[Stage, ...]]] = field(metadata=SPARSE, default_factory=dict)
+    unfolding: Unfolding = field(metadata=SPARSE, default_factory=Unfolding)
 
     def with_part(self, name: str, found: Any) -> Survey:
         """The same survey with one more part."""

@@ -21,6 +21,7 @@ from haltkit.diagnostics.judgement import Judgement, show_values
 from haltkit.diagnostics.numbers import finite
 from haltkit.diagnostics.results import Geometry
 from haltkit.diagnostics.schema import encode
+from haltkit.diagnostics.unfolding import Unfolding
 
 __all__ = ["render_page"]
 
@@ -75,8 +76,13 @@ def _data(diagnosis: Diagnosis) -> dict[str, Any]:
         "geometry": {name: _geometry(survey.geometry) for name, survey in diagnosis.models.items()},
         "paths": encode(diagnosis.trained.paths) if diagnosis.trained.paths.segments else None,
         "tokens": encode(diagnosis.trained.tokens) if diagnosis.trained.tokens.steps else None,
+        "unfolding": _unfolding(diagnosis.trained.unfolding),
         "claims": [_claim(one) for one in diagnosis.claims],
     }
+
+
+def _unfolding(found: Unfolding) -> dict[str, Any] | None:
+    return {**encode(found), "settled": list(found.settled)} if found.answers else None
 
 
 def _about(diagnosis: Diagnosis) -> str:

@@ -73,6 +73,7 @@ class Chase:
     name: str = "chase"
     item: str = "answer"
     granularity: Literal["token", "sequence"] = "token"
+    across: int = 8
     full_depth: int = 48  # twice the steps that nearly all queries need
 
     @property
@@ -136,6 +137,10 @@ class Chase:
     def words(self, rows: Tensor) -> list[str]:
         """``a>b`` for the edge from a to b, and ``a?`` for the query for a."""
         return [f"{query - 1}?" if query else f"{source - 1}>{target - 1}" for source, target, query in rows.tolist()]
+
+    def answer(self, label: int) -> str:
+        """The name."""
+        return str(label)
 
     def _named(self, rng: np.random.Generator, parents: np.ndarray) -> Batch:
         """With fresh names, edges and queries shuffled."""

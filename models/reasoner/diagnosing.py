@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from haltkit.diagnostics.plan import Case
-from haltkit.models.reasoner.checkpoint import load_reasoner
+from haltkit.diagnostics.unfolding import Unfolding
+from haltkit.models.reasoner.checkpoint import ReasonerCheckpoint, load_reasoner
 from haltkit.models.reasoner.config import build_reasoner
+from haltkit.models.reasoner.measure import predictions, settled_after
 from haltkit.models.reasoner.subject import reasoner_subject, sequences_of
+from haltkit.models.reasoner.task import Batch
 
 __all__ = ["checkpoint_case"]
 
@@ -44,4 +48,33 @@ def checkpoint_case(folder: Path, *, name: str, tokens: int = 2048, seed: int = 
         reasoner_subject(model, loaded.task, samples, name=title, batch=size)
         for model, title in ((loaded.model, name), (fresh, "untrained"))
     )
-    return Case(subject, samples.inputs, untrained, about)
+    return Case(subject, samples.inputs, untrained, about, unfolding=partial(_unfold, loaded, samples, test_set))
+
+
+@torch.no_grad()
+def _unfold(loaded: ReasonerCheckpoint, samples: Batch, test_set: str) -> Unfolding:
+    """The sequence of the test set that takes longest among the first eight, answered step by step to full depth."""
+    task, model = loaded.task, loaded.model
+    first = Batch(samples.inputs[:8], samples.labels[:8], samples.needed[:8])
+    predicted, asked = predictions(model, first, task.full_depth), first.asked  # (K, B, T)
+    one = int((settled_after(predicted) * asked).amax(1).argmax())
+    whole = task.granularity == "sequence"
+    shown = torch.ones_like(asked[one]) if whole else asked[one]
+    rows = shown.nonzero().squeeze(-1).tolist()
+    words = task.words(first.inputs[one])
+
+    right = first.labels[one].tolist()
+    # A cell that says its own answer is given.
+    open_ = [bool(asked[one, row]) and words[row] != task.answer(right[row]) for row in range(len(words))]
+
+    def said(labels: list[int]) -> tuple[str, ...]:
+        return tuple(task.answer(labels[row]) if open_[row] else words[row] for row in rows)
+
+    return Unfolding(
+        f"{'A ' + task.item if whole else f'The {task.item}s of one sequence'} of test set {test_set!r}",
+        task.across,
+        tuple(words[row] for row in rows),
+        tuple(open_[row] for row in rows),
+        tuple(said(step[one].tolist()) for step in predicted),
+        said(right),
+    )

@@ -95,6 +95,7 @@ class Task(Protocol):
         classes: how many answers there are.
         positions: rows in the longest sequence.
         levels: of the curriculum.
+        across: rows per line where they are shown.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Task(Protocol):
     classes: int
     positions: int
     levels: Sequence[Level]
+    across: int
 
     def sample(self, rng: np.random.Generator, level: int, count: int) -> Batch:
         """``count`` sequences of a level of the curriculum; what they are depends on ``rng`` alone."""
@@ -116,6 +118,10 @@ class Task(Protocol):
 
     def words(self, rows: Tensor) -> list[str]:
         """What the rows of one sequence, ``(T, C)``, say, in a few characters each."""
+        ...
+
+    def answer(self, label: int) -> str:
+        """What an answer says, in a few characters."""
         ...
 
     def split(self, text: str) -> list[str]:

@@ -222,6 +222,14 @@ class Sudoku:
         """The given of each cell; ``.`` where there is none."""
         return [str(given) if given else "." for given in rows[:, 0].tolist()]
 
+    @property
+    def across(self) -> int:
+        return self.settings.side
+
+    def answer(self, label: int) -> str:
+        """The digit."""
+        return str(label + 1)
+
     def split(self, text: str) -> list[str]:
         """Boards of a text: one per line, or, where a line is no whole board, one per paragraph."""
         lines = [line for line in text.splitlines() if line.strip()]

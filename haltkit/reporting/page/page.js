@@ -145,6 +145,11 @@ function paths(found) {
   draw(last);
 }
 
+function blue(share) {
+  const light = [239, 246, 252], dark = [12, 54, 104];
+  return light.map((v, i) => Math.round(v + (dark[i] - v) * share));
+}
+
 function tokens(found) {
   if (!found) return;
   show("tokens-part");
@@ -161,15 +166,13 @@ function tokens(found) {
     return span;
   });
   $("tokens").replaceChildren(...spans);
-  const mix = (share) => { const a = [239, 246, 252], b = [12, 54, 104];
-    return a.map((v, i) => Math.round(v + (b[i] - v) * share)); };
   let chosen = 0, bounds = [0, 1];
   const paint = () => {
     const steps = found.steps[$("policy").value][$("region").value];
     bounds = [Math.min(...steps), Math.max(...steps)];
     steps.forEach((s, i) => {
       const share = bounds[1] > bounds[0] ? (s - bounds[0]) / (bounds[1] - bounds[0]) : 0;
-      spans[i].style.background = `rgb(${mix(share)})`;
+      spans[i].style.background = `rgb(${blue(share)})`;
       spans[i].style.color = share > 0.5 ? "#fff" : "#1c2430";
       spans[i].title = `${s} steps`;
       spans[i].dataset.steps = s;
@@ -194,6 +197,50 @@ function tokens(found) {
   paint();
 }
 
+function unfolding(found) {
+  if (!found) return;
+  show("unfolding-part");
+  $("problem").textContent = found.title;
+  const last = found.answers.length, latest = Math.max(...found.settled, 1), slider = $("unfolded"), box = $("cells");
+  box.style.gridTemplateColumns = `repeat(${found.columns}, minmax(2.4rem, max-content))`;
+  let chosen = found.settled.indexOf(latest), timer = null;
+  const cells = found.cells.map((text, i) => {
+    const cell = element("button", "", { type: "button", disabled: !found.asked[i] });
+    cell.addEventListener("click", () => { chosen = i; draw(Number(slider.value)); });
+    return cell;
+  });
+  box.replaceChildren(...cells);
+  const queries = found.cells.some((text, i) => found.asked[i] && text.length > 1);
+  const draw = (k) => {
+    $("unfolded-value").textContent = `${k} of ${last}`;
+    found.answers[k - 1].forEach((answer, i) => {
+      const settled = found.asked[i] && k >= found.settled[i], share = found.settled[i] / latest, cell = cells[i];
+      cell.textContent = found.asked[i] && queries ? `${found.cells[i]} ${answer}` : answer;
+      cell.className = !found.asked[i] ? "given" : settled ? "settled" : "open";
+      cell.style.background = settled ? `rgb(${blue(share)})` : "";
+      cell.style.color = settled && share > 0.5 ? "#fff" : "";
+      cell.dataset.settled = found.settled[i];
+      if (i === chosen) cell.classList.add("on");
+    });
+    const course = found.answers.slice(0, k).map((answers) => answers[chosen]);
+    const moves = course.filter((answer, step) => step === 0 || answer !== course[step - 1]);
+    const query = queries ? `${found.cells[chosen]} ` : "";
+    $("path").textContent = `${query}${moves.join(" → ")}: settles at step ${found.settled[chosen]} of ${last}, ` +
+      (found.answers[last - 1][chosen] === found.right[chosen] ? "right." : `not right (${found.right[chosen]}).`);
+  };
+  const stop = () => { clearInterval(timer); timer = null; $("play").textContent = "play"; };
+  const go = (k) => { slider.value = k; draw(k); };
+  $("play").addEventListener("click", () => {
+    if (timer) { stop(); return; }
+    if (Number(slider.value) >= latest) go(1);
+    $("play").textContent = "stop";
+    timer = setInterval(() => { const k = Number(slider.value); if (k >= latest) stop(); else go(k + 1); }, 400);
+  });
+  slider.max = last;
+  slider.addEventListener("input", () => { stop(); draw(Number(slider.value)); });
+  go(Math.min(latest, last));
+}
+
 function claims(found) {
   if (!found.length) return;
   show("claims-part");
@@ -210,7 +257,7 @@ function claims(found) {
 
 heading();
 for (const [draw, found] of [[tradeoff, data.comparison], [geometry, data.geometry], [paths, data.paths],
-  [tokens, data.tokens], [claims, data.claims]]) {
+  [unfolding, data.unfolding], [tokens, data.tokens], [claims, data.claims]]) {
   try { draw(found); } catch (error) {  // of results that were edited; the other parts can still be looked at
     $("about").after(element("p", `The part "${draw.name}" cannot be shown: ${error.message}`, { className: "note" }));
   }
