@@ -40,7 +40,7 @@ MODELS = [
     {"config", "weights"},
     {"text"},
     {"gpt.cache", "gpt.config", "gpt.draws", "gpt.layers", "gpt.sampling"},
-    {"gpt.chunk", "gpt.cost", "gpt.files", "gpt.memory", "gpt.packed", "gpt.settings"},
+    {"gpt.chunk", "gpt.cost", "gpt.files", "gpt.memory", "gpt.open_rows", "gpt.packed", "gpt.settings"},
     {"gpt.passes"},
     {"gpt.decoding", "gpt.hub"},
     {"gpt.wavefront"},

@@ -65,9 +65,11 @@ def test_speculation_gives_the_text_and_the_steps_of_the_decoder_alone(
 
 
 @given(
-    width=st.integers(1, 6), ahead=st.integers(1, 9), tau=st.sampled_from([1e-9, 0.1, 3.0, 1e3]),
+    width=st.integers(1, 6),
+    ahead=st.integers(1, 9),
+    tau=st.sampled_from([1e-9, 0.1, 3.0, 1e3]),
     temperature=st.sampled_from([0.0, 1.0]),
-)  # fmt: skip
+)
 def test_a_verified_wavefront_gives_the_text_of_the_decoder_alone(
     model: LoopedGPT, width: int, ahead: int, tau: float, temperature: float
 ) -> None:
