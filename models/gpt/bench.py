@@ -17,7 +17,7 @@ from torch import Tensor
 
 from haltkit.comparison.settings import Candidate, Sweeps
 from haltkit.loop import LoopRun
-from haltkit.models.gpt.decoding import Decoder
+from haltkit.models.gpt.decoding import Decoded, Decoder
 from haltkit.models.gpt.memory import CompactMemory, CompactRegionLoop, Rows
 from haltkit.models.gpt.model import Block, LoopedGPT, Region
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
@@ -313,10 +313,10 @@ def break_even(model: LoopedGPT, rows: Sequence[int], shares: Sequence[float], *
 
         def prepare(b: int = b, t: int = t, e: Tensor = e) -> tuple[CompactRegionLoop, LoopRun]:
             """A loop after its first step."""
-            at_hand = Rows(b, t)
-            memories = [CompactMemory(at_hand) for _ in region.body.blocks]
+            present = Rows(b, t)
+            memories = [CompactMemory(present) for _ in region.body.blocks]
             positions = torch.arange(t, device=device).repeat(b)
-            body = CompactRegionLoop(region, e.flatten(0, 1), positions, model.noise, at_hand, memories)
+            body = CompactRegionLoop(region, e.flatten(0, 1), positions, model.noise, present, memories)
             run = LoopRun(policy, region.initial_state(e, model.noise), execution="compact", name=name)
             run.advance_if_sound(body.step(run.x, 1, run.active), body.finite_probe())
             return body, run
@@ -361,20 +361,19 @@ def position_cost(
         decoder = Decoder(model, policy, max_loops=max_loops)
         decoder.prefill(ids[:, :place])
 
-        def run(decoder: Decoder = decoder, place: int = place) -> None:
+        def run(decoder: Decoder = decoder, place: int = place) -> list[Decoded]:
             decoder.lengths = [place]
-            layers = 0.0
-            for i in range(place, place + count):
-                for name, taken in decoder.step(ids[:, i]).steps.items():
-                    layers += float(taken) * len(model.regions[name].body.blocks)
-            applied[place] = plain + layers / count
+            return [decoder.step(ids[:, i]) for i in range(place, place + count)]
 
+        layers = sum(
+            float(taken) * len(model.regions[name].body.blocks) for one in run() for name, taken in one.steps.items()
+        )
+        applied[place] = plain + layers / count
         device = ids.device
         q = torch.randn(1, heads, 1, model.d_model // heads, device=device)
         kv = torch.randn(1, place + count // 2, 2, heads, model.d_model // heads, device=device).permute(2, 0, 3, 1, 4)
         runs[f"token {place}"] = run
         runs[f"attention {place}"] = partial(_attention, q, *kv)
-        run()
     times = in_turns(runs, repeats)
     return [
         {
