@@ -32,7 +32,6 @@ from haltkit.cli import (
 app = typer.Typer(
     name="haltkit",
     help="Decide when a looped model has thought enough.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

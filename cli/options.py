@@ -37,7 +37,14 @@ _MODEL = (
     "A bundled model by name (text, chase, sudoku), a checkpoint folder, or pkg.mod:function returning a Subject. "
     "\\[default: text]"
 )
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False)]
+
+
+def _names(incomplete: str) -> list[str]:
+    """The bundled models, for the shell's completion."""
+    return [name for name in ("text", "chase", "sudoku") if name.startswith(incomplete)]
+
+
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False, autocompletion=_names)]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL, show_default=False)]
 # What MODEL was called before: it keeps working.
 OldCheckpoint = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,6 @@ HALTKIT = str(Path(sys.executable).parent / "haltkit")
 
 
 def haltkit(*args: Any, cwd: Path | None = None, width: int | None = None) -> subprocess.CompletedProcess[str]:
-    import os
-
     env = {**os.environ, **({"COLUMNS": str(width)} if width else {})}
     return subprocess.run([HALTKIT, *map(str, args)], capture_output=True, text=True, cwd=cwd, env=env, check=False)
 
@@ -320,3 +319,17 @@ def test_a_diverged_run_says_so_and_exits_with_1(
     error = capsys.readouterr().err.strip()
     assert "step 1" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("haltkit comp", ["compare"]),
+        ("haltkit compare --pol", ["--policies"]),
+        ("haltkit headroom ch", ["chase"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_models(words: str, completed: list[str]) -> None:
+    env = {**os.environ, "_HALTKIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    found = subprocess.run([HALTKIT], capture_output=True, text=True, env=env, check=True)
+    assert found.stdout.split() == completed
