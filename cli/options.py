@@ -121,12 +121,13 @@ def read_policies(
         ValueError: a bad spec, an unknown region, or a card that is not there, is another model's, or whose certificate
             is about other weights, another dtype or another full depth.
     """
-    from haltkit.card import Card, is_card
+    from haltkit.attachment.saved import load_card
+    from haltkit.card import is_card
     from haltkit.specs import policy_for_regions
 
     if not is_card(text):
         return policy_for_regions(text, regions)
-    card = Card.load(text)
+    card = load_card(text)
     card.check(model, regions, full_depth)
     return card.policies(regions)
 

@@ -17,7 +17,7 @@ from haltkit.identity import Identity
 from haltkit.specs import Choice
 from haltkit.weights import Weights
 
-__all__ = ["check_savable", "load", "save"]
+__all__ = ["check_savable", "load", "load_card", "save"]
 
 # The fields that a file can contain, and their defaults.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Loop) if not field.metadata.get("code")}
@@ -76,6 +76,18 @@ def _written(loop: Loop) -> dict[str, Any]:
         for name, v in described.items()
         if v != _DEFAULTS[name] and v not in ((), {})
     }
+
+
+def load_card(path: str | PathLike[str]) -> Card:
+    """The card in a file or folder, whose loops can be read.
+
+    Raises:
+        ValueError: as :meth:`haltkit.card.Card.load`, or a description with fields that no loop has.
+    """
+    card = Card.load(path)
+    for described in card.loops.values():
+        _read(path, described)
+    return card
 
 
 def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Choice, dict[str, Loop] | None]:

@@ -231,9 +231,10 @@ def _chosen(
     shares = [_quality(row, whole) for row in rows]
     good = list(takewhile(lambda share: share >= level, shares))
     if not good:
+        several = "; an inner region's readout may say little about what later regions need"
         raise ValueError(
             f"no threshold reaches {level:g} on live runs (the safest has {shares[0]:.4f}): ask for less, or fit on "
-            "more samples"
+            f"more samples{several if len(subject.regions) > 1 else ''}"
         )
     return candidates[len(good) - 1]
 

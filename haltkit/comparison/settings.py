@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from haltkit.card import Card, is_card
+from haltkit.attachment.saved import load_card
+from haltkit.card import is_card
 from haltkit.comparison.thresholds import PAPER_TAUS, taus_of
 from haltkit.driving import Look
 from haltkit.protocol import HaltingPolicy, Readout, check_tau
@@ -73,7 +74,7 @@ def candidates(policies: str | Sequence[Given] | None, subject: Subject) -> list
 def _candidate(given: Given, subject: Subject) -> Candidate:
     if isinstance(given, str):
         if is_card(given):
-            card = Card.load(given)
+            card = load_card(given)
             card.check(subject.model, subject.regions, subject.full_depth)
             promise = "" if card.certificate is None else card.certificate.promise
             return _named(card.policies(subject.regions), Path(given).stem, promise)

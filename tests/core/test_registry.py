@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import haltkit
-from cases import Nervous
+from cases import Nervous, run_command
 from haltkit import registry
 from haltkit.card import Card
 from haltkit.policies import Acceleration, Fixed, StepNorm
@@ -446,7 +446,9 @@ def test_weights_that_cannot_be_written_whole_leave_the_file_as_it_was(
         haltkit.Weights({"w": torch.ones(2)}).save(tmp_path)
 
 
-def test_a_card_names_each_region_once_and_says_of_a_misfit_what_is_known(tmp_path: Path) -> None:
+def test_a_card_names_each_region_once_and_says_of_a_misfit_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "card.yaml"
     path.write_text("policy: norm:tau=1\nregions: [loop, loop]\n")
     with pytest.raises(ValueError, match="more than once"):
@@ -455,3 +457,7 @@ def test_a_card_names_each_region_once_and_says_of_a_misfit_what_is_known(tmp_pa
     with pytest.raises(ValueError, match="made for Other, and this is a Linear with regions loop") as caught:
         Card.load(path).check(torch.nn.Linear(1, 1), ["loop"])
     assert "?" not in str(caught.value)
+    path.write_text("policy: norm:tau=1\nloop: {body: [core], wobble: 3}\n")
+    for arguments in (["solve", "chase", "0>1 1>1 0?", "--policy", path], ["compare", "chase", "--policies", path]):
+        assert run_command(*arguments) == 2
+        assert "wobble" in capsys.readouterr().err
