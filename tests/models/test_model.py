@@ -184,7 +184,7 @@ def test_gradients_flow_through_the_last_steps_only(tiny_config: ModelConfig) ->
             x = region.step(x, e, k, noise)
     for k in range(5, 8):
         x = region.step(x, e, k, noise)
-    torch.testing.assert_close(truncated, gradient(region.leave(x)))
+    torch.testing.assert_close(truncated, gradient(region.exit(x)))
     assert not torch.allclose(truncated, gradient(region.unroll(e, 7, noise, backprop_depth=None)))
 
 
@@ -249,7 +249,7 @@ def slow_reference(model: LoopedGPT, ids: Tensor, spec: str, max_loops: int) -> 
                 if verdict.halt:
                     break
             kept.append(history)
-            left.append(layer.leave(h))
+            left.append(layer.exit(h))
             steps[name].append(len(history))
         x = torch.stack(left).unsqueeze(0)
     return model.readout(x), steps

@@ -102,7 +102,7 @@ def literal_step(config: RunConfig, model: Any, moments: dict[str, Any], step: i
                 for k in range(1, loops[name] + 1):
                     with torch.set_grad_enabled(k > loops[name] - settings.backprop_depth):
                         state = layer.step(state, e, k, noise)
-                x = layer.leave(state)
+                x = layer.exit(state)
             loss = torch.nn.functional.cross_entropy(model.readout(x)[0], window[0, 1:]) / share
             for name, g in zip(names, torch.autograd.grad(loss, list(names.values())), strict=True):
                 gradients[name] += g
