@@ -256,7 +256,7 @@ def test_two_writers_are_never_in_a_folder_together(tmp_path: Path) -> None:
 
     def work() -> None:
         nonlocal inside, worst, taken
-        for _ in range(200):
+        while taken < 100:  # however often the threads are in each other's way
             try:
                 with hold(tmp_path, "haltkit train"):
                     with guard:
@@ -272,7 +272,6 @@ def test_two_writers_are_never_in_a_folder_together(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert taken > 50
     assert worst == 1
 
 
