@@ -19,18 +19,22 @@ read, a region's keys and values of every step are kept until the region ends, w
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.models.gpt.memory import RowMemory
 
 __all__ = ["CacheMemory", "DecodeRows", "LayerCache", "Layout", "NewRows", "parse_layout"]
+
+R = TypeVar("R", bound="NewRows")
 
 
 @dataclass(frozen=True)
@@ -123,44 +127,26 @@ class LayerCache:
         return self.filled * sum(lengths) * self.kv.shape[-1] * self.kv.element_size()
 
 
-class NewRows(Protocol):
-    """Rows that are not in the cache yet, and which of them are present."""
-
-    k: int
-
-    @property
-    def end(self) -> int:
-        """One past the greatest position."""
-        ...
-
-    def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
-        """Sequence and position of each active row, as indices, and those rows' entries of ``new``, ``(n, 2D)``."""
-        ...
-
-
-class DecodeRows:
-    """The newest token of each of ``B`` sequences, and which of them are present.
+class NewRows(ABC):
+    """Rows that are not in the cache yet, and which of them are present.
 
     Attributes:
-        positions: ``(B,)``, as ``places``; place: the one place of all, or None.
-        index: sequences present, ``(n,)``; None: all. writers: of those, the active ones; None: all.
+        positions: of each, ``(n,)``.
+        index: rows present, ``(m,)``; None: all. writers: of those, the active ones; None: all.
         end: one past the greatest position.
         guarded: something in the cache or in this step may not be finite.
         k: the step being taken.
     """
 
-    def __init__(self, places: Sequence[int], positions: Tensor, *, guarded: bool = False) -> None:
-        self.positions = positions
-        self.place = places[0] if min(places) == max(places) else None
-        self.end = max(places) + 1
+    def __init__(self, positions: Tensor, end: int, *, guarded: bool) -> None:
+        self.positions, self.end, self.guarded = positions, end, guarded
         self.index: Tensor | None = None
         self.writers: Tensor | None = None
-        self.guarded = guarded
         self.k = 1
         self._mask: Tensor | None = None
 
-    def all_present(self) -> DecodeRows:
-        """The same tokens at the start of another loop."""
+    def all_present(self: R) -> R:
+        """The same rows at the start of another loop."""
         again = copy(self)
         again.index, again.writers = None, None
         return again
@@ -176,6 +162,27 @@ class DecodeRows:
             active = torch.ones(count, dtype=torch.bool, device=frozen.device).index_fill_(0, frozen, False)
             self.writers = active.nonzero().squeeze(-1)
 
+    @abstractmethod
+    def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
+        """Sequence and position of each active row, as indices, and those rows' entries of ``new``, ``(n, 2D)``."""
+
+    @abstractmethod
+    def memory(self, cache: LayerCache) -> RowMemory:
+        """What one layer's attention reads and writes."""
+
+    def _causal(self, like: Tensor) -> Tensor:
+        """What hides the positions after each row's own, to add to scores, ``(n, end)``."""
+        future = torch.arange(self.end, device=like.device) > self.positions.unsqueeze(-1)
+        return torch.zeros(future.shape, dtype=like.dtype, device=like.device).masked_fill_(future, -math.inf)
+
+
+class DecodeRows(NewRows):
+    """The newest token of each of ``B`` sequences, at ``places``; ``place`` is the one of all, or None."""
+
+    def __init__(self, places: Sequence[int], positions: Tensor, *, guarded: bool = False) -> None:
+        super().__init__(positions, max(places) + 1, guarded=guarded)
+        self.place = places[0] if min(places) == max(places) else None
+
     def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
         if self.place is not None and self.index is None and self.writers is None:
             return (slice(None), self.place), new
@@ -185,7 +192,6 @@ class DecodeRows:
         return (sequence, self.positions[sequence]), new
 
     def memory(self, cache: LayerCache) -> CacheMemory:
-        """What one layer's attention reads and writes."""
         return CacheMemory(cache, self)
 
     def mask(self, like: Tensor) -> Tensor | None:
@@ -193,9 +199,7 @@ class DecodeRows:
         if self.place is not None:
             return None
         if self._mask is None:
-            future = torch.arange(self.end, device=like.device) > self.positions.unsqueeze(-1)
-            self._mask = torch.zeros(future.shape, dtype=like.dtype, device=like.device)
-            self._mask = self._mask.masked_fill_(future, -math.inf)[:, None, None, :]
+            self._mask = self._causal(like)[:, None, None, :]
         return self._mask
 
 

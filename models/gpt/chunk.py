@@ -7,7 +7,6 @@ step ``min(k, K_j)``. It is what verifies drafts.
 from __future__ import annotations
 
 import math
-from copy import copy
 from typing import Any
 
 import torch
@@ -15,46 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.models.gpt.cache import LayerCache
+from haltkit.models.gpt.cache import LayerCache, NewRows
 
 __all__ = ["ChunkMemory", "ChunkRows"]
 
 
-class ChunkRows:
-    """The new positions ``first .. first + n - 1`` of the only sequence, and which of them are present.
-
-    Attributes:
-        positions: ``(n,)``.
-        index: rows present, ``(m,)``; None: all. writers: of those, the active ones; None: all.
-        end: one past the greatest position.
-        guarded: something in the cache or in this step may not be finite.
-        k: the step being taken.
-    """
+class ChunkRows(NewRows):
+    """The new positions ``first .. first + count - 1`` of the only sequence."""
 
     def __init__(self, first: int, count: int, device: torch.device, *, guarded: bool = False) -> None:
-        self.positions = torch.arange(first, first + count, device=device)
-        self.end = first + count
-        self.index: Tensor | None = None
-        self.writers: Tensor | None = None
-        self.guarded = guarded
-        self.k = 1
-        self._mask: Tensor | None = None
-
-    def all_present(self) -> ChunkRows:
-        """The same positions at the start of another loop."""
-        again = copy(self)
-        again.index, again.writers = None, None
-        return again
-
-    def select(self, kept: Tensor) -> None:
-        self.index = kept if self.index is None else self.index[kept]
-        self.writers = None
-
-    def freeze(self, frozen: Tensor | None) -> None:
-        self.writers = None
-        if frozen is not None:
-            active = torch.ones(len(self.present()), dtype=torch.bool, device=frozen.device)
-            self.writers = active.index_fill_(0, frozen, False).nonzero().squeeze(-1)
+        super().__init__(torch.arange(first, first + count, device=device), first + count, guarded=guarded)
 
     def present(self) -> Tensor:
         """Positions of the rows present, ``(m,)``."""
@@ -67,14 +36,12 @@ class ChunkRows:
         return (0, positions), new
 
     def memory(self, cache: LayerCache) -> ChunkMemory:
-        """What one layer's attention reads and writes."""
         return ChunkMemory(cache, self)
 
     def mask(self, like: Tensor) -> Tensor:
         """The causal mask to add to scores, ``(m, end)``."""
         if self._mask is None:
-            future = torch.arange(self.end, device=like.device) > self.positions.unsqueeze(-1)
-            self._mask = torch.zeros(future.shape, dtype=like.dtype, device=like.device).masked_fill_(future, -math.inf)
+            self._mask = self._causal(like)
         return self._mask if self.index is None else self._mask[self.index]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.loop import Execution
-from haltkit.models.gpt.cache import DecodeRows, LayerCache, parse_layout
+from haltkit.models.gpt.cache import DecodeRows, LayerCache, NewRows, parse_layout
 from haltkit.models.gpt.chunk import ChunkRows
 from haltkit.models.gpt.draws import EvaluationNoise
 from haltkit.models.gpt.layers import Region
@@ -56,7 +56,7 @@ class CacheMemories:
     def __init__(
         self,
         caches: Mapping[str, Sequence[LayerCache]],
-        rows: DecodeRows | ChunkRows,
+        rows: NewRows,
         noise: EvaluationNoise,
         *,
         looking: bool,

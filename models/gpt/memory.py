@@ -190,13 +190,7 @@ class CompactMemory:
     def attend(self, qkv: Tensor, n_head: int) -> Tensor:
         """What the rows present read, ``(n, D)``, from their ``(n, 3D)`` and all others' latest."""
         rows, d = self.rows, qkv.shape[-1] // 3
-        self.probe = qkv.sum()
-        latest = self._store(qkv[:, d:])
-        kv = latest.view(rows.batch, rows.length, 2, n_head, d // n_head)  # (B, T, 2, H, D/H)
-        broken = None
-        if rows.guarded:
-            broken = ~signals.finite(latest).view(rows.batch, rows.length)  # (B, T)
-            kv = kv.masked_fill(broken[:, :, None, None, None], 0.0)
+        kv, broken = self._latest(qkv, n_head)
         q = qkv[:, :d]
         if rows.index is None:
             q = q.view(rows.batch, rows.length, n_head, d // n_head).transpose(1, 2)
@@ -217,6 +211,20 @@ class CompactMemory:
         if broken is not None:  # a token whose own keys are not finite is not finite
             y = y.masked_fill(broken.flatten()[rows.index].unsqueeze(-1), math.nan)
         return y
+
+    def _latest(self, qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor | None]:
+        """All tokens' latest keys and values after this step, ``(B, T, 2, H, D/H)``, and which are broken, ``(B, T)``.
+
+        Those that are not finite are zeroed where the step is guarded; None: it is not.
+        """
+        rows, d = self.rows, qkv.shape[-1] // 3
+        self.probe = qkv.sum()
+        latest = self._store(qkv[:, d:])
+        kv = latest.view(rows.batch, rows.length, 2, n_head, d // n_head)
+        if not rows.guarded:
+            return kv, None
+        broken = ~signals.finite(latest).view(rows.batch, rows.length)
+        return kv.masked_fill(broken[:, :, None, None, None], 0.0), broken
 
     def _store(self, new: Tensor) -> Tensor:
         """Take the rows' keys and values of this step, ``(n, 2D)``; returns all tokens' latest, ``(B * T, 2D)``."""

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haltkit import signals
 from haltkit.models.gpt.layers import split_heads
 from haltkit.models.gpt.memory import CompactMemory, MaskedMemory, Rows
 
@@ -120,13 +119,7 @@ class CompactBidirectionalMemory(CompactMemory):
     def attend(self, qkv: Tensor, n_head: int) -> Tensor:
         """What the rows present read, ``(n, D)``, from their ``(n, 3D)`` and all others' latest."""
         rows, d = self.rows, qkv.shape[-1] // 3
-        self.probe = qkv.sum()
-        latest = self._store(qkv[:, d:])
-        kv = latest.view(rows.batch, rows.length, 2, n_head, d // n_head)  # (B, T, 2, H, D/H)
-        broken = None
-        if rows.guarded:
-            broken = ~signals.finite(latest).view(rows.batch, rows.length)  # (B, T)
-            kv = kv.masked_fill(broken[:, :, None, None, None], 0.0)
+        kv, broken = self._latest(qkv, n_head)
         seen = _seen(rows.real, broken)
         q, slot, lines, width = qkv[:, :d], None, rows.batch, rows.length
         if rows.index is not None:

@@ -39,8 +39,10 @@ CORE = [
 MODELS = [
     {"config", "weights"},
     {"text"},
-    {"gpt.cache", "gpt.config", "gpt.draws", "gpt.layers", "gpt.sampling"},
-    {"gpt.chunk", "gpt.cost", "gpt.files", "gpt.memory", "gpt.open_rows", "gpt.packed", "gpt.settings"},
+    {"gpt.config", "gpt.draws", "gpt.layers", "gpt.sampling"},
+    {"gpt.cost", "gpt.files", "gpt.memory", "gpt.packed", "gpt.settings"},
+    {"gpt.cache"},
+    {"gpt.chunk", "gpt.open_rows"},
     {"gpt.passes"},
     {"gpt.decoding", "gpt.hub"},
     {"gpt.wavefront"},
