@@ -102,12 +102,13 @@ def check_policies(text: str | None) -> None:
     """
     if text is None:
         return
-    from haltkit.card import Card, is_card
+    from haltkit.attachment.saved import load_card
+    from haltkit.card import is_card
     from haltkit.specs import parse_choice, parse_choices
 
     for item in parse_choices(text):
         if is_card(item):
-            Card.load(item)
+            load_card(item)
         else:
             parse_choice(item)
 

@@ -24,6 +24,7 @@ __all__ = [
     "ThresholdPolicy",
     "Verdict",
     "check_tau",
+    "check_temperature",
     "granularity_of",
     "judge",
     "map_state",
@@ -194,3 +195,13 @@ def check_tau(tau: float) -> None:
     """
     if not 0 < tau < torch.inf:
         raise ValueError(f"tau={tau} is not a threshold: it must be a positive, finite number, such as 1e-3")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a number that logits cannot be divided by.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")

@@ -206,7 +206,10 @@ class Slots:
         if newcomers is None or len(newcomers) < len(new):
             old = active if newcomers is None else active.index_fill(0, newcomers, False)
             step = step_of(lambda part: part[:judged], k[:judged], old[:judged])
-            one = lambda: step_of(lambda part: part[:1], int(k[:1].max()), old[:1])  # noqa: E731
+
+            def one() -> LoopStep:
+                return step_of(lambda part: part[:1], int(k[:1].max()), old[:1])
+
             self.state, (_, halt) = self._update(step, one)
         if newcomers is not None:
             step = step_of(lambda part: part.index_select(0, newcomers), 1, active.index_select(0, newcomers))
@@ -220,7 +223,7 @@ class Slots:
         """The policy's update where rows are at different steps; ``one`` makes that of the first slot alone."""
         try:
             return judge(self.policy, self.state, step)
-        except Exception as error:
+        except Exception as error:  # whatever a policy of the user's raises
             try:
                 self.policy.update(map_state(lambda part: part[:1], self.state), one())
             except Exception:
@@ -237,7 +240,10 @@ class Slots:
         slots = torch.tensor(kept, dtype=torch.int64, device=self.batch.x.device)
         if self.memory is not None:
             self.memory.select(slots)
-        select = lambda part: part.index_select(0, slots)  # noqa: E731
+
+        def select(part: Tensor) -> Tensor:
+            return part.index_select(0, slots)
+
         self.batch = map_state(select, self.batch) if kept else None
         self.state = map_state(select, self.state) if kept else None
         self.names, self.free, self.judged = [self.names[slot] for slot in kept], [], len(kept)

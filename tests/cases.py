@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.cli import main as entry
-from haltkit.models.training.config import RunConfig
+from haltkit.models.training.config import RunConfig, load_config
 from haltkit.models.weights import read_tensors
 from haltkit.protocol import LoopStep, Verdict
 from haltkit.registry import records
@@ -40,6 +40,13 @@ def example_specs() -> dict[str, str]:
         for record in records()
         for number, keys in enumerate(record.examples)
     }
+
+
+def tiny_run(data: Path, **changes: Any) -> RunConfig:
+    """The config ``tiny`` on prepared data, with batches of 2, and further fields of its ``train``."""
+    loaded = load_config("tiny")
+    train = replace(loaded.train, **{"batch_size": 2, "eval_batches": 1, **changes})
+    return replace(loaded, data=replace(loaded.data, path=str(data)), train=train)
 
 
 def write_probe(width: int) -> str:

@@ -20,20 +20,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cases import write_documents
+from cases import tiny_run, write_documents
 from gang import fork
 from haltkit import folders
 from haltkit.folders import atomic_folder, settle
 from haltkit.models.checkpoint import load_checkpoint
 from haltkit.models.text.prepare import prepare
 from haltkit.models.text.source import resolve_source
-from haltkit.models.training.config import RunConfig, load_config
+from haltkit.models.training.config import RunConfig
 from haltkit.models.training.loop import train
 from haltkit.models.training.runs import checkpoints
 from haltkit.models.weights import read_tensors
@@ -194,21 +193,14 @@ def main(kills: int, seed: int, folder: Path) -> None:
     source = write_documents(folder / "documents.jsonl", 200)
     data = folder / "data"
     assert not killed(fork(lambda: prepared(source, data)))
-    loaded = load_config("tiny")
-    config = replace(
-        loaded,
-        data=replace(loaded.data, path=str(data)),
-        train=replace(
-            loaded.train,
-            max_steps=12,
-            batch_size=2,
-            checkpoint_every=2,
-            eval_every=6,
-            eval_batches=1,
-            eval_loops=(1,),
-            snapshot_first_tokens=300,
-            snapshot_factor=10.0,
-        ),
+    config = tiny_run(
+        data,
+        max_steps=12,
+        checkpoint_every=2,
+        eval_every=6,
+        eval_loops=(1,),
+        snapshot_first_tokens=300,
+        snapshot_factor=10.0,
     )
     count = kill_training(config, folder, max(1, kills - kills // 4), rng)
     count["preparation"] = kill_preparation(source, data, folder, max(1, kills // 4), rng)

@@ -17,7 +17,6 @@ from haltkit.comparison.rows import Row
 from haltkit.headroom import Auc, auc, fit_logistic
 from haltkit.headroom.clusters import sequence_of_rows
 from haltkit.headroom.oracles import agrees, from_then_on
-from haltkit.loop import Outcome
 from haltkit.policies.probe import FEATURES, Probe, features
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
 from haltkit.recording.replay import readout_of_recordings, replay, scores
@@ -163,7 +162,7 @@ def _learn(
             seen = torch.stack(listening.seen)
             depths = from_then_on(agrees(_predictions(region, readout)))
             k = torch.arange(1, len(seen) + 1).view(-1, *[1] * depths.ndim)
-            use = ((k <= depths + AFTER) & _present(region, depths) & seen.isfinite().all(-1)).flatten().nonzero()
+            use = ((k <= depths + AFTER) & region.present & seen.isfinite().all(-1)).flatten().nonzero()
             drawn = use[torch.randperm(len(use), generator=generator)[:most]].squeeze(-1)
             inputs[name].append(seen.flatten(0, -2)[drawn])
             targets[name].append((k >= depths).expand(seen.shape[:-1]).flatten()[drawn])
@@ -187,11 +186,6 @@ def _predictions(region: RegionTrajectory, readout: Readout) -> Tensor:
     return torch.stack([signals.top(readout(state)) for state in region.states[1:]])
 
 
-def _present(region: RegionTrajectory, like: Tensor) -> Tensor:
-    """The rows that are asked something, ``(rows...)`` bool."""
-    return torch.ones_like(like, dtype=torch.bool) if region.outcome is None else region.outcome != Outcome.ABSENT
-
-
 def _judge(subject: Subject, steps: int, weights: Weights, readout: Readout) -> dict[str, list[_Rows]]:
     """The probe's scores over whole recordings, by region and sample."""
     found: dict[str, list[_Rows]] = {name: [] for name in subject.regions}
@@ -199,7 +193,7 @@ def _judge(subject: Subject, steps: int, weights: Weights, readout: Readout) -> 
     for sample in subject.samples:
         for name, region in subject.record(subject.inputs(sample), steps).regions.items():
             predictions = _predictions(region, readout)
-            present = _present(region, predictions[0])
+            present = region.present
             same = agrees(predictions) | ~present
             measured = scores(Probe(1.0, weights), region, readout=readout)
             if whole:
@@ -207,13 +201,6 @@ def _judge(subject: Subject, steps: int, weights: Weights, readout: Readout) -> 
                 present = present.any(-1)
             found[name].append(_Rows(measured, same, from_then_on(same).masked_fill(~present, 0)))
     return found
-
-
-def _halted(rows: _Rows, tau: float) -> tuple[Tensor, Tensor]:
-    """Under a threshold, the steps of each row, and whether its prediction is then full depth's."""
-    below = rows.scores < tau
-    steps = torch.where(below.any(0), below.int().argmax(0) + 1, len(below))
-    return steps, rows.same.gather(0, (steps - 1).unsqueeze(0)).squeeze(0)
 
 
 def _chosen(
@@ -225,8 +212,8 @@ def _chosen(
     dense = [_between(a, b, part / BETWEEN) for a, b in pairwise(found) for part in range(BETWEEN)] + found[-1:]
     candidates = [taus for number, taus in enumerate(dense) if taus not in dense[:number]]
     settings = [Setting.of(_probes(taus, weights, whole), subject.regions) for taus in candidates]
-    oracles: list[Mapping[str, Tensor]] = []
-    possible(subject, on_sample=oracles.append)
+    numbers = range(len(subject.samples))
+    oracles = [{name: rows[number].depths for name, rows in judged.items()} for number in numbers]
     rows = measure(subject, [Setting.of(steps, subject.regions), *settings], oracles=oracles, repeats=1).rows[1:]
     shares = [_quality(row, whole) for row in rows]
     good = list(takewhile(lambda share: share >= level, shares))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from haltkit import signals
 from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount
-from haltkit.loop import Outcome
 from haltkit.protocol import Readout
 from haltkit.recording.replay import readout_of_recordings
 from haltkit.recording.trajectory import RegionTrajectory
@@ -121,8 +120,7 @@ def possible(
         depths: dict[str, Tensor] = {}
         for name, region in subject.record(subject.inputs(sample), steps).regions.items():
             predictions, scores = _readings(region, readout)
-            present = region.outcome != Outcome.ABSENT if region.outcome is not None else None
-            present = torch.ones(predictions.shape[1:], dtype=torch.bool) if present is None else present.cpu()
+            present = region.present.cpu()
             if whole:
                 predictions = torch.where(present, predictions, predictions[-1])
                 scores = {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in scores.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.protocol import LoopStep, Verdict, check_tau
+from haltkit.protocol import LoopStep, Verdict, check_tau, check_temperature
 
 __all__ = ["EntropyChange"]
 
@@ -29,8 +29,7 @@ class EntropyChange:
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        check_temperature(self.temperature)
 
     def init(self, x0: Tensor) -> Tensor:
         return torch.full_like(signals.measured(x0[..., 0]), torch.inf)  # the entropy of a random state says nothing

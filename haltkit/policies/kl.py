@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.protocol import LoopStep, Verdict, check_tau
+from haltkit.protocol import LoopStep, Verdict, check_tau, check_temperature
 
 __all__ = ["KL"]
 
@@ -33,8 +33,7 @@ class KL:
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        check_temperature(self.temperature)
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p={self.min_p} is outside [0, 1): it is a share of the largest probability")
 

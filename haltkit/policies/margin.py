@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.protocol import LoopStep, Verdict, check_tau
+from haltkit.protocol import LoopStep, Verdict, check_tau, check_temperature
 
 __all__ = ["Margin"]
 
@@ -29,8 +29,7 @@ class Margin:
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        check_temperature(self.temperature)
 
     def init(self, x0: Tensor) -> None:
         return None

@@ -91,7 +91,7 @@ def replay(
     states = _states(trajectory)
     if readout is not None:
         readout = _fitting(readout, states.shape[-1])
-    rows = None if trajectory.outcome is None else trajectory.outcome != Outcome.ABSENT
+    rows = None if trajectory.outcome is None else trajectory.present
     return run_loop(
         _Tape(states),
         states[0],

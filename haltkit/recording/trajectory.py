@@ -60,6 +60,13 @@ class RegionTrajectory:
         """The number of loop steps that the recording covers."""
         return int(self.recorded[-1])
 
+    @property
+    def present(self) -> Tensor:
+        """Rows that are no padding, ``(...)`` bool."""
+        if self.outcome is None:
+            return torch.ones_like(self.steps, dtype=torch.bool)
+        return self.outcome != Outcome.ABSENT
+
     def _consecutive_states(self) -> Tensor:
         if self.states is None:
             raise TrajectoryError("this recording has statistics, not states: record with what='states'")

@@ -36,7 +36,7 @@ PREFIX = "haltkit-"  # a checkpoint's model_type is this and the task's name
 
 @dataclass(frozen=True)
 class _Settings:
-    task: dict  # type: ignore[type-arg]
+    task: dict  # type: ignore[type-arg]  # from_dict checks a plain dict; the task reads what is in it
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,18 @@ def restore(run: Run, path: Path, *, data: bool = True) -> None:
             run.feed.seek(progress["data"])
 
 
+def _in_shards(path: Path, progress: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is in shards; if so they are checked.
+
+    Raises:
+        CheckpointUnreadable: a shard is missing or damaged.
+    """
+    if "shards" not in progress and not (path / SHARDED).is_dir():
+        return False
+    check_shards(path / SHARDED, progress.get("shards", {}))
+    return True
+
+
 def read_state(
     model: LoopedGPT, path: Path, *, alone: bool, moments: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -310,8 +322,7 @@ def read_state(
     """
     progress = read_progress(path)
     try:
-        if "shards" in progress or (path / SHARDED).is_dir():
-            check_shards(path / SHARDED, progress.get("shards", {}))
+        if _in_shards(path, progress):
             weights, state = read_shards(model, path, alone, moments)
         else:
             weights, state = read_weights(path), read_tensors(path / OPTIMIZER) if moments else {}
@@ -330,8 +341,7 @@ def check_stored(config: ModelConfig, path: Path) -> None:
     """
     progress = read_progress(path)
     try:
-        if "shards" in progress or (path / SHARDED).is_dir():
-            check_shards(path / SHARDED, progress.get("shards", {}))
+        if _in_shards(path, progress):
             stored = stored_shapes(path / SHARDED)
             found = {n.removeprefix("model/"): shape for n, shape in stored.items() if n.startswith("model/")}
         else:

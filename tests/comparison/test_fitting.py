@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from countdown import Count, Countdown, readout
 from torch import Tensor, nn
 
 import haltkit
@@ -24,31 +25,6 @@ from haltkit.weights import Weights, WeightsMisfit
 STEPS = 8
 
 
-class Countdown(nn.Module):
-    """A row ``(h, 0)`` counts to h, one per step; its prediction is final at step h."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.body = _Count()
-
-    def forward(self, x: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            x = self.body(x)
-        return x * self.scale
-
-
-class _Count(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        hops, count = x.unbind(-1)
-        return torch.stack([hops, torch.minimum(count + 1, hops)], -1)
-
-
-def _readout(x: Tensor) -> Tensor:
-    settled = x[..., 1] - x[..., 0] + 0.5
-    return torch.stack([-settled, settled], -1)
-
-
 def _subject(count: int = 16, **more: Any) -> Subject:
     model = Countdown().eval()
 
@@ -56,15 +32,15 @@ def _subject(count: int = 16, **more: Any) -> Subject:
         return model(inputs, depth if isinstance(depth, int) else depth["loop"])
 
     def adaptive(inputs: Tensor, policies: Mapping[str, HaltingPolicy[Any]], budget: int) -> Pass:
-        result = haltkit.run_loop(model.body, inputs, policies["loop"], max_steps=budget, readout=_readout)
+        result = haltkit.run_loop(model.body, inputs, policies["loop"], max_steps=budget, readout=readout)
         return Pass(result.x * model.scale, {"loop": result.steps}, {"loop": result.outcome})
 
     generator = torch.Generator().manual_seed(0)
     hops = torch.randint(1, 6, (count, 3, 4), generator=generator).float()
     given: dict[str, Any] = {
         "samples": list(torch.stack([hops, torch.zeros_like(hops)], -1)),
-        "readout": _readout,
-        "logits": _readout,
+        "readout": readout,
+        "logits": readout,
         "loss": lambda output, sample: (output[..., 1] < sample[..., 0]).float(),
         "full_depth": STEPS,
         "adaptive": adaptive,
@@ -88,11 +64,11 @@ def test_on_rows_that_a_line_separates_a_probe_halts_where_the_oracle_does(fitte
     assert found.headroom["loop"].headroom.rows == 4 * 12  # a quarter of 16 samples of 12 rows
 
 
-def test_without_the_margin_a_probe_needs_no_readout() -> None:
+def test_without_the_margin_a_probe_needs_noreadout() -> None:
     found = fit_probe(_subject(), level=0.99, margin=False)
     assert "loop/margin" not in found.weights.tensors
     x = torch.tensor([[2.0, 0.0]])
-    haltkit.run_loop(_Count(), x, found.policies()["loop"], max_steps=STEPS)
+    haltkit.run_loop(Count(), x, found.policies()["loop"], max_steps=STEPS)
 
 
 def test_where_whole_sequences_halt_none_does_before_its_last_row() -> None:
@@ -110,7 +86,7 @@ def test_a_card_gives_the_probe_back_and_refuses_another_model(fitted: tuple[Sub
     card.check(subject.model, subject.regions, STEPS)
     x = subject.samples[0]
     policies = card.policies(["loop"]), found.policies()
-    first, second = (haltkit.run_loop(_Count(), x, one["loop"], max_steps=8, readout=_readout) for one in policies)
+    first, second = (haltkit.run_loop(Count(), x, one["loop"], max_steps=8, readout=readout) for one in policies)
     assert torch.equal(first.steps, second.steps)
     other = Countdown()
     nn.init.constant_(other.scale, 2.0)
@@ -150,7 +126,7 @@ def test_the_score_is_the_logistic_function_of_features_written_by_hand() -> Non
 def test_a_probe_of_another_loop_is_refused() -> None:
     probe = Probe(0.5, Weights({"core/state": torch.ones(2), "core/bias": torch.zeros(1)}))
     with pytest.raises(WeightsMisfit, match="core"):
-        haltkit.run_loop(_Count(), torch.ones(1, 2), probe, max_steps=2)
+        haltkit.run_loop(Count(), torch.ones(1, 2), probe, max_steps=2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from countdown import Countdown, readout
+from torch import Tensor
 
 import haltkit
 from haltkit.comparison import Comparison
@@ -21,30 +22,6 @@ from haltkit.subject import Subject
 STEPS = 8
 
 
-class Countdown(nn.Module):
-    """A row ``(h, 0)`` counts to h, one per step, and predicts class 1 from step h on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = _Count()
-
-    def forward(self, x: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            x = self.body(x)
-        return x
-
-
-class _Count(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        hops, count = x.unbind(-1)
-        return torch.stack([hops, torch.minimum(count + 1, hops)], -1)
-
-
-def _readout(x: Tensor) -> Tensor:
-    settled = x[..., 1] - x[..., 0] + 0.5
-    return torch.stack([-settled, settled], -1)
-
-
 def _subject(hops: Tensor, **more: Any) -> Subject:
     model = Countdown().eval()
 
@@ -52,7 +29,7 @@ def _subject(hops: Tensor, **more: Any) -> Subject:
         return model(inputs, depth if isinstance(depth, int) else depth["loop"])
 
     sample = torch.stack([hops, torch.zeros_like(hops)], -1).float()
-    given = {"samples": [sample], "readout": _readout, "full_depth": STEPS, **more}
+    given = {"samples": [sample], "readout": readout, "full_depth": STEPS, **more}
     return Subject.of_modules(model, run, {"loop": "body"}, **given)
 
 
@@ -84,7 +61,7 @@ def test_without_signals_that_tell_no_policy_pays() -> None:
         assert said in Possible(known, {"margin": (Auc(value, 0.01),) * 4}).conclusion(0.99)
 
 
-def test_a_subject_without_a_readout_is_refused() -> None:
+def test_a_subject_without_areadout_is_refused() -> None:
     with pytest.raises(ValueError, match="readout"):
         possible(_subject(torch.ones(1, 2), readout=None))
 
@@ -110,7 +87,7 @@ def test_recording_ends_with_the_sample_that_has_enough_rows() -> None:
 @pytest.mark.parametrize("depth", [1, 3, 6])
 def test_a_comparison_tells_each_settings_regret(depth: int) -> None:
     hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
-    subject = _subject(hops, loss=_wrong, logits=_readout, metric="wrong", unit="wrong")
+    subject = _subject(hops, loss=_wrong, logits=readout, metric="wrong", unit="wrong")
     subject = replace(subject, fixed_depths=(depth,))
     result = haltkit.compare(subject, policies=f"fixed:steps={depth}", repeats=1)
     row = next(row for row in result.rows if row.depth == {"loop": depth})
@@ -125,7 +102,7 @@ def test_a_comparison_tells_each_settings_regret(depth: int) -> None:
     assert again.rows == result.rows
 
 
-def test_without_a_readout_a_comparison_says_why_headroom_is_not_known() -> None:
+def test_without_areadout_a_comparison_says_why_headroom_is_not_known() -> None:
     hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
     result = haltkit.compare(_subject(hops, readout=None, loss=_wrong), policies="fixed:steps=2", repeats=1)
     assert not result.headroom

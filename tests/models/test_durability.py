@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from cases import tiny_run
 from haltkit.models.config import to_dict
 from haltkit.models.training import loop
-from haltkit.models.training.config import RunConfig, load_config
+from haltkit.models.training.config import RunConfig
 from haltkit.models.training.distributed import join
 from haltkit.models.training.loop import TrainingDiverged, train
 from haltkit.models.training.runs import RunError, WriteFailed, checkpoints, restore
@@ -32,20 +33,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def config(data_folder: Path) -> RunConfig:
-    loaded = load_config("tiny")
-    return replace(
-        loaded,
-        data=replace(loaded.data, path=str(data_folder)),
-        train=replace(
-            loaded.train,
-            max_steps=8,
-            batch_size=2,
-            checkpoint_every=2,
-            eval_every=100,
-            eval_batches=1,
-            eval_loops=(1,),
-            snapshot_first_tokens=10**9,
-        ),
+    return tiny_run(
+        data_folder, max_steps=8, checkpoint_every=2, eval_every=100, eval_loops=(1,), snapshot_first_tokens=10**9
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import run_command
+from cases import run_command, tiny_run
 from haltkit.models.checkpoint import BUNDLED, build_model, load_checkpoint
 from haltkit.models.config import ConfigError
 from haltkit.models.gpt.config import ModelConfig
@@ -24,7 +24,7 @@ from haltkit.models.gpt.draws import TrainingNoise
 from haltkit.models.gpt.evaluate import evaluate
 from haltkit.models.gpt.model import LoopedGPT
 from haltkit.models.training import loop
-from haltkit.models.training.config import RunConfig, load_config
+from haltkit.models.training.config import RunConfig
 from haltkit.models.training.forecast import forecast, training_flops
 from haltkit.models.training.loop import train
 
@@ -33,12 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def config(data_folder: Path) -> RunConfig:
-    loaded = load_config("tiny")
-    return replace(
-        loaded,
-        data=replace(loaded.data, path=str(data_folder)),
-        train=replace(loaded.train, max_steps=3, batch_size=2, eval_batches=1, snapshot_first_tokens=10**9),
-    )
+    return tiny_run(data_folder, max_steps=3, snapshot_first_tokens=10**9)
 
 
 @pytest.mark.parametrize("depth", [None, 2])
