@@ -134,7 +134,8 @@ class Subject:
         driver = ByAttaching(model, run or model, described, readout, run_at, preset)
         with driver.attach(Setting.of(1, driver.regions).policies):  # a description that does not fit shows now
             pass
-        more.setdefault("layers", {name: one.body for name, one in described.items() if len(one.body) > 1})
+        bodies = {name: one.body for name, one in described.items() if not any(":" in path for path in one.body)}
+        more.setdefault("layers", {name: body for name, body in bodies.items() if len(body) > 1})
         return cls(model, driver, **{"readout": readout, "granularity": "batch", **more})
 
     @classmethod

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from haltkit.attachment.description import find_call
 from haltkit.attachment.outputs import tensors_in
+from haltkit.attachment.override import Interceptor, intercepted
 
 __all__ = ["Calls"]
 
 
 class Calls:
-    """The calls of modules in the first call of the whole model, or in all of ``run`` if a method runs the loop."""
+    """The calls of modules in the first call of the whole model, or in all of ``run`` if a method runs the loop.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Args:
+        model: the model.
+        methods: ``"module:method"``, to be followed as if they were modules.
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[str] = ()) -> None:
+        self.model, self.methods = model, methods
         self.calls: list[tuple[str, tuple[str, ...]]] = []  # (module, modules that were running when it was called)
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self.roots = 0
@@ -36,7 +43,8 @@ class Calls:
                 if name:
                     handles.append(module.register_forward_pre_hook(self._enter(name)))
                     handles.append(module.register_forward_hook(self._leave(name)))
-            with torch.no_grad():
+            places = [(*find_call(self.model, path), self._follow(path)) for path in self.methods]
+            with intercepted(places), torch.no_grad():
                 run()
         finally:
             for handle in handles:
@@ -62,6 +70,17 @@ class Calls:
             self._running.append(name)
 
         return hook
+
+    def _follow(self, name: str) -> Interceptor:
+        enter, leave = self._enter(name), self._leave(name)
+
+        def follow(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            enter()
+            output = method(*args, **kwargs)
+            leave(None, None, output)
+            return output
+
+        return follow
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:

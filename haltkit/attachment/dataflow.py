@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haltkit.attachment.outputs import disturbed, map_tensors, tensors_in
+from haltkit.attachment.description import find_call
+from haltkit.attachment.outputs import disturbed, map_tensors, mapped_tensors, tensors_in
+from haltkit.attachment.override import Interceptor, intercepted
 
-__all__ = ["Call", "Leaf", "Reads", "leaves", "record_calls"]
+__all__ = ["Call", "Leaf", "Reads", "leaves"]
 
 Key = int | str  # an argument's position or name
 
@@ -83,6 +85,8 @@ class Call:
         bare: the arguments that are tensors themselves.
         computed: the tensors that it computed.
         output: what it returned to the model.
+        handed: the very tensors that the model got, and how often each had been written to by then.
+        role: what tells apart the calls of one module: which arguments there are, and those that are words or truths.
     """
 
     module: str
@@ -90,65 +94,62 @@ class Call:
     bare: frozenset[Key]
     computed: list[Tensor]
     output: Any
+    handed: list[tuple[Tensor, int]]
+    role: frozenset[tuple[Key, str | bool | None]]
+
+    @property
+    def changed_in_place(self) -> bool:
+        """The model has written into what it got."""
+        return any(not tensor.is_inference() and tensor._version != version for tensor, version in self.handed)
 
 
 Change = Callable[[int, Any], Any]  # (number of the call, what the module returned) to what it returns
 
 
-def record_calls(
-    model: nn.Module, body: Sequence[str], scope: str, run: Callable[[], Any], change: Change | None = None
-) -> list[Call]:
-    """The calls of the body's modules in the first call of the scope (or in all of ``run``, if that never calls it)."""
-    calls: list[Call] = []
-    entered = 0
-    inside = False
+class _Recording:
+    """The calls of the body's modules in the first call of the scope, or in all of ``run`` if that never calls it."""
 
-    def enter(*_: Any) -> None:
-        nonlocal entered, inside
-        if not entered:
-            calls.clear()
-        entered += 1
-        inside = entered == 1
+    def __init__(self, change: Change | None, scoped: bool) -> None:
+        """``change``: what a call returns instead. ``scoped``: whether the scope is known to be called."""
+        self.calls: list[Call] = []
+        self.entered = 0
+        self._change, self._scoped, self._inside = change, scoped, False
 
-    def leave(*_: Any) -> None:
-        nonlocal inside
-        inside = False
+    def run(self, model: nn.Module, body: Sequence[str], scope: str, run: Callable[[], Any]) -> _Recording:
+        """Run the model once."""
+        places = [(*find_call(model, scope), self._enter), *((*find_call(model, p), self._record(p)) for p in body)]
+        with intercepted(places), torch.no_grad():
+            run()
+        return self
 
-    def hook(path: str) -> Callable[..., Any]:
-        given: list[tuple[dict[Key, list[Tensor]], frozenset[Key]]] = []
+    def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.entered:
+            self.calls.clear()
+        self.entered += 1
+        self._inside = self.entered == 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._inside = False
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, path: str) -> Interceptor:
+        def record(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (self.entered or self._scoped) and not self._inside:
+                return forward(*args, **kwargs)
             named: dict[Key, Any] = dict(enumerate(args))
             named.update(kwargs)
+            given = {key: [t.clone() for t in tensors_in(value)] for key, value in named.items()}
             bare = frozenset(key for key, value in named.items() if isinstance(value, Tensor))
-            given.append(({key: [t.clone() for t in tensors_in(value)] for key, value in named.items()}, bare))
-
-        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-            seen = given.pop()
-            if entered and not inside:
-                return output
-            number, computed = len(calls), [t.clone() for t in tensors_in(output)]
-            if change is not None:
-                output = change(number, output)
-            calls.append(Call(path, *seen, computed, map_tensors(torch.clone, output)))
+            role = frozenset((key, v if isinstance(v, (str, bool)) else None) for key, v in named.items())
+            output = forward(*args, **kwargs)
+            number, computed = len(self.calls), [t.clone() for t in tensors_in(output)]
+            if self._change is not None:
+                output = self._change(number, output)
+            handed = [(t, 0 if t.is_inference() else t._version) for t in mapped_tensors(output)]
+            self.calls.append(Call(path, given, bare, computed, map_tensors(torch.clone, output), handed, role))
             return output
 
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        return after
-
-    handles: list[Any] = []
-    try:
-        owner = model.get_submodule(scope)
-        handles.append(owner.register_forward_pre_hook(enter, prepend=True))
-        handles.append(owner.register_forward_hook(leave, always_call=True))
-        handles += [model.get_submodule(path).register_forward_hook(hook(path)) for path in body]
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+        return record
 
 
 class Reads:
@@ -160,11 +161,16 @@ class Reads:
 
     def __init__(self, model: nn.Module, body: Sequence[str], scope: str, run: Callable[[], Any]) -> None:
         self.model, self.body, self.scope, self.run = model, body, scope, run
-        self.calls = record_calls(model, body, scope, run)
-        self._plain = record_calls(model, body, scope, run, self._again)
-        if self._differing(record_calls(model, body, scope, run, self._again)):
+        first = _Recording(None, scoped=False).run(model, body, scope, run)
+        self.calls, self._scoped = first.calls, bool(first.entered)
+        self._plain = self._calls(self._again)
+        if self._differing(self._calls(self._again)):
             raise ValueError("run gives another output each time: fix its seed, and call model.eval()")
         self._known: dict[tuple[int, Leaf], dict[int, list[Key]]] = {}
+
+    def _calls(self, change: Change) -> list[Call]:
+        """The calls of another run."""
+        return _Recording(change, self._scoped).run(self.model, self.body, self.scope, self.run).calls
 
     def _again(self, number: int, output: Any) -> Any:
         """What the call returned the first time."""
@@ -181,7 +187,7 @@ class Reads:
                 output = self._again(at, output)
                 return leaf.put(output, disturbed(leaf.get(output))) if at == number else output
 
-            self._known[key] = self._differing(record_calls(self.model, self.body, self.scope, self.run, change))
+            self._known[key] = self._differing(self._calls(change))
         return self._known[key]
 
     def _differing(self, changed: list[Call]) -> dict[int, list[Key]]:

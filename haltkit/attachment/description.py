@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, UnknownModule
 from haltkit.attachment.outputs import first_tensor, with_first_tensor
 
-__all__ = ["Action", "Initial", "Loop", "find_module"]
+__all__ = ["Action", "Initial", "Loop", "call_parts", "find_call", "find_module"]
 
 CODE = {"code": True}  # marks the fields for functions, which no file can contain
 
@@ -28,7 +28,9 @@ class Loop:
     Args:
         body: dotted paths of the modules that one iteration calls, in call order, including those called after the
             state (an exit head). A module called several times per iteration is named once. Everything that carries
-            the loop's state from one iteration to the next must pass through them.
+            the loop's state from one iteration to the next must pass through them. ``"module:method"`` names a method
+            other than ``forward``, and ``":method"`` one of the model itself: a method that takes one whole step can
+            be the body where the state changes outside of any module (``h = h + e; h = h + f(h)``).
         state: the module whose output is the state ``x_k``; the last of ``body`` if None.
         select: from that module's output to the state; None takes a tensor as it is, the first entry of a tuple or
             of a dataclass.
@@ -113,11 +115,11 @@ class Loop:
 
     @property
     def scope_module(self) -> str:
-        return self.scope.partition(":")[0]
+        return call_parts(self.scope)[0]
 
     @property
     def scope_method(self) -> str:
-        return self.scope.partition(":")[2] or "forward"
+        return call_parts(self.scope)[1]
 
     def state_of(self, output: Any) -> Tensor:
         """The state inside the state module's output."""
@@ -154,6 +156,26 @@ class Loop:
                 "argument's position or name, a function of the arguments, or None if x_0 cannot be had"
             )
         return found
+
+
+def call_parts(path: str) -> tuple[str, str]:
+    """The module and the method that ``"module:method"`` names; ``"module"`` is its ``forward``."""
+    module, _, method = path.partition(":")
+    return module, method or "forward"
+
+
+def find_call(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the method that ``"module:method"`` names in a model.
+
+    Raises:
+        UnknownModule: no such module, or it has no such method.
+        ScriptModuleUnsupported: the module is scripted.
+    """
+    name, method = call_parts(path)
+    module = find_module(model, name)
+    if not callable(getattr(module, method, None)) or isinstance(getattr(module, method), nn.Module):
+        raise UnknownModule(f"{path!r}: {name or type(module).__name__} has no method {method!r}")
+    return module, method
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from haltkit.attachment.description import Loop, find_module
-from haltkit.attachment.errors import AlreadyAttached, DetachOrder, UnknownModule
+from haltkit.attachment.description import Loop, call_parts, find_call, find_module
+from haltkit.attachment.errors import AlreadyAttached, DetachOrder
 from haltkit.attachment.kv import CacheBook, KVMode
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
@@ -90,11 +90,12 @@ class HaltingSession(Session):
 
     def _state(self, loop: Loop) -> nn.Module:
         """The module whose output is a loop's state."""
-        return find_module(self.model, loop.state_module)
+        return find_module(self.model, call_parts(loop.state_module)[0])
 
     def _retiring(self, loop: Loop) -> Retiring:
         """What rows are retired from: the modules of a loop's body."""
-        return Retiring({path: find_module(self.model, path) for path in loop.body}, self._passing.through)
+        modules = {path: find_module(self.model, call_parts(path)[0]) for path in loop.body}
+        return Retiring(modules, self._passing.through)
 
     def attach(self, beside: Session | None = None) -> HaltingSession:
         """Override the model's modules. ``beside``: a session that is detached meanwhile.
@@ -109,11 +110,10 @@ class HaltingSession(Session):
             for name, region in self._parts.items():
                 loop = region.loop
                 for path in loop.body:
-                    self._intercept(find_module(self.model, path), "forward", region.body(path), depth[name])
+                    self._intercept(path, region.body(path), depth[name])
                 for path in loop.reset_on:
-                    self._intercept(find_module(self.model, path), "forward", region.reset, depth[name])
-                scope = find_module(self.model, loop.scope_module)
-                self._intercept(scope, loop.scope_method, region.scope, depth[name])
+                    self._intercept(path, region.reset, depth[name])
+                self._intercept(loop.scope, region.scope, depth[name])
             return self
         except BaseException:
             self._restore()
@@ -121,14 +121,10 @@ class HaltingSession(Session):
 
     def _check_free(self, beside: Session | None) -> None:
         for loop in self.loops.values():
-            for path in (*loop.body, *loop.reset_on):
-                find_module(self.model, path)
-            scope = find_module(self.model, loop.scope_module)
-            if not callable(getattr(scope, loop.scope_method, None)):
-                where = loop.scope_module or type(scope).__name__
-                raise UnknownModule(f"scope={loop.scope!r}: {where} has no method {loop.scope_method!r}")
-            state = find_module(self.model, loop.state_module)
-            found = Overrides.on(state)
+            for path in (*loop.body, *loop.reset_on, loop.scope):
+                find_call(self.model, path)
+            state = find_call(self.model, loop.state_module)
+            found = Overrides.on(state[0])
             for owner in found.owners() if found else ():
                 if isinstance(owner, HaltingSession) and owner is not beside and owner._halts(state, loop.scope):
                     raise AlreadyAttached(
@@ -136,13 +132,14 @@ class HaltingSession(Session):
                         "first"
                     )
 
-    def _halts(self, state: nn.Module, scope: str) -> bool:
-        """Whether this session halts a loop with this state."""
+    def _halts(self, state: tuple[nn.Module, str], scope: str) -> bool:
+        """Whether this session halts a loop whose state this method of a module gives."""
         return any(
-            loop.scope == scope and find_module(self.model, loop.state_module) is state for loop in self.loops.values()
+            loop.scope == scope and find_call(self.model, loop.state_module) == state for loop in self.loops.values()
         )
 
-    def _intercept(self, module: nn.Module, method: str, interceptor: Interceptor, depth: int) -> None:
+    def _intercept(self, path: str, interceptor: Interceptor, depth: int) -> None:
+        module, method = find_call(self.model, path)
         overrides = next((o for o in self._overrides if o.module is module), None) or Overrides.of(module)
         self._overrides.append(overrides)  # before anything is changed, so that it is restored whatever happens
         overrides.add(method, self, self.number, interceptor, depth)

@@ -20,7 +20,7 @@ from haltkit.attachment.errors import (
     TapeMismatch,
 )
 from haltkit.attachment.kv import CacheUse
-from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, tensors_in, with_first_tensor
+from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
 from haltkit.attachment.retiring import BodyCall, Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
@@ -127,6 +127,7 @@ class Frame:
             if self.inputs is not None:
                 self.inputs.begins(halted=False)
             x0 = self.loop.initial_state(args, kwargs)
+            self.kv.starts_at(x0)
             if x0 is not None and self._unwatched(x0):
                 x0 = x0.clone()
             elif x0 is not None:
@@ -194,7 +195,7 @@ class Frame:
     def _keep(self, output: Any, took: Tensor) -> Any:
         """The output with the rows that did not take it as they were: the state itself, graph and all, and every other
         tensor of the output that has these rows (an LSTM's cell, say)."""
-        new, old = tensors_in(output), tensors_in(self._kept)
+        new, old = mapped_tensors(output), mapped_tensors(self._kept)
         if len(new) != len(old):  # its structure changes from step to step: the state alone is known to correspond
             new, old = [self.loop.state_of(output)], [self.loop.state_of(self._kept)]
             held = self.loop.with_state(output, torch.where(took.unsqueeze(-1), new[0], old[0]))
@@ -238,7 +239,7 @@ class Frame:
             return stopped.view(*stopped.shape, *[1] * (tensor.ndim - stopped.ndim))
 
         if action == "zero":
-            return map_tensors(lambda t: t.masked_fill(masked(t), 0), output)
+            return self._zeroed(name, output, lambda t: t.masked_fill(masked(t), 0))
         held = self._identity(name, output, args, kwargs)
         if name == self.loop.state_module:
             passed_on, computed = self.loop.state_of(held), self.loop.state_of(output)
@@ -247,6 +248,12 @@ class Frame:
         if before is None or after is None:
             return output
         return with_first_tensor(output, torch.where(masked(after), before, after))
+
+    def _zeroed(self, name: str, output: Any, zeros: Callable[[Tensor], Tensor]) -> Any:
+        """What the model sums up is zero: the state of the state module, every tensor that another one gives."""
+        if name == self.loop.state_module:
+            return self.loop.with_state(output, zeros(self.loop.state_of(output)))
+        return map_tensors(zeros, output)
 
     def _identity(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An output of a body module with its own input in place of what it made of it.
@@ -301,6 +308,6 @@ class Frame:
             return self._identity(name, entry.output, args, kwargs)
         output = entry.again(self.allow_grad)
         if action == "zero":
-            return map_tensors(torch.zeros_like, output)
+            return self._zeroed(name, output, torch.zeros_like)
         self.kv.handed(beside(output, first_tensor(output)), self.computed)
         return map_tensors(disturbed, output) if number < self.disturb_before else output

@@ -65,6 +65,7 @@ class CacheUse:
     def __init__(self, book: CacheBook, given: Any = ()) -> None:
         self.book, self._given = book, given
         self._storages: set[int] | None = None  # of the tensors that the scope was given
+        self._start: int | None = None  # where x_0 is
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
         self._earlier: int | None = None  # how deep an earlier call filled them
@@ -108,6 +109,10 @@ class CacheUse:
                 self._found(value)
             elif self._iteration <= 1 and not any(value is known for known, _ in self._looked):
                 self._looked.append((value, contents(value)))
+
+    def starts_at(self, x0: Tensor | None) -> None:
+        """The loop begins at ``x0``, which the scope may have been given, and which is no cache."""
+        self._start = None if x0 is None else x0.data_ptr()
 
     def begins(self) -> None:
         """An iteration begins."""
@@ -161,8 +166,9 @@ class CacheUse:
             outside = [t for t in tensors_in(self._given) if t.ndim > 2]
             self._storages = {t.untyped_storage().data_ptr() for t in outside}
         for place, tensor in enumerate(given):
-            if tensor.ndim > 2 and tensor.untyped_storage().data_ptr() in self._storages:
-                self._slots.setdefault(place, set()).add(tensor.data_ptr())
+            at = tensor.data_ptr()
+            if tensor.ndim > 2 and at != self._start and tensor.untyped_storage().data_ptr() in self._storages:
+                self._slots.setdefault(place, set()).add(at)
         return any(len(read) > 1 for read in self._slots.values())
 
     def handed(self, beside: list[Tensor], depth: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from haltkit.attachment.description import Loop, find_module
+from haltkit.attachment.description import Loop, call_parts, find_module
 from haltkit.attachment.errors import BodyOutsideScope
 from haltkit.attachment.hooks import Hooks
 from haltkit.attachment.session import NOTHING_RAN, Session, trajectory_of
@@ -40,14 +40,15 @@ class ObservingSession(Session):
 
         Raises:
             UnknownModule: the model has no such module.
-            ValueError: a loop whose scope is a method other than forward.
+            ValueError: a loop whose scope or body is a method other than forward.
         """
         for loop in self.loops.values():
-            if loop.scope_method != "forward":
-                raise ValueError(
-                    f"scope={loop.scope!r}: hooks only see calls of forward. Observe with a policy that never halts, "
-                    "such as fixed:steps=1000000, or name a module whose call is one pass of the loop"
-                )
+            for path in (loop.scope, *loop.body, *loop.reset_on):
+                if call_parts(path)[1] != "forward":
+                    raise ValueError(
+                        f"{path!r} is a method, and hooks only see calls of forward. Observe with a policy that never "
+                        "halts, such as fixed:steps=1000000, or name modules instead"
+                    )
         try:
             for watch in self._watches.values():
                 watch.hook(partial(find_module, self.model), self._hooks)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["disturbed", "first_tensor", "map_tensors", "tensors_in", "with_first_tensor"]
+__all__ = ["disturbed", "first_tensor", "map_tensors", "mapped_tensors", "tensors_in", "with_first_tensor"]
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -74,3 +74,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
             object.__setattr__(changed, field.name, map_tensors(function, getattr(output, field.name)))
         return changed
     return output
+
+
+def mapped_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a value that :func:`map_tensors` replaces, in its order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, output)
+    return found

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Interceptor", "Overrides"]
+__all__ = ["Interceptor", "Overrides", "intercepted"]
 
 # interceptor(next, args, kwargs): call next(*args, **kwargs) for what the module would do.
 Interceptor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -143,3 +145,20 @@ class Overrides:
     def disturbed(self) -> bool:
         """Somebody else has changed the module's class since, for instance by parametrizing a weight."""
         return type(self.module) is not self.swapped
+
+
+@contextmanager
+def intercepted(places: Sequence[tuple[nn.Module, str, Interceptor]]) -> Iterator[None]:
+    """Intercept methods, each ``(module, method, interceptor)``, for the length of a ``with`` block, inside of all
+    interceptors that the modules have."""
+    owner = object()
+    changed: list[Overrides] = []
+    try:
+        for module, method, interceptor in places:
+            overrides = next((o for o in changed if o.module is module), None) or Overrides.of(module)
+            changed.append(overrides)
+            overrides.add(method, owner, sys.maxsize, interceptor, sys.maxsize)
+        yield
+    finally:
+        for overrides in changed:
+            overrides.remove(owner)

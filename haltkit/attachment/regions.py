@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from haltkit.attachment.description import Loop
+from haltkit.attachment.description import Loop, call_parts
 
 __all__ = ["ONE", "checked", "nesting"]
 
@@ -51,4 +51,10 @@ def _encloses(outer: Loop, inner: Loop) -> bool:
     inside = (inner.scope_module, *inner.body)
     if inner.scope_module and inner.scope_module in outer.body:
         return True
-    return any(path.startswith(f"{module}.") for module in outer.body for path in inside)
+    return any(_is_part(path, of) for of in outer.body for path in inside)
+
+
+def _is_part(path: str, of: str) -> bool:
+    """Whether a module is inside of another, which a method may stand for: that may call all of its own modules."""
+    owner = call_parts(of)[0]
+    return path.startswith(f"{owner}.") or (not owner and path != of)

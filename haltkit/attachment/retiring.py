@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from haltkit.attachment.errors import BatchNotFound, RowsMeet
-from haltkit.attachment.outputs import map_tensors
+from haltkit.attachment.outputs import map_tensors, mapped_tensors
 
 __all__ = ["BodyCall", "Retiring"]
 
@@ -53,7 +53,7 @@ class BodyCall:
     @property
     def shape(self) -> tuple[int, ...]:
         """How many dimensions each tensor argument has: which a proof is valid for."""
-        return tuple(t.ndim for t in _tensors((self.args, self.kwargs)))
+        return tuple(t.ndim for t in mapped_tensors((self.args, self.kwargs)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Retiring:
 
     def _prove(self, call: BodyCall, output: Any, batch: int) -> _Proven:
         """Find the batch dimensions by running the module on the last and the first entry."""
-        given = _tensors((call.args, call.kwargs))
+        given = mapped_tensors((call.args, call.kwargs))
         few = [batch - 1, 0] if batch > 2 else [1]
         rows = torch.tensor(few, device=given[0].device if given else None)
         options = [[*(d for d, size in enumerate(t.shape) if size == batch), None] for t in given]
@@ -150,18 +150,6 @@ class Retiring:
         )
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a value that can be replaced, in the order in which they are."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, value)
-    return found
-
-
 def _gathered(value: Any, axes: Sequence[int | None], rows: Tensor) -> Any:
     """A value with some entries of the batch."""
     axis_of = iter(axes)
@@ -175,7 +163,7 @@ def _gathered(value: Any, axes: Sequence[int | None], rows: Tensor) -> Any:
 
 def _scattered(value: Any, axes: Sequence[int | None], rows: Tensor, whole: Any) -> Any:
     """``whole`` with the entries ``rows`` of the batch from ``value``."""
-    pairs = zip(axes, _tensors(whole), strict=True)
+    pairs = zip(axes, mapped_tensors(whole), strict=True)
 
     def all_rows(tensor: Tensor) -> Tensor:
         axis, old = next(pairs)
@@ -186,7 +174,7 @@ def _scattered(value: Any, axes: Sequence[int | None], rows: Tensor, whole: Any)
 
 def _matching(some: Any, output: Any, rows: Tensor, batch: int) -> Axes | None:
     """The dimension of each tensor of an output that is the batch, if the rows computed alone are right."""
-    alone, whole = _tensors(some), _tensors(output)
+    alone, whole = mapped_tensors(some), mapped_tensors(output)
     if len(alone) != len(whole):
         return None
     found: list[int | None] = []
@@ -217,7 +205,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def _telling(output: Any, axes: Axes) -> bool:
     """Whether the rows of an output differ, so that a comparison of them could have failed."""
-    whole = _tensors(output)
+    whole = mapped_tensors(output)
     return all(axis is None for axis in axes) or any(
         axis is not None and not torch.equal(tensor.select(axis, 0), tensor.select(axis, -1))
         for axis, tensor in zip(axes, whole, strict=True)

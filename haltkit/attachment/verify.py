@@ -17,7 +17,7 @@ from haltkit.attachment.steadiness import Inputs, gap
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, LoopStep, Verdict
 
-__all__ = ["NOTHING", "ByRegion", "Depths", "Probe", "Report", "difference", "verify"]
+__all__ = ["NEVER", "NOTHING", "ROUNDING", "ByRegion", "Depths", "Probe", "Report", "difference", "verify"]
 
 Depths = Mapping[str, int]
 NOTHING: Depths = MappingProxyType({})
