@@ -30,6 +30,11 @@ test: check unit wheel
 
 check: lint types
 
+# Looped models that haltkit was not built for (examples/gallery.py), and what these import beyond the other packages.
+GALLERY := bdh-cq coconut-pytorch hrm-pytorch iterative-bert perceiver-pytorch plato-mythos ponder-transformer \
+  pytorch-adaptive-computation-time rlt-pytorch silva-networks slot-attention spiral-lm torch-geometric torchdiffeq \
+  hyper-connections rotary-embedding-torch torch-einops-utils vector-quantize-pytorch x-mlps-pytorch
+
 # torch first and pinned: left to itself pip takes the newest build, CUDA and all.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,7 +44,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev,third-party,eval]'
-	$(PIP) --no-deps open-mythos
+	$(PIP) --no-deps open-mythos $(GALLERY)
 	touch $@
 
 lint: $(VENV)/.installed-dev

@@ -73,6 +73,10 @@ class Overrides:
         members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_haltkit": self}
         swapped = type(original.__name__, (original,), members)
         swapped.__qualname__ = original.__qualname__
+        # What a base class gives every new subclass (transformers wraps the forward of its layers) would come before
+        # the interceptors, and the class of the module has it already.
+        for name in [name for name in vars(swapped) if name not in members and not name.startswith("__")]:
+            delattr(swapped, name)
         self.swapped = swapped
 
     @classmethod

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from haltkit.loop import Outcome
@@ -40,8 +41,8 @@ class Tally:
             self.computed += computed
             self.skipped += skipped
             self.seconds += seconds
-            self._histogram.update(steps.flatten().tolist())
-            self._outcomes.update(Outcome(int(o)).name for o in outcome.flatten())
+            self._histogram.update(_counts(steps))
+            self._outcomes.update({Outcome(value).name: count for value, count in _counts(outcome).items()})
 
     def observed(self, steps: int, rows: int) -> None:
         """A loop that nothing halts is over: all of its rows took ``steps``."""
@@ -81,3 +82,9 @@ class Tally:
             each = 1e3 * self.seconds / self.computed
             iterations += f", about {self.saved:.3g} s saved at {each:.3g} ms per iteration (host time)"
         return "\n".join([*lines, iterations])
+
+
+def _counts(values: Tensor) -> dict[int, int]:
+    """How often each number is in a tensor; counted without a look at each row, for there may be many."""
+    found, counts = torch.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))

@@ -741,3 +741,37 @@ def test_other_orders_of_compiling_are_exact_too(model: Refiner, x: Tensor, orde
         if order == "attached first":
             run = torch.compile(model, backend="eager")
         assert torch.equal(run(x), expected)
+
+
+def test_a_base_class_that_wraps_the_forward_of_its_subclasses_is_attached_to(x: Tensor) -> None:
+    """As transformers wraps that of its layers: the wrapper must not come before haltkit."""
+
+    class Layer(nn.Module):
+        def __init_subclass__(cls) -> None:
+            super().__init_subclass__()
+            inner = cls.forward
+            cls.forward = lambda self, *args: inner(self, *args)  # type: ignore[method-assign]
+
+    class Core(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = Core()
+
+        def forward(self, x: Tensor, n: int = STEPS) -> Tensor:
+            for _ in range(n):
+                x = self.core(x)
+            return x
+
+    model = Looped().eval()
+    with torch.no_grad(), haltkit.attach(model, "fixed:steps=3", body=["core"]) as session:
+        assert torch.equal(model(x), model(x, 3))
+    assert session.skipped == STEPS - 3
+    assert type(model.core) is Core
