@@ -7,7 +7,7 @@ as many as there are slots for as long as the source has items, so that time fol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,30 @@ from haltkit.loop import Keep, Outcome
 from haltkit.protocol import HaltingPolicy, Readout, granularity_of
 from haltkit.slots import QueueItem, QueueResult, SlotBody, Slots
 
-__all__ = ["QueueItem", "QueueResult", "SlotBody", "run_queue"]
+__all__ = ["Batch", "QueueItem", "QueueResult", "SlotBody", "check_slots", "in_turn", "run_queue"]
+
+R = TypeVar("R")
+
+
+class Batch(Protocol[R]):
+    """Items that run side by side."""
+
+    @property
+    def running(self) -> int:
+        """How many run."""
+        ...
+
+    def admit(self, items: list[tuple[int, Any]]) -> None:
+        """Further items begin, each with its number in the source."""
+        ...
+
+    def step(self) -> list[tuple[int, R]]:
+        """Every item takes a step; the items that end with it, each with its number."""
+        ...
+
+    def clear(self) -> None:
+        """Give up what still runs."""
+        ...
 
 
 def run_queue(
@@ -73,13 +96,9 @@ def run_queue(
             that cannot take a step number per row.
     """
     granularity = granularity_of(policy)
-    if slots < 1:
-        raise ValueError(f"slots={slots}: a queue needs at least 1 slot")
+    window = check_slots(slots, ordered, ahead)
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
-    ahead = 8 * slots if ahead is None else ahead
-    if ahead < slots:
-        raise ValueError(f"ahead={ahead} would not fill the {slots} slots: it must be at least slots")
     if keep not in ("current", "previous"):
         raise ValueError(f"keep={keep!r}: allowed are 'current' and 'previous'")
     if granularity not in ("token", "sequence"):
@@ -93,14 +112,47 @@ def run_queue(
             "(see haltkit.SlotBody), or pass a function of the state"
         )
     batch = Slots(body, policy, max_steps, readout, keep)
-    return _results(batch, iter(items), prepare, slots, ahead if ordered else None)
+    return in_turn(batch, iter(items), slots, window, _failed, prepare)
 
 
-def _results(
-    batch: Slots, source: Iterator[Any], prepare: Callable[[Any], Any] | None, slots: int, ahead: int | None
-) -> Iterator[QueueResult]:
-    """Admit, step, hand out; ``ahead`` None: in any order."""
-    waiting: dict[int, QueueResult] = {}  # completed and not handed out, by the item's number
+def _failed(index: int, error: Exception) -> QueueResult:
+    absent = torch.tensor(Outcome.ABSENT, dtype=torch.int8)
+    return QueueResult(index, torch.empty(0), torch.tensor(0), absent, error)
+
+
+def check_slots(slots: int, ordered: bool, ahead: int | None) -> int | None:
+    """How far the source is read beyond the last result handed out; None: results come as they complete.
+
+    Raises:
+        ValueError: no slot, or fewer items ahead than slots.
+    """
+    if slots < 1:
+        raise ValueError(f"slots={slots}: a queue needs at least 1 slot")
+    ahead = 8 * slots if ahead is None else ahead
+    if ahead < slots:
+        raise ValueError(f"ahead={ahead} would not fill the {slots} slots: it must be at least slots")
+    return ahead if ordered else None
+
+
+def in_turn(
+    batch: Batch[R],
+    source: Iterator[Any],
+    slots: int,
+    ahead: int | None,
+    failed: Callable[[int, Exception], R],
+    prepare: Callable[[Any], Any] | None = None,
+) -> Iterator[R]:
+    """Admit, step, hand out, until the source is exhausted; see :func:`run_queue` for the order of results.
+
+    Args:
+        batch: what runs the items.
+        source: of the items.
+        slots: how many run at a time.
+        ahead: how far the source is read beyond the last result handed out; None: results come as they complete.
+        failed: the result of an item whose preparation has raised.
+        prepare: makes an item from what the source gives.
+    """
+    waiting: dict[int, R] = {}  # completed and not handed out, by the item's number
     read = due = 0  # items read, results handed out
     exhausted = False
     try:
@@ -116,12 +168,11 @@ def _results(
                 try:
                     admitted.append((read, item if prepare is None else prepare(item)))
                 except Exception as error:
-                    absent = torch.tensor(Outcome.ABSENT, dtype=torch.int8)
-                    waiting[read] = QueueResult(read, torch.empty(0), torch.tensor(0), absent, error)
+                    waiting[read] = failed(read, error)
                 read, room = read + 1, room - 1
             with torch.no_grad():  # never across a yield
                 batch.admit(admitted)
-                waiting.update((result.index, result) for result in batch.step())
+                waiting.update(batch.step())
             while waiting and (ahead is None or due in waiting):
                 index = due if ahead is not None else next(iter(waiting))
                 due += 1

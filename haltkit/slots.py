@@ -155,8 +155,8 @@ class Slots:
         if self.memory is not None:
             self.memory.admit(self.newcomers, entering.inputs)
 
-    def step(self) -> list[QueueResult]:
-        """Every item takes a step; the results of the items that are retired."""
+    def step(self) -> list[tuple[int, QueueResult]]:
+        """Every item takes a step; the results of the items that are retired, by their numbers."""
         if self.batch is None:
             return []
         x, active, steps, outcome, age, budget, inputs = self.batch
@@ -187,7 +187,8 @@ class Slots:
         if not self.free:
             return []
         parts = [part.index_select(0, gone).unbind() for part in (x, steps, outcome)]
-        return [QueueResult(self.names[slot], *part) for slot, *part in zip(self.free, *parts, strict=True)]
+        ended = [QueueResult(self.names[slot], *part) for slot, *part in zip(self.free, *parts, strict=True)]
+        return [(result.index, result) for result in ended]
 
     def _judge(self, new: Tensor, k: Tensor, active: Tensor) -> Tensor:
         """Which rows the policy halts, ``(n, ...)``. Newcomers are judged apart: their state begins here."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from haltkit.attachment.axes import BatchNorms
 from haltkit.attachment.description import Loop, call_parts, find_call, find_module
-from haltkit.attachment.errors import AlreadyAttached, DetachOrder
+from haltkit.attachment.errors import AlreadyAttached, AttachError, DetachOrder
+from haltkit.attachment.joining import Joining, QueueOutput
 from haltkit.attachment.kv import CacheBook, KVMode
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
@@ -21,6 +25,7 @@ from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
 from haltkit.loop import Execution, LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.queue import check_slots, in_turn
 from haltkit.recording.trajectory import Trajectory
 
 __all__ = ["Halting", "HaltingSession"]
@@ -181,6 +186,57 @@ class HaltingSession(Session):
         with self._passing.through():
             yield
 
+    def queue(
+        self,
+        items: Iterable[Any],
+        call: Callable[[Any], Any],
+        slots: int = 64,
+        *,
+        ordered: bool = True,
+        ahead: int | None = None,
+    ) -> Iterator[QueueOutput]:
+        window = check_slots(slots, ordered, ahead)
+        if len(self._parts) > 1:
+            raise ValueError(f"a queue takes one loop, not {', '.join(self._parts)}: attach the one that halts items")
+        if self.how.observer is not None:
+            raise ValueError("an observer follows one loop at a time, and a queue runs many: attach without it")
+        return self._queued(iter(items), call, slots, window)
+
+    def _queued(
+        self, items: Iterator[Any], call: Callable[[Any], Any], slots: int, window: int | None
+    ) -> Iterator[QueueOutput]:
+        """The results. Nothing happens before the first is asked for."""
+        (region,) = self._parts.values()
+        if region.joining is not None:
+            raise ValueError("a queue of this session is in progress: read it to its end, or close it")
+        first = None
+        if self.how.check:
+            for item in items:
+                items, first = itertools.chain([item], items), self._alone(call, item)
+                break
+        modules = {path: find_module(self.model, call_parts(path)[0]) for path in region.loop.body}
+        region.joining = Joining(call, BatchNorms(modules), self._passing.through, first)
+        try:
+            yield from in_turn(region.joining, items, slots, window, _no_failure)
+        finally:
+            region.joining = None
+
+    def _alone(self, call: Callable[[Any], Any], item: Any) -> QueueOutput | None:
+        """What an item gives when nothing runs beside it; None if it raises, which its result will say."""
+        (region,) = self._parts.values()
+        before = region.newest
+        try:
+            with torch.no_grad(), region.tally.paused():
+                output = call(item)
+        except AttachError:
+            raise
+        except Exception:
+            return None
+        done = region.newest
+        if done is None or done is before:
+            return None
+        return QueueOutput(0, output, done.result.steps, done.result.outcome)
+
     # --- what came of it
 
     @property
@@ -232,3 +288,7 @@ class HaltingSession(Session):
     def watched(self) -> dict[str, Inputs]:
         """What the modules of each region's body were given in its newest loop, where that was watched."""
         return {name: region.watched for name, region in self._parts.items() if region.watched is not None}
+
+
+def _no_failure(index: int, error: Exception) -> QueueOutput:
+    raise error  # nothing is prepared before an item runs

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haltkit.attachment.axes import BodyCall
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import (
     AttachError,
@@ -19,9 +20,10 @@ from haltkit.attachment.errors import (
     StateShapeChanged,
     TapeMismatch,
 )
+from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
-from haltkit.attachment.retiring import BodyCall, Retiring
+from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
@@ -49,10 +51,11 @@ class Frame:
         inputs: Inputs | None,
         disturb_before: int = 0,
         retiring: Retiring | None = None,
+        joining: Joining | None = None,
     ) -> None:
         self.loop, self._start, self._judging, self.kv = loop, start, judging, kv
         self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
-        self.retiring = retiring
+        self.retiring, self.joining = retiring, joining
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
@@ -96,7 +99,13 @@ class Frame:
         return output
 
     def _compute(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a body module gives; where rows can be retired, only those still active are computed."""
+        """What a body module gives; where rows can be retired, only those still active are computed, and the items of a
+        queue are computed together."""
+        if self.joining is not None:
+            if self.kv.in_use:
+                raise RowsMeet(f"a queue: {name!r} is given a cache, and the items of a queue have none in common")
+            state_of = self.loop.state_of if name == self.loop.state_module else None
+            return self.joining.compute(BodyCall(name, len(self._tape), forward, args, kwargs, state_of))
         if self.retiring is None:
             return forward(*args, **kwargs)
         if self.kv.in_use:

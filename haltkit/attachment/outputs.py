@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["disturbed", "first_tensor", "map_tensors", "mapped_tensors", "tensors_in", "with_first_tensor"]
+__all__ = [
+    "disturbed",
+    "first_tensor",
+    "map_tensors",
+    "mapped_tensors",
+    "structure_of",
+    "tensors_in",
+    "with_first_tensor",
+]
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -86,3 +94,19 @@ def mapped_tensors(output: Any) -> list[Tensor]:
 
     map_tensors(note, output)
     return found
+
+
+def structure_of(value: Any) -> Any:
+    """What two values have in common whose tensors :func:`map_tensors` can put together: all but the tensors' numbers.
+
+    It can be compared and hashed. An object that is no container is itself, and equal to nothing else.
+    """
+    if isinstance(value, Tensor):
+        return Tensor, tuple(value.shape), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(structure_of, value)
+    if isinstance(value, dict):
+        return type(value), *((key, structure_of(part)) for key, part in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), *(structure_of(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else (type(value), id(value))

@@ -15,6 +15,7 @@ from torch import Tensor
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import BodyOutsideScope, ReentrantCheckpoint
 from haltkit.attachment.frame import Frame
+from haltkit.attachment.joining import Joining
 from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse
 from haltkit.attachment.override import Interceptor
@@ -87,6 +88,7 @@ class Region:
         self.passing, self.caches, self.readout, self.observer = passing, caches, readout, observer
         self.allow_grad, self.max_steps, self.throughout = allow_grad, max_steps, throughout
         self.disturb_before, self.retiring = disturb_before, retiring
+        self.joining: Joining | None = None  # the queue in progress
         self._check = check  # whether the inputs of a halted body are still to be checked
         self.tally = Tally()
         self.newest: Completed | None = None
@@ -161,6 +163,7 @@ class Region:
         self.newest, self.kept, self.watched = done, kept, inputs
         self._check = self._check and (inputs is None or inputs.replayed < ENOUGH)
         self.tally.add(done.result.steps, done.result.outcome, done.computed, done.skipped, done.seconds)
+        Joining.completed(done.result)
 
     def check_ran(self) -> None:
         """After the session: was there anything to halt?
@@ -221,6 +224,7 @@ class _ScopeCall:
             inputs=self.inputs,
             disturb_before=region.disturb_before,
             retiring=region.retiring,
+            joining=region.joining if Joining.active() else None,
         )
 
     def close(self, finished: bool) -> None:

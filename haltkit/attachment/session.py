@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from haltkit.attachment.description import Loop
+from haltkit.attachment.joining import QueueOutput
 from haltkit.attachment.tally import Tally
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe, Report, verify
 from haltkit.loop import LoopObserver
@@ -96,6 +97,45 @@ class Session(ABC):
         self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
     ) -> AbstractContextManager[Probe]:
         """Another session beside this one, with other policies; see :func:`haltkit.attachment.verify.verify`."""
+
+    def queue(
+        self,
+        items: Iterable[Any],
+        call: Callable[[Any], Any],
+        slots: int = 64,
+        *,
+        ordered: bool = True,
+        ahead: int | None = None,
+    ) -> Iterator[QueueOutput]:
+        """Run the model on each item of a queue, ``slots`` items at a time::
+
+            with haltkit.attach(model, "norm:tau=0.2,granularity=sequence", body=["core"]) as session:
+                for done in session.queue(boards, lambda board: model(board[None])):
+                    done.index, done.output, done.steps, done.outcome
+
+        Every item gets what it gets alone, to rounding. When one has halted, the next takes its place at once, so time
+        follows the mean number of steps. Each item runs the model in a thread of its own, one at a time, and calls of
+        the body's modules are made together; which dimension is the batch is found by trying and proved on two items.
+        It runs without gradients. Items of different shapes may be mixed; only those alike are computed together.
+
+        Args:
+            items: any iterable, also one without an end. It is read as in :func:`haltkit.run_queue`.
+            call: runs the model on one item, as a batch of its own.
+            slots, ordered, ahead: see :func:`haltkit.run_queue`.
+
+        Returns:
+            the results. An ``Exception`` that ``call`` raises is the ``error`` of that item's result.
+
+        Raises:
+            ValueError: ``slots`` below 1, ``ahead`` below ``slots``, several loops, a session that halts nothing or
+                whose model halts itself, an observer, or another queue in progress.
+            AttachError: while results are drawn: rows of different items see each other, the body is given a cache, or
+                the model keeps something of a call on itself (the first item is run alone, and compared).
+        """
+        raise ValueError(
+            "a queue takes a policy attached to a loop of modules; this session only observes, or its model halts "
+            "itself: see haltkit.run_queue"
+        )
 
     @property
     def computed(self) -> int:

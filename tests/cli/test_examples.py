@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
     "gallery.py": ["own loop, for", "own loop, input added at each step"],
-    "bench_attach_rows.py": ["--width", "32", "--tokens", "4", "--latents", "1", "--repeats", "1"],
+    "bench_attach_rows.py": ["--width", "32", "--tokens", "4", "--latents", "1", "--boards", "70", "--repeats", "1"],
     "bench_wavefront.py": ["--tokens", "8", "--prompts", "1", "--repeats", "1"],
     "bench_generate.py": ["--width", "32", "--tokens", "2", "--repeats", "1"],
     "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
