@@ -88,9 +88,8 @@ def main() -> None:
 
     runs = {"masked": in_batches("masked"), "compact": in_batches("compact"), "queue": queued}
     times = in_turns(runs, options.repeats)
-    print(
-        f"{options.boards} boards, mean depth {statistics.mean(steps):.2f} of {DEEPEST}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{options.boards} boards, mean depth {statistics.mean(steps):.2f} of {DEEPEST}, {threads} threads")
     for name, seconds in times.items():
         apart = float((found[name] - found["masked"]).abs().max())
         print(

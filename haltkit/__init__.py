@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from haltkit.attachment.attach import attach as attach
     from haltkit.attachment.attach import verify as verify
     from haltkit.attachment.generating import generation as generation
+    from haltkit.attachment.joining import QueueOutput as QueueOutput
     from haltkit.bodies import CompactBody as CompactBody
     from haltkit.bodies import FreezingBody as FreezingBody
     from haltkit.bodies import GuardedBody as GuardedBody
@@ -52,6 +53,7 @@ _HOMES = {
     "haltkit.attachment": ("Loop", "Session", "discover"),
     "haltkit.attachment.attach": ("attach", "verify"),
     "haltkit.attachment.generating": ("generation",),
+    "haltkit.attachment.joining": ("QueueOutput",),
     "haltkit.bodies": ("CompactBody", "FreezingBody", "GuardedBody", "LoopBody"),
     "haltkit.loop": ("LoopObserver", "LoopResult", "Outcome", "run_loop"),
     "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),

@@ -124,7 +124,7 @@ class CacheUse:
 
     def reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A body module is called in this iteration: was it returned what it is given, by an earlier call?"""
-        if self._read:
+        if self._read or self._known:
             return
         given = tensors_in([*args, *kwargs.values()])
         if self._returned and self._reads_slots(given):
@@ -145,6 +145,8 @@ class CacheUse:
                 self._looked = [entry for entry in self._looked if entry[0] is not value]
                 if not isinstance(value, Tensor) or state is None or value.shape != state.shape:
                     self._found(value)
+        if self._known:
+            return
         kept = [t for t in beside if t.ndim > 2]
         self._returned = self._returned or bool(kept)
         if kept and not self._read and self._iteration == 1:
@@ -155,6 +157,11 @@ class CacheUse:
                 self._reads_slots(given)
         for tensor in beside:
             MEMORY.returned(tensor, self._turn, self._iteration)
+
+    @property
+    def _known(self) -> bool:
+        """A cache object tells how deep it was filled: what is handed on as values needs no look (but see ``copy``)."""
+        return bool(self.caches) and self.book.mode != "copy" and is_cache(self.caches[0])
 
     @property
     def _newest(self) -> int | None:
