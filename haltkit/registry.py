@@ -165,6 +165,15 @@ _BUILTIN = (
         cost="tau=1e-12",
     ),
     PolicyRecord(
+        "settle",
+        policies.Settling,
+        "||d_k|| r / |1 - r e^(i angle)|, r and angle of d_k beside d_{k-1}; 0 on an orbit",
+        _STATE,
+        patience=2,
+        examples=("tau=0.05", "tau=0.05,slack=0.1,turn=45"),
+        cost="tau=1e-12",
+    ),
+    PolicyRecord(
         "cosine",
         policies.CosineDistance,
         "1 - cos(x_k, x_{k-1})",

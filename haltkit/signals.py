@@ -36,6 +36,7 @@ __all__ = [
     "min_p",
     "norm",
     "normalized",
+    "remaining_distance",
     "rounding_floor",
     "step_angle",
     "step_size_change",
@@ -116,6 +117,21 @@ def curvature(d: Tensor, d_prev: Tensor) -> Tensor:
     sine = norm(a - along * b) / norm(a)  # from the part across d_{k-1}: exact for a small turn, 1 - cos^2 is not
     chord = norm(a + b)
     return torch.where(chord == 0, torch.nan, 2 * sine / chord)
+
+
+def remaining_distance(step_norm: Tensor, step_norm_prev: Tensor, cosine: Tensor) -> Tensor:
+    """``||d_k|| r / |1 - r e^{i angle}|``: how far the limit is if the steps go on to shrink by ``r`` and to turn.
+
+    With ``r = ||d_k|| / ||d_{k-1}||`` and the angle between the two steps, the steps to come are a geometric series in
+    the plane of the last two, whose sum is ``d_k`` times ``r e^{i angle} / (1 - r e^{i angle})``: exact for a
+    contraction and for a spiral (it is Aitken's extrapolation, one row at a time). 0 for a step of length 0, ``+inf``
+    where ``r`` is not below 1 or not defined yet; ``cosine`` may be NaN where a step is zero. All ``(...)``.
+    """
+    ratio = step_norm / step_norm_prev
+    beside = (1 - 2 * ratio * cosine + ratio * ratio).clamp(min=0).sqrt()  # |1 - r e^{i angle}|
+    left = step_norm * ratio / beside
+    left = torch.where((ratio < 1) & (step_norm_prev < torch.inf), left, torch.inf)
+    return torch.where(step_norm == 0, 0.0, left)
 
 
 def rounding_floor(size: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from haltkit.policies.margin import Margin
 from haltkit.policies.normalized_acceleration import NormalizedAcceleration
 from haltkit.policies.normalized_step_norm import NormalizedStepNorm
 from haltkit.policies.probe import Probe
+from haltkit.policies.settling import Settling
 from haltkit.policies.stable import Stable
 from haltkit.policies.step_norm import StepNorm
 from haltkit.policies.step_size_change import StepSizeChange
@@ -23,6 +24,7 @@ __all__ = [
     "NormalizedAcceleration",
     "NormalizedStepNorm",
     "Probe",
+    "Settling",
     "Stable",
     "StepNorm",
     "StepSizeChange",

@@ -129,7 +129,9 @@ def test_a_state_can_be_gathered_in_the_middle_of_a_loop(spec: str, seed: int) -
     assert torch.equal(part.halt, whole.halt[chosen])
 
 
-@pytest.mark.parametrize("name", ["kl", "kl tau=1e-3,min_p=0.1", "accel", "accel-rel", "speed", "entropy", "stable"])
+@pytest.mark.parametrize(
+    "name", ["kl", "kl tau=1e-3,min_p=0.1", "accel", "accel-rel", "speed", "entropy", "stable", "settle"]
+)
 def test_a_signal_that_is_not_defined_yet_is_infinite(name: str) -> None:
     recorder = Recorder()
     haltkit.run_loop(wiggle, start(0), haltkit.policy("fixed:steps=3"), observer=recorder, name="loop")
@@ -169,6 +171,35 @@ def test_what_fools_which_signal() -> None:
     assert int(run("accel:tau=1e-5").outcome[0]) == converged
     assert int(run("accel-rel:tau=1e-2").outcome[0]) == budget
     assert int(run("accel-rel:tau=1e-2,denominator=state").outcome[0]) == budget  # the state shrinks just as fast
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("cosine", [1.0, 0.6, -0.3])
+def test_settle_halts_where_the_limit_is_as_near_as_tau_says(rate: float, cosine: float) -> None:
+    """Of a spiral about the origin the distance to the limit is the state's norm, however slowly it shrinks."""
+    turn = rotation(cosine).step
+    start = torch.tensor([[4.0, 3.0]], dtype=torch.float64)
+    result = haltkit.run_loop(lambda x: rate * turn(x), start, haltkit.policy("settle:tau=0.1"), max_steps=400)
+    first = math.ceil(math.log(0.1 / 5) / math.log(rate))  # 5 * rate^k < 0.1, then once more
+    assert int(result.outcome[0]) == haltkit.Outcome.CONVERGED
+    assert abs(int(result.steps[0]) - (first + 1)) <= 1
+    if rate > 0.9 and cosine == 1:  # the step norm is deceived by small steps
+        norm = haltkit.run_loop(lambda x: rate * turn(x), start, haltkit.policy("norm:tau=0.1"), max_steps=400)
+        assert int(norm.steps[0]) < int(result.steps[0]) / 2
+
+
+def test_settle_waits_for_no_orbit_and_believes_no_drift() -> None:
+    def ended(case: Any) -> tuple[int, int]:
+        result = haltkit.run_loop(case.step, case.start, haltkit.policy("settle:tau=1e-3"), max_steps=30)
+        return int(result.outcome[0]), int(result.steps[0])
+
+    converged, budget = haltkit.Outcome.CONVERGED, haltkit.Outcome.BUDGET
+    assert ended(rotation()) == (converged, 3)  # two steps show the turn, twice
+    assert ended(orbit()) == (converged, 3)
+    assert ended(slider()) == (budget, 30)
+    assert ended(diverger()) == (budget, 30)
+    assert ended(rotation(math.cos(math.radians(5))))[0] == budget  # too slow a turn to be told from a slider
+    assert ended(contraction())[0] == converged
 
 
 def algorithm_1(step: Any, x: Tensor, tau: float, budget: int) -> tuple[Tensor, int]:

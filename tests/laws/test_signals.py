@@ -49,6 +49,23 @@ def test_signals_equal_plain_numpy(seed: int) -> None:
     )
 
 
+@given(st.floats(0.05, 0.97), st.floats(-1, 1), st.floats(0.01, 100))
+def test_the_remaining_distance_is_the_sum_of_the_steps_to_come(ratio: float, cosine: float, size: float) -> None:
+    factor = ratio * complex(cosine, math.sqrt(1 - cosine**2))
+    step, rest = complex(size, 0), 0j
+    for _ in range(2000):
+        step *= factor
+        rest += step
+    given = (torch.tensor(value, dtype=torch.float64) for value in (size, size / ratio, cosine))
+    np.testing.assert_allclose(float(signals.remaining_distance(*given)), abs(rest), rtol=1e-7)
+
+
+def test_a_loop_that_does_not_shrink_has_no_limit() -> None:
+    sizes, before = torch.tensor([1.0, 2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, math.inf, 1.0])
+    cosines = torch.tensor([0.5, 1.0, math.nan, math.nan])
+    assert signals.remaining_distance(sizes, before, cosines).tolist() == [math.inf, math.inf, math.inf, 0.0]
+
+
 @pytest.mark.parametrize("case", MAPS, ids=lambda case: case.name)
 def test_synthetic_maps_have_their_closed_form(case: Map) -> None:
     xs = [case.start]
