@@ -85,9 +85,10 @@ class Retiring:
         rows = torch.tensor(few, device=given[0].device if given else None)
         options = [[*(d for d, size in enumerate(t.shape) if size == batch), None] for t in given]
         for axes in itertools.islice(itertools.product(*options), TRIALS):
+            args, kwargs = gathered((call.args, call.kwargs), axes, rows)
             try:
                 with torch.no_grad(), self._trying():
-                    some = call.on(rows, axes)
+                    some = call.forward(*args, **kwargs)
             except Exception:  # whatever a module says to shapes that do not fit together: these axes are not it
                 continue
             returned = matching(some, output, rows, batch)

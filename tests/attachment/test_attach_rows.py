@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import haltkit
 from cases import WIDTH, Refiner, needs
+from haltkit.attachment import retiring
 from haltkit.attachment.errors import AttachError, BatchNotFound, RowsMeet
 from standins import SlotCache
 
@@ -186,6 +187,23 @@ def test_rows_that_meet_are_refused(
         pytest.raises(error, match=token.replace("(", r"\(").replace(")", r"\)")),
     ):
         model(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", ["gathered", "matching", "same_rows"])
+def test_an_error_of_our_own_is_not_taken_for_a_batch_that_does_not_fit(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise NameError("ours")
+
+    monkeypatch.setattr(retiring, function, broken)
+    model = Looped(nn.Linear(WIDTH, WIDTH))
+    with (
+        haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution="compact"),
+        pytest.raises(NameError, match="ours"),
+    ):
+        model(torch.randn(6, WIDTH))
 
 
 @torch.no_grad()
