@@ -37,7 +37,7 @@ def report(
     if len(found) > 1:
         from haltkit.diagnostics.claims import claims_by_model
 
-        table = claims_by_model(found)
+        table = claims_by_model(_columns(folders, found))
         if out is None:
             print(table, end="")
             return
@@ -50,6 +50,15 @@ def report(
 
     write_text(path, render_page(found[0]))
     print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _columns(folders: list[Path], found: list[Diagnosis]) -> dict[str, Diagnosis]:
+    """The diagnoses by their headings: the model's name, and the folder's too where several are of one name."""
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ValueError(f"{str(twice)!r} is given twice: give each folder once, and one alone for its page")
+    names = [one.name for one in found]
+    headings = [name if names.count(name) == 1 else f"{name} ({at})" for name, at in zip(names, folders, strict=True)]
+    return dict(zip(headings, found, strict=True))
 
 
 def _read(folder: Path) -> Diagnosis:

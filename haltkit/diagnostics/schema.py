@@ -65,7 +65,8 @@ def decode(kind: type[T], value: Any, where: str = "") -> T:
         where: the value's place in the file, for messages.
 
     Raises:
-        DiagnosticError: another type than the schema's, or a missing field; the message names the place.
+        DiagnosticError: another type than the schema's, a missing field, or fields that contradict each other; the
+            message names the place.
     """
     return cast(T, _decode(kind, value, where))
 
@@ -109,7 +110,10 @@ def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
             found[one.name] = _decode(hints[one.name], value[one.name], place)
         elif _default(one) is MISSING:
             raise DiagnosticError(f"{place.lstrip('.')} is missing")
-    return kind(**found)
+    try:
+        return kind(**found)
+    except DiagnosticError as error:  # each field is what its type says, and they contradict each other
+        raise DiagnosticError(f"{where.lstrip('.')}: {error}") from None
 
 
 def _gathered(kind: type[Any], entry: type[Any], value: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from haltkit.diagnostics.errors import DiagnosticError
+
 __all__ = ["Unfolding"]
 
 
@@ -18,6 +20,9 @@ class Unfolding:
         asked: whether the model answers the cell.
         answers: ``answers[k - 1][cell]``, the answer after step k; what the cell says where nothing is asked.
         right: the right answer of each cell; likewise.
+
+    Raises:
+        DiagnosticError: a list that has not one entry per cell, or no columns.
     """
 
     title: str = ""
@@ -26,6 +31,14 @@ class Unfolding:
     asked: tuple[bool, ...] = ()
     answers: tuple[tuple[str, ...], ...] = ()
     right: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = {f"answers[{k}]": answers for k, answers in enumerate(self.answers)}
+        for name, entries in {"asked": self.asked, "right": self.right, **rows}.items():
+            if len(entries) != len(self.cells):
+                raise DiagnosticError(f"{name} has {len(entries)} entries, and there are {len(self.cells)} cells")
+        if self.columns < 1:
+            raise DiagnosticError(f"columns is {self.columns}: there must be at least 1")
 
     @property
     def settled(self) -> tuple[int, ...]:

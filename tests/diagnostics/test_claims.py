@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,22 @@ def test_claims_of_several_models_stand_side_by_side(tmp_path: Path, capsys: pyt
         judgement = next(one for one in Diagnosis.load(folder / "diagnose.json").claims if one.name == "P1")
         assert cell.startswith(f"**{judgement.ruling}**")
     assert run_command("report", *folders, "--out", tmp_path / "page.html") == 2
+    capsys.readouterr()
     assert run_command("report", REPRODUCTION, REPRODUCTION) == 2
+    assert "each folder once" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_two_diagnoses_of_one_model_are_told_apart_by_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(REPRODUCTION / "diagnose.json", again)
+    assert run_command("report", REPRODUCTION, again, FOLDERS[2]) == 0
+    name, other = (Diagnosis.load(folder / "diagnose.json").name for folder in (REPRODUCTION, FOLDERS[2]))
+    head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("|  | claim"))
+    assert head.split(" | ")[2:] == [f"{name} ({REPRODUCTION})", f"{name} ({again})", f"{other} |"]
 
 
 def test_everything_as_the_papers_say_is_reproduced() -> None:

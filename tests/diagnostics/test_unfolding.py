@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from browser import browser, chromium
 from haltkit.diagnostics import Diagnosis, Plan, diagnose
 from haltkit.diagnostics.diagnosis import RESULTS_FILE
+from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.unfolding import Unfolding
 from haltkit.models.checkpoint import BUNDLED
 from haltkit.models.reasoner.checkpoint import load_reasoner
@@ -66,6 +67,15 @@ def test_the_answers_are_those_of_the_model_at_every_step(name: str, shown: dict
         else:
             assert {answers[cell] for answers in found.answers} == {found.cells[cell]}
     assert Diagnosis.from_json(shown[name].to_json()).trained.unfolding == found
+
+
+@pytest.mark.parametrize("field", ["cells", "asked", "right", "answers", "columns"])
+def test_a_damaged_problem_is_refused_by_its_place(field: str, shown: dict[str, Diagnosis]) -> None:
+    values = shown["sudoku"].to_json()
+    unfolding = values["models"]["trained"]["unfolding"]
+    unfolding[field] = {"answers": [[]], "columns": 0}.get(field, [])
+    with pytest.raises(DiagnosticError, match=r"models\.trained\.unfolding: "):
+        Diagnosis.from_json(values)
 
 
 def test_an_older_diagnosis_has_no_problem_to_show(shown: dict[str, Diagnosis]) -> None:

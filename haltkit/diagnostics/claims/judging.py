@@ -8,7 +8,6 @@ from dataclasses import replace
 from haltkit.diagnostics.claims import mechanistic, two_scale, two_scale_policies
 from haltkit.diagnostics.claims.rules import Claim, Measured
 from haltkit.diagnostics.diagnosis import Diagnosis
-from haltkit.diagnostics.errors import DiagnosticError
 from haltkit.diagnostics.judgement import YES, Judgement, Value, show_values
 from haltkit.diagnostics.numbers import finite
 
@@ -77,19 +76,11 @@ def claims_table(diagnosis: Diagnosis) -> str:
     return "\n".join(lines) + "\n"
 
 
-def claims_by_model(diagnoses: Sequence[Diagnosis]) -> str:
-    """The judgements of several diagnoses side by side, as a Markdown document: a column per model.
-
-    Raises:
-        DiagnosticError: fewer than two diagnoses, or two of one name.
-    """
-    names = [one.name for one in diagnoses]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise DiagnosticError(
-            f"claims side by side are of two or more models of different names, got {', '.join(names)}"
-        )
-    found = {(one.name, one.paper): one for diagnosis in diagnoses for one in diagnosis.claims}
-    columns = [{(one.name, one.paper): one for one in diagnosis.claims} for diagnosis in diagnoses]
+def claims_by_model(diagnoses: Mapping[str, Diagnosis]) -> str:
+    """The judgements of several diagnoses side by side, as a Markdown document: a column for each, by its heading."""
+    names = list(diagnoses)
+    found = {(one.name, one.paper): one for diagnosis in diagnoses.values() for one in diagnosis.claims}
+    columns = [{(one.name, one.paper): one for one in diagnosis.claims} for diagnosis in diagnoses.values()]
     lines = [
         f"# Claims, judged on {', '.join(names)}",
         "",
