@@ -100,7 +100,7 @@ def gathered(value: Any, axes: Sequence[int | None], rows: Tensor) -> Any:
 
     def some(tensor: Tensor) -> Tensor:
         axis = next(axis_of)
-        return tensor if axis is None else tensor.index_select(axis, rows)
+        return tensor if axis is None else tensor.index_select(axis, rows.to(tensor.device))
 
     return map_tensors(some, value)
 
@@ -151,6 +151,6 @@ def telling(output: Any, axes: Axes) -> bool:
     """Whether the rows of an output differ, so that a comparison of them could have failed."""
     whole = mapped_tensors(output)
     return all(axis is None for axis in axes) or any(
-        axis is not None and not torch.equal(tensor.select(axis, 0), tensor.select(axis, -1))
+        axis is not None and tensor.numel() > 0 and not torch.equal(tensor.select(axis, 0), tensor.select(axis, -1))
         for axis, tensor in zip(axes, whole, strict=True)
     )

@@ -178,7 +178,7 @@ class Frame:
                 "dropped there, let the scope be what is called once a round"
             )
         self.computed += 1
-        if self.run.running == 0:  # runs on to fill a cache: every row keeps its state
+        if self.run.running == 0 and self._kept is not None:  # runs on to fill a cache: every row keeps its state
             return self._keep(output, torch.zeros_like(self.run.active))
         unwatched = self._unwatched(x)
         if unwatched:
@@ -193,9 +193,10 @@ class Frame:
         self._seen = None if unwatched else (x, x._version)
         if self.inputs is not None:
             self.inputs.stated(x.detach())
-        with torch.no_grad(), self._judging():
-            if not self.run.advance_if_sound(x.detach()):
-                self.run.advance(x.detach())
+        if self.run.running:  # an empty batch has no rows to judge
+            with torch.no_grad(), self._judging():
+                if not self.run.advance_if_sound(x.detach()):
+                    self.run.advance(x.detach())
         if self._kept is None or self.run.all_took:
             self._kept = self._own(output)
             return output

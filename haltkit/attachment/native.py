@@ -135,7 +135,7 @@ class NativeSession(Session):
             )
         self._newest = call = self.native.halted_call(self.policies, self.observer, args, kwargs)
         for name, steps in call.steps.items():
-            ran = int(steps.max())
+            ran = _deepest(steps)
             self.tally[name].add(steps, call.outcome[name], ran, call.budget[name] - ran, 0.0)
         return call.output
 
@@ -171,8 +171,13 @@ class NativeSession(Session):
 
     def iterations(self) -> dict[str, int]:
         """The largest number of steps of any row, by region."""
-        return {name: int(steps.max()) for name, steps in self.steps.items()}
+        return {name: _deepest(steps) for name, steps in self.steps.items()}
 
     def watched(self) -> dict[str, Inputs]:
         """Nothing is replayed, so there is nothing to watch."""
         return {}
+
+
+def _deepest(steps: Tensor) -> int:
+    """The largest number of steps of any row; 0 of an empty batch."""
+    return int(steps.max()) if steps.numel() else 0

@@ -68,9 +68,10 @@ class Tally:
         return self.seconds / self.computed * self.skipped if self.computed else 0.0
 
     def __str__(self) -> str:
-        if not self._histogram:
-            return "no loop has run inside this session"
-        total, widest = sum(self._histogram.values()), max(self._histogram.values())
+        total = sum(self._histogram.values())
+        if not total:
+            return "no loop has run inside this session" if not self.loops else "all batches were empty: no row has run"
+        widest = max(self._histogram.values())
         lines = [
             f"{steps:5d} steps {count:8d} rows {'#' * max(1, round(30 * count / widest))}"
             for steps, count in sorted(self._histogram.items())

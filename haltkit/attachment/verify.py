@@ -105,6 +105,11 @@ class Report:
 class Probe(Protocol):
     """A session that verify has for itself."""
 
+    @property
+    def steps(self) -> dict[str, Tensor]:
+        """See :class:`~haltkit.attachment.session.Session`."""
+        ...
+
     def iterations(self) -> dict[str, int]:
         """Iterations computed in the newest loop of each region."""
         ...
@@ -185,7 +190,7 @@ def verify(
         VaryingInput: likewise, and the input does not depend on the state at all: a recurrence over a sequence.
         StateNotCarried: nothing that the next iteration reads changes when a row is halted.
         ValueError: a region that is not there, the model ran no more than ``k`` iterations, ``run`` is not
-            deterministic, or returns no tensor.
+            deterministic, returns no tensor, or has an empty batch.
     """
     depths = dict.fromkeys(regions, k) if isinstance(k, int) else dict(k)
     if unknown := [name for name in depths if name not in regions]:
@@ -195,7 +200,9 @@ def verify(
     never = dict.fromkeys(regions, NEVER)
     with probe(never, keep=(1, 2, 3)) as unhalted:
         neutral = difference(run(), plain)
-        loops, free = unhalted.iterations(), unhalted.watched()
+        loops, free, rows = unhalted.iterations(), unhalted.watched(), unhalted.steps
+    if empty := [name for name, steps in rows.items() if not steps.numel()]:
+        raise ValueError(f"the batch of run is empty in {', '.join(empty)}, which proves nothing: run it on some rows")
     if neutral:
         with detached():
             if difference(run(), plain):

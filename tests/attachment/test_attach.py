@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import haltkit
-from cases import STEPS, WIDTH, Refiner, state_of
+from cases import SPECS, STEPS, WIDTH, Refiner, state_of
 from haltkit.attachment import errors
 from haltkit.attachment.description import Loop
 from haltkit.recording.recorder import Recorder
@@ -245,6 +245,27 @@ def test_what_attach_refuses(model: Refiner, x: Tensor) -> None:
     with pytest.raises(errors.ScriptModuleUnsupported, match="before scripting"):
         haltkit.attach(scripted, "norm:tau=1", body=["core"])
     assert state_of(model) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 4, WIDTH), (2, 0, WIDTH)])
+@pytest.mark.parametrize(
+    "spec", [*SPECS.values(), "norm:tau=0.1,granularity=sequence", "norm:tau=1,granularity=batch,pool=max"]
+)
+def test_an_empty_batch_passes_through(model: Refiner, spec: str, shape: tuple[int, ...]) -> None:
+    plain = model(torch.zeros(shape))
+    executions: tuple[Any, ...] = ("masked",) if "=batch" in spec else ("masked", "compact")
+    for execution in executions:
+        with haltkit.attach(model, spec, body=["core"], readout=lambda x: x, execution=execution) as session:
+            assert model(torch.zeros(shape)).shape == plain.shape
+        assert session.steps["loop"].shape == session.outcome["loop"].shape == shape[:-1]
+        assert (session.computed, session.skipped) == (1, STEPS - 1)
+        assert "empty" in session.summary()
+    with pytest.raises(ValueError, match="empty in loop"):
+        haltkit.verify(model, lambda: model(torch.zeros(shape)), 2, body=["core"])
+    with haltkit.attach(model, None, body=["core"]) as observing:
+        model(torch.zeros(shape))
+    assert "empty" in observing.summary()
 
 
 def _scripted() -> nn.Module:

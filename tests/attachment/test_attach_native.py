@@ -28,6 +28,15 @@ def tokens() -> Tensor:
 
 
 @torch.no_grad()
+def test_an_empty_batch_passes_through(model: LoopedGPT) -> None:
+    for ids in (torch.zeros(0, 5, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64)):
+        with haltkit.attach(model, "norm:tau=3") as session:
+            assert model(ids).shape == (*ids.shape, model.readout(torch.zeros(model.d_model)).shape[-1])
+        assert all(steps.shape == ids.shape for steps in session.steps.values())
+        assert "empty" in session.summary()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("spec", ["norm:tau=3", "accel:tau=4", "kl:tau=1e-2", "norm-rel:tau=0.4,min_steps=3"])
 def test_attached_from_outside_it_equals_its_native_policies_for_a_batch(
     model: LoopedGPT, tokens: Tensor, spec: str

@@ -129,6 +129,16 @@ def test_items_of_different_shapes_share_a_queue() -> None:
             assert_same(result, expected[result.index])
 
 
+def test_an_empty_item_passes_through_beside_others() -> None:
+    model, (first, *others) = Solver(), boards(1, 4)
+    given = [first[None], *[first[None, :0]] * 2, *(board[None] for board in others), first[None, :0]]
+    with haltkit.attach(model, SPEC, **BODY) as session:
+        found = list(session.queue(given, model, slots=3))
+    assert [done.output["answer"].shape[:-1] for done in found] == [board.shape[:-1] for board in given]
+    assert [done.error for done in found] == [None] * len(given)
+    assert [done.steps.shape for done in found] == [board.shape[:-1] for board in given]
+
+
 def test_the_source_is_read_no_further_than_needed_and_may_have_no_end() -> None:
     model, read = Solver(), list[int]()
 
