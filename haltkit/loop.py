@@ -18,8 +18,18 @@ from torch import Tensor
 from haltkit import signals
 from haltkit.bodies import CompactBody, FreezingBody, GuardedBody, LoopBody, RowWise
 from haltkit.parts import PartwiseJudge, is_large
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, granularity_of, judge, map_state
+from haltkit.protocol import (
+    HaltingPolicy,
+    LoopStep,
+    Readout,
+    check_count,
+    check_state,
+    granularity_of,
+    judge,
+    map_state,
+)
 from haltkit.rows import LoopRows, Outcome
+from haltkit.specs import PolicyLike, policy_of
 
 __all__ = [
     "ChangedInPlace",
@@ -113,6 +123,7 @@ class LoopRun:
             raise ValueError(f"keep={keep!r}: allowed are 'current' and 'previous'")
         if execution not in ("masked", "compact"):
             raise ValueError(f"execution={execution!r}: allowed are 'masked' and 'compact'")
+        check_state(x0, name)
         self.policy, self.readout, self.keep, self.observer, self.name = policy, readout, keep, observer, name
         self._compact, self._pure = execution == "compact", pure
         granularity = granularity_of(policy)
@@ -191,6 +202,7 @@ class LoopRun:
         return (0, self.x.clone()) if self.x.is_inference() else (self.x._version, None)
 
     def _checked(self, new: Tensor) -> Tensor:
+        check_state(new, self.name)
         expected = (self.rows.count, self.x.shape[-1]) if self._compact else self.x.shape
         if new.shape != expected:
             raise ValueError(f"the body turned a state of shape {tuple(expected)} into {tuple(new.shape)}")
@@ -276,7 +288,7 @@ class LoopRun:
 def run_loop(
     body: LoopBody | Callable[..., Tensor],
     x0: Tensor,
-    policy: HaltingPolicy[Any],
+    policy: PolicyLike,
     *,
     max_steps: int = 32,
     readout: Readout | None = None,
@@ -292,8 +304,8 @@ def run_loop(
 
     Args:
         body: a :class:`LoopBody`, or a function from ``x_{k-1}`` (and ``inputs``) to ``x_k``.
-        x0: initial state, ``(..., D)``.
-        policy: decides row by row.
+        x0: initial state, ``(..., D)``, of real floating-point numbers.
+        policy: decides row by row; an object, or a spec such as ``"norm:tau=1e-3"``.
         max_steps: the budget; rows still active then end as ``BUDGET``.
         readout: from the state to logits ``(..., V)``, for policies that look at predictions.
         rows: which rows are real, ``(...)`` bool (None: all); the others are never judged and keep ``x0``.
@@ -310,12 +322,13 @@ def run_loop(
             the same. Compact wants a function of single rows, or a :class:`CompactBody`.
 
     Raises:
-        ValueError: ``max_steps`` below 1, ``rows``, ``inputs`` or ``budget`` of the wrong shape, a body that changes
-            the state's shape, or one whose rows cannot be retired.
+        ValueError: a bad spec, ``max_steps`` that is no whole number of at least 1, a state that is not of real
+            floating-point numbers, ``rows``, ``inputs`` or ``budget`` of the wrong shape, a body that changes the
+            state's shape, or one whose rows cannot be retired; a policy or readout whose answer is not row by row.
         ChangedInPlace: a body that writes into the state it is given.
     """
-    if max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
+    check_count("max_steps", max_steps)
+    check_state(x0, name)
     compact = execution == "compact"
     if not isinstance(body, LoopBody):
         looped: LoopBody = RowWise(body, inputs, x0.shape[:-1], compact)
@@ -324,7 +337,7 @@ def run_loop(
     else:
         looped = body
     run = LoopRun(
-        policy,
+        policy_of(policy),
         x0,
         readout=readout,
         rows=rows,

@@ -7,6 +7,7 @@ gather, scatter or permute the state's rows.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
@@ -23,22 +24,27 @@ __all__ = [
     "Readout",
     "ThresholdPolicy",
     "Verdict",
+    "check_count",
+    "check_state",
     "check_tau",
     "check_temperature",
     "granularity_of",
     "judge",
     "map_state",
+    "read",
 ]
 
 Readout = Callable[[Tensor], Tensor]
 Granularity = Literal["token", "sequence", "batch", "world"]
 S = TypeVar("S")
+MOST = 2**31 - 1  # steps, slots or hits: what an int32 holds
 
 
 class Verdict(NamedTuple):
     """A policy's answer at one step, one entry per row.
 
-    ``score`` is what was measured (``+inf`` where the signal is not defined yet); ``halt`` says stop.
+    ``score``, ``(...)`` floating point, is what was measured (``+inf`` where the signal is not defined yet); ``halt``,
+    ``(...)`` bool, says stop.
     """
 
     score: Tensor
@@ -100,7 +106,7 @@ class LoopStep:
         """``readout(x_k)``, ``(..., V)``: the readout runs at most once per step.
 
         Raises:
-            ValueError: the loop was given no readout.
+            ValueError: the loop was given no readout, or one that does not give logits row by row.
         """
         if self._logits is None:
             if self._readout is None:
@@ -108,7 +114,7 @@ class LoopStep:
                     "this policy looks at logits, but the loop has no readout: pass readout=, a function from the "
                     "state (..., D) to logits (..., V)"
                 )
-            self._logits = self._readout(self.x)
+            self._logits = read(self._readout, self.x)
         return self._logits
 
     def log_probabilities(self, temperature: float = 1.0) -> Tensor:
@@ -172,11 +178,14 @@ def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
 def judge(policy: HaltingPolicy[Any], state: Any, step: LoopStep) -> tuple[Any, Verdict]:
     """The policy's update: its state after the step, and its verdict.
 
+    Every update goes through here, also that of a policy inside a wrapper.
+
     Raises:
+        ValueError: the policy does not answer with a :class:`Verdict` that has one entry per row.
         WeightsMisfit: tensors fail to combine in a policy that holds weights; the error itself is the cause.
     """
     try:
-        return policy.update(state, step)
+        state, verdict = policy.update(state, step)
     except RuntimeError as error:
         held = held_by(policy)
         if type(error) is not RuntimeError or not held:  # out of memory or lost processes, for instance
@@ -185,6 +194,71 @@ def judge(policy: HaltingPolicy[Any], state: Any, step: LoopStep) -> tuple[Any, 
             f"the policy failed on states of width {step.x.shape[-1]} in {step.region!r}: {error}. It holds "
             f"{', '.join(map(repr, held))}: check that they were made for this model"
         ) from error
+    _check_verdict(policy, verdict, step.active)
+    return state, verdict
+
+
+def _check_verdict(policy: HaltingPolicy[Any], verdict: Any, active: Tensor) -> None:
+    """Refuse an answer that has not one entry per row. It looks at types and shapes, and waits for no device."""
+    kind = type(policy).__name__
+    if not isinstance(verdict, Verdict) or not all(isinstance(part, Tensor) for part in verdict):
+        raise ValueError(f"{kind}.update must return (state, haltkit.Verdict(score, halt)), both of them tensors")
+    score, halt = verdict
+    if halt.dtype != torch.bool or not score.is_floating_point():
+        raise ValueError(
+            f"{kind} answers with a score of {score.dtype} and a halt of {halt.dtype}: Verdict(score, halt) has a "
+            "floating-point score and a bool halt, in this order"
+        )
+    if not halt.shape == score.shape == active.shape:
+        raise ValueError(
+            f"{kind} answers with a score {tuple(score.shape)} and a halt {tuple(halt.shape)}, and the rows are "
+            f"{tuple(active.shape)}: both must have one entry per row"
+        )
+
+
+def read(readout: Readout, x: Tensor) -> Tensor:
+    """``readout(x)``: logits ``(..., V)`` of states ``(..., D)``.
+
+    Raises:
+        ValueError: it gives something else.
+    """
+    logits: Any = readout(x)
+    if not isinstance(logits, Tensor) or logits.ndim != x.ndim or logits.shape[:-1] != x.shape[:-1]:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        wanted = ", ".join([*map(str, x.shape[:-1]), "V"])
+        raise ValueError(f"the readout turned states {tuple(x.shape)} into {found}: logits ({wanted}) are expected")
+    return logits
+
+
+def check_state(x: Any, name: str) -> None:
+    """Refuse a state of the loop ``name`` that cannot be measured.
+
+    Raises:
+        ValueError: no tensor ``(..., D)`` of real floating-point numbers with at least one per row.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"the state of {name!r} is a {type(x).__name__}: a tensor (..., D) is expected")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"the state of {name!r} is {x.dtype}, and real floating-point numbers are measured: give x.float(), or "
+            "torch.view_as_real(x).flatten(-2) of complex ones"
+        )
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"the state of {name!r} has the shape {tuple(x.shape)}: (..., D) with D >= 1 is expected")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no number of steps, slots or hits.
+
+    Raises:
+        ValueError: not a whole number, below ``least``, or beyond an int32.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: a whole number is expected, not a {type(value).__name__}") from None
+    if not least <= count <= MOST:
+        raise ValueError(f"{name}={count}: it must be at least {least} and at most {MOST}")
 
 
 def check_tau(tau: float) -> None:

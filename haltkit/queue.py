@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from haltkit.loop import Keep, Outcome
-from haltkit.protocol import HaltingPolicy, Readout, granularity_of
+from haltkit.protocol import Readout, check_count, granularity_of
 from haltkit.slots import QueueItem, QueueResult, SlotBody, Slots
+from haltkit.specs import PolicyLike, policy_of
 
 __all__ = ["Batch", "QueueItem", "QueueResult", "SlotBody", "check_slots", "in_turn", "run_queue"]
 
@@ -45,7 +46,7 @@ class Batch(Protocol[R]):
 def run_queue(
     body: SlotBody | Callable[..., Tensor],
     items: Iterable[Any],
-    policy: HaltingPolicy[Any],
+    policy: PolicyLike,
     slots: int = 64,
     *,
     max_steps: int = 32,
@@ -60,7 +61,7 @@ def run_queue(
         import torch, haltkit
 
         states = (torch.randn(8) for _ in range(1000))  # any iterable, also one without an end
-        for result in haltkit.run_queue(lambda x: x / 2 + 1, states, haltkit.policy("norm:tau=1e-3"), slots=16):
+        for result in haltkit.run_queue(lambda x: x / 2 + 1, states, "norm:tau=1e-3", slots=16):
             result.index, result.x, int(result.steps), haltkit.Outcome(int(result.outcome))
 
     Every item gets the steps and the outcome that :func:`haltkit.run_loop` gives it alone, and its state to rounding.
@@ -78,7 +79,8 @@ def run_queue(
             instance may. It may write into the state.
         items: tensors or :class:`QueueItem`; all of one shape, dtype and device, and so are their inputs. Each item may
             be anything if there is ``prepare``.
-        policy: judges rows, or instances (``granularity=sequence``); these are retired once all their rows have halted.
+        policy: an object or a spec; judges rows, or instances (``granularity=sequence``), which are retired once all
+            their rows have halted.
         slots: how many items run at a time.
         max_steps: the budget; rows still active then end as ``BUDGET``.
         readout: from the state to logits ``(..., V)``, for policies that look at predictions.
@@ -90,15 +92,16 @@ def run_queue(
             once ``ahead`` items are read, it runs with fewer other items.
 
     Raises:
-        ValueError: ``slots`` or ``max_steps`` below 1, ``ahead`` below ``slots``, a policy that pools over a batch or
-            world, a body with a memory that cannot take new items; while results are drawn: an item that is none or of
-            another shape than the first (with its number), a body that changes the state's shape or dtype, a policy
-            that cannot take a step number per row.
+        ValueError: a bad spec, ``slots`` or ``max_steps`` that is no whole number of at least 1, ``ahead`` below
+            ``slots``, a policy that pools over a batch or world, a body with a memory that cannot take new items; while
+            results are drawn: an item that is none, is not of real floating-point numbers or has another shape than
+            the first (with its number), a body that changes the state's shape or dtype, a policy or readout whose
+            answer is not row by row, a policy that cannot take a step number per row.
     """
-    granularity = granularity_of(policy)
+    built = policy_of(policy)
+    granularity = granularity_of(built)
     window = check_slots(slots, ordered, ahead)
-    if max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
+    check_count("max_steps", max_steps)
     if keep not in ("current", "previous"):
         raise ValueError(f"keep={keep!r}: allowed are 'current' and 'previous'")
     if granularity not in ("token", "sequence"):
@@ -111,7 +114,7 @@ def run_queue(
             f"{type(body).__name__} keeps a memory for one loop and cannot take new items: give it admit and select "
             "(see haltkit.SlotBody), or pass a function of the state"
         )
-    batch = Slots(body, policy, max_steps, readout, keep)
+    batch = Slots(body, built, max_steps, readout, keep)
     return in_turn(batch, iter(items), slots, window, _failed, prepare)
 
 
@@ -124,11 +127,11 @@ def check_slots(slots: int, ordered: bool, ahead: int | None) -> int | None:
     """How far the source is read beyond the last result handed out; None: results come as they complete.
 
     Raises:
-        ValueError: no slot, or fewer items ahead than slots.
+        ValueError: ``slots`` or ``ahead`` that is no whole number of at least 1, or fewer items ahead than slots.
     """
-    if slots < 1:
-        raise ValueError(f"slots={slots}: a queue needs at least 1 slot")
+    check_count("slots", slots)
     ahead = 8 * slots if ahead is None else ahead
+    check_count("ahead", ahead)
     if ahead < slots:
         raise ValueError(f"ahead={ahead} would not fill the {slots} slots: it must be at least slots")
     return ahead if ordered else None

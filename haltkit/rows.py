@@ -50,7 +50,7 @@ class LoopRows:
         budget: of the rows present, or None.
 
     Raises:
-        ValueError: ``given`` or ``budget`` of another shape, or a budget below 1.
+        ValueError: ``given`` or ``budget`` of another shape, or a budget that is not of whole numbers from 1.
     """
 
     def __init__(
@@ -64,8 +64,14 @@ class LoopRows:
         compact: bool,
     ) -> None:
         for what, values in (("rows", given), ("budget", budget)):
-            if values is not None and values.shape != shape:
+            if values is None:
+                continue
+            if not isinstance(values, Tensor):
+                raise ValueError(f"{what} is a {type(values).__name__}: a tensor with an entry per row is expected")
+            if values.shape != shape:
                 raise ValueError(f"{what} has shape {tuple(values.shape)}; the state's rows are {tuple(shape)}")
+        if budget is not None and (budget.is_floating_point() or budget.is_complex() or budget.dtype == torch.bool):
+            raise ValueError(f"budget is {budget.dtype}: whole numbers of steps are expected, such as int64")
         if budget is not None and bool((budget < 1).any()):
             raise ValueError(f"budget={int(budget.min())} for some row: a loop takes at least 1 step")
         self._shape, layout = shape, tuple(shape)

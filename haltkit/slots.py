@@ -11,7 +11,18 @@ from torch import Tensor
 
 from haltkit import signals
 from haltkit.loop import Keep, Outcome
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of, judge, map_state
+from haltkit.protocol import (
+    HaltingPolicy,
+    LoopStep,
+    Readout,
+    Verdict,
+    check_count,
+    check_state,
+    granularity_of,
+    judge,
+    map_state,
+    read,
+)
 
 __all__ = ["QueueItem", "QueueResult", "SlotBody", "Slots", "place"]
 
@@ -196,12 +207,12 @@ class Slots:
         logits: list[Tensor] = []
 
         def step_of(rows: Callable[[Tensor], Tensor], k: int | Tensor, active: Tensor) -> LoopStep:
-            def read(_: Tensor) -> Tensor:
+            def rows_read(_: Tensor) -> Tensor:
                 if not logits:  # at most once per step, for all slots
-                    logits.append(cast(Readout, self.readout)(new))
+                    logits.append(read(cast(Readout, self.readout), new))
                 return rows(logits[0])
 
-            return LoopStep(k, rows(new), rows(x_prev), active, None if self.readout is None else read)
+            return LoopStep(k, rows(new), rows(x_prev), active, None if self.readout is None else rows_read)
 
         judged, newcomers, halt = self.judged, self.newcomers, None
         if newcomers is None or len(newcomers) < len(new):
@@ -226,7 +237,7 @@ class Slots:
             return judge(self.policy, self.state, step)
         except Exception as error:  # whatever a policy of the user's raises
             try:
-                self.policy.update(map_state(lambda part: part[:1], self.state), one())
+                judge(self.policy, map_state(lambda part: part[:1], self.state), one())
             except Exception:
                 raise error from None  # it fails with a number, too
             raise ValueError(
@@ -257,10 +268,11 @@ class Slots:
             raise ValueError(f"item {number} is {type(item).__name__}: allowed are a state and (state, inputs, budget)")
         x0, given, budget = QueueItem(*item)
         tensors = (x0, *given) if isinstance(given, tuple | list) else (x0, given)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors) or not x0.ndim:
-            raise ValueError(f"item {number}: its state must be a tensor (..., D), and its inputs must be tensors")
-        if budget is not None and budget < 1:
-            raise ValueError(f"item {number} has budget={budget}: a loop takes at least 1 step")
+        check_state(x0, f"item {number}")
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise ValueError(f"item {number}: its inputs must be tensors")
+        if budget is not None:
+            check_count(f"item {number}: budget", budget)
         kind = [(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors]
         if self.kind is None:
             if granularity_of(self.policy) == "sequence" and x0.ndim < 2:

@@ -13,7 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from haltkit.protocol import Granularity, HaltingPolicy, LoopStep, ThresholdPolicy, Verdict, granularity_of
+from haltkit.protocol import (
+    Granularity,
+    HaltingPolicy,
+    LoopStep,
+    ThresholdPolicy,
+    Verdict,
+    check_count,
+    granularity_of,
+    judge,
+)
 
 __all__ = ["AllOf", "AnyOf", "CheckEvery", "MinSteps", "Patience", "Pooled"]
 
@@ -31,8 +40,7 @@ class Patience:
     count: int
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"patience={self.count}: it must be at least 1")
+        check_count("patience", self.count)
 
     @property
     def granularity(self) -> Granularity:
@@ -43,7 +51,7 @@ class Patience:
         return _PatienceState(self.policy.init(x0), hits)
 
     def update(self, state: _PatienceState, step: LoopStep) -> tuple[_PatienceState, Verdict]:
-        inner, (score, halt) = self.policy.update(state.inner, step)
+        inner, (score, halt) = judge(self.policy, state.inner, step)
         hits = (state.hits + 1) * halt
         return _PatienceState(inner, hits), Verdict(score, hits >= self.count)
 
@@ -56,8 +64,7 @@ class MinSteps:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"min_steps={self.steps}: it must not be negative")
+        check_count("min_steps", self.steps, least=0)
 
     @property
     def granularity(self) -> Granularity:
@@ -67,7 +74,7 @@ class MinSteps:
         return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
-        state, (score, halt) = self.policy.update(state, step)
+        state, (score, halt) = judge(self.policy, state, step)
         return state, Verdict(score, halt & (step.k >= self.steps))
 
 
@@ -79,8 +86,7 @@ class CheckEvery:
     every: int
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"check_every={self.every}: it must be at least 1")
+        check_count("check_every", self.every)
 
     @property
     def granularity(self) -> Granularity:
@@ -90,7 +96,7 @@ class CheckEvery:
         return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
-        state, (score, halt) = self.policy.update(state, step)
+        state, (score, halt) = judge(self.policy, state, step)
         return state, Verdict(score, halt & (step.k % self.every == 0))
 
 
@@ -134,7 +140,7 @@ class Pooled:
         return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
-        state, (score, _) = self.policy.update(state, step)
+        state, (score, _) = judge(self.policy, state, step)
         dims = (-1,) if self.over == "sequence" else tuple(range(score.ndim))
         if self.reduce == "mean":
             total = torch.where(step.active, score, 0.0).sum(dims, keepdim=True)
@@ -213,5 +219,5 @@ def _update_parts(
     policies: tuple[HaltingPolicy[Any], ...], states: tuple[Any, ...], step: LoopStep
 ) -> tuple[tuple[Any, ...], Tensor]:
     """Every part's new state, and their halts stacked, ``(parts, ...)``."""
-    answers = [policy.update(state, step) for policy, state in zip(policies, states, strict=True)]
+    answers = [judge(policy, state, step) for policy, state in zip(policies, states, strict=True)]
     return tuple(state for state, _ in answers), torch.stack([verdict.halt for _, verdict in answers])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from haltkit.attachment.description import Loop
+from haltkit.attachment.description import Loop, check_model
 from haltkit.attachment.foreign import Halting, HaltingSession
 from haltkit.attachment.kv import KVMode
 from haltkit.attachment.native import HaltsItself, NativeSession
@@ -20,7 +20,7 @@ from haltkit.attachment.session import Session
 from haltkit.attachment.verify import NEVER, Report
 from haltkit.card import is_card
 from haltkit.loop import Execution, LoopObserver
-from haltkit.protocol import HaltingPolicy, Readout, granularity_of
+from haltkit.protocol import HaltingPolicy, Readout, check_count, granularity_of
 from haltkit.specs import Policies, policy_for_regions, regions_named
 
 __all__ = ["Policies", "attach", "verify"]
@@ -99,10 +99,12 @@ def attach(
 
     Raises:
         AttachError: a subclass for each thing that would be wrong; see :mod:`haltkit.attachment.errors`.
-        ValueError: a bad policy, one for a region that is not there, or a description that contradicts itself.
+        ValueError: no module, a bad policy, one for a region that is not there, or a description that contradicts
+            itself.
     """
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps={max_steps}: a loop takes at least 1 step")
+    check_model(model)
+    if max_steps is not None:
+        check_count("max_steps", max_steps)
     policy, described = _loaded(model, policy, loop, loops, fields)
     found: Mapping[str, Loop] | HaltsItself
     if described is None:
@@ -117,13 +119,13 @@ def attach(
                 f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution and max_steps do not "
                 "apply"
             )
-        native = NativeSession(model, found, _policies(policy, tuple(found.looped_regions)), observer)
+        native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer)
         return _attached(native.attach, native.detach)
     regions = checked(found)
     if policy is None:
         observing = ObservingSession(model, regions, observer)
         return _attached(observing.attach, observing.detach)
-    policies = _policies(policy, tuple(regions))
+    policies = policy_for_regions(policy, tuple(regions))
     _check_execution(execution, policies, kv)
     how = Halting(
         regions,
@@ -239,22 +241,6 @@ def _preset(
         return model, readout
     described, found = preset_for(model, None, regions)
     return {ONE: described} if isinstance(described, Loop) else described, readout or found
-
-
-def _policies(given: Policies, regions: tuple[str, ...]) -> dict[str, HaltingPolicy[Any]]:
-    """One policy for each region.
-
-    Raises:
-        ValueError: a bad spec or something that is no policy; an unknown region, or a missing one.
-    """
-    policies = policy_for_regions(given, regions)
-    for policy in policies.values():
-        if not isinstance(policy, HaltingPolicy) or isinstance(policy, type):
-            raise ValueError(
-                f"policy={policy!r} is none: give a spec such as 'norm:tau=0.1', a policy, the path of a saved choice, "
-                "or None to observe"
-            )
-    return policies
 
 
 def _readouts(given: Readout | Mapping[str, Readout] | None, regions: tuple[str, ...]) -> dict[str, Readout]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, UnknownModule
 from haltkit.attachment.outputs import first_tensor, with_first_tensor
+from haltkit.protocol import check_count
 
-__all__ = ["Action", "Initial", "Loop", "call_parts", "find_call", "find_module"]
+__all__ = ["Action", "Initial", "Loop", "call_parts", "check_model", "find_call", "find_module"]
 
 CODE = {"code": True}  # marks the fields for functions, which no file can contain
 
@@ -64,18 +65,22 @@ class Loop:
     refuse: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = field(default=None, metadata=CODE)
 
     def __post_init__(self) -> None:
-        if isinstance(self.body, str) or not self.body:
+        if isinstance(self.body, str) or not isinstance(self.body, Iterable) or not self.body:
             raise ValueError(f"body={self.body!r}: a list of module paths is expected, in call order")
+        if not isinstance(self.reset_on, Iterable):
+            raise ValueError(f"reset_on={self.reset_on!r}: a list of module paths is expected")
         object.__setattr__(self, "body", tuple(self.body))
         object.__setattr__(
             self, "reset_on", (self.reset_on,) if isinstance(self.reset_on, str) else tuple(self.reset_on)
         )
+        paths = (*self.body, *self.reset_on, self.state_module, self.scope)
+        if wrong := [path for path in paths if not isinstance(path, str)]:
+            raise ValueError(f"{wrong[0]!r} is no path of a module: paths are texts, such as 'layers.0'")
         if len(set(self.body)) != len(self.body):
             raise ValueError(f"body={list(self.body)}: name each module once, also one that is called several times")
         if self.state_module not in self.body:
             raise ValueError(f"state={self.state!r} is not one of the body's modules: {', '.join(self.body)}")
-        if self.period < 1:
-            raise ValueError(f"period={self.period}: it must be at least 1")
+        check_count("period", self.period)
         if (self.select is None) != (self.put is None):
             raise ValueError("select and put belong together: one takes the state out of the output, one puts it back")
         if self.carry is not None and self.carry[0] not in self.body:
@@ -162,6 +167,16 @@ def call_parts(path: str) -> tuple[str, str]:
     """The module and the method that ``"module:method"`` names; ``"module"`` is its ``forward``."""
     module, _, method = path.partition(":")
     return module, method or "forward"
+
+
+def check_model(model: Any) -> None:
+    """Refuse what has no modules to attach to.
+
+    Raises:
+        ValueError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}: a torch.nn.Module is expected")
 
 
 def find_call(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -23,7 +23,7 @@ from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.steadiness import ENOUGH, Inputs
 from haltkit.attachment.tally import Tally
 from haltkit.loop import LoopObserver, LoopResult, LoopRun
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of, judge
 
 __all__ = ["Completed", "Passing", "Region"]
 
@@ -198,7 +198,7 @@ class _Settled:
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         depth = self.kv.fixed_depth
         if depth is None:
-            return self.policy.update(state, step)
+            return judge(self.policy, state, step)
         to_go = torch.full(step.x.shape[:-1], depth, device=step.x.device) - step.k  # steps
         return state, Verdict(to_go.float(), to_go <= 0)
 

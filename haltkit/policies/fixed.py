@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.protocol import LoopStep, Verdict
+from haltkit.protocol import LoopStep, Verdict, check_count
 
 __all__ = ["Fixed"]
 
@@ -24,8 +24,7 @@ class Fixed:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: a loop takes at least 1 step")
+        check_count("steps", self.steps)
 
     def init(self, x0: Tensor) -> None:
         return None

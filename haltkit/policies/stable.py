@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
-from haltkit.protocol import LoopStep, Verdict
+from haltkit.protocol import LoopStep, Verdict, check_count
 
 __all__ = ["Stable"]
 
@@ -34,8 +34,7 @@ class Stable:
     times: int = 2
 
     def __post_init__(self) -> None:
-        if self.times < 1:
-            raise ValueError(f"times={self.times}: the top prediction must stay the same at least once")
+        check_count("times", self.times)
 
     @property
     def tau(self) -> float:

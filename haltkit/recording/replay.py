@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.loop import Keep, LoopResult, Outcome, run_loop
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
+from haltkit.protocol import LoopStep, Readout, Verdict, judge
 from haltkit.recording.trajectory import RegionTrajectory, TrajectoryError
+from haltkit.specs import PolicyLike, policy_of
 
 __all__ = ["readout_of_recordings", "replay", "scores"]
 
@@ -67,7 +68,7 @@ def readout_of_recordings(readout: Readout, model: nn.Module) -> Readout:
 
 
 def replay(
-    policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None, keep: Keep = "current"
+    policy: PolicyLike, trajectory: RegionTrajectory, *, readout: Readout | None = None, keep: Keep = "current"
 ) -> LoopResult:
     """Run the loop with recorded states in place of the body.
 
@@ -104,7 +105,7 @@ def replay(
     )
 
 
-def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:
+def scores(policy: PolicyLike, trajectory: RegionTrajectory, *, readout: Readout | None = None) -> Tensor:
     """What a policy measures at each step of a recording, ``(K, ...)``, were nothing ever halted.
 
     ``+inf`` after a step at which no row was finite any more.
@@ -115,14 +116,14 @@ def scores(policy: HaltingPolicy[Any], trajectory: RegionTrajectory, *, readout:
     # One tensor for all steps: small ones, one a step, would lie between the large temporaries of a policy that looks
     # at logits and keep the C library from using their place again.
     recorded: Tensor | None = None
-    last = len(trajectory._consecutive_states()) - 1
+    last, built = len(trajectory._consecutive_states()) - 1, policy_of(policy)
 
     class Listening:
         def init(self, x0: Tensor) -> Any:
-            return policy.init(x0)
+            return built.init(x0)
 
         def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
-            state, verdict = policy.update(state, step)
+            state, verdict = judge(built, state, step)
             nonlocal recorded
             if recorded is None:
                 recorded = verdict.score.new_full((last, *verdict.score.shape), torch.inf)

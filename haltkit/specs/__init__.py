@@ -13,13 +13,14 @@ A spec is ``name:key=value,key=value``::
 
 from haltkit.specs.build import WRAPPER_KEYS, Spec
 from haltkit.specs.parse import Choice, parse_choice, parse_choices, parse_spec, parse_spec_list
-from haltkit.specs.regions import Policies, policy, policy_for_regions, regions_named
+from haltkit.specs.regions import Policies, PolicyLike, policy, policy_for_regions, policy_of, regions_named
 from haltkit.specs.show import UnprintablePolicy, spec_of, text_of
 
 __all__ = [
     "WRAPPER_KEYS",
     "Choice",
     "Policies",
+    "PolicyLike",
     "Spec",
     "UnprintablePolicy",
     "parse_choice",
@@ -28,6 +29,7 @@ __all__ = [
     "parse_spec_list",
     "policy",
     "policy_for_regions",
+    "policy_of",
     "regions_named",
     "spec_of",
     "text_of",

@@ -9,21 +9,39 @@ from haltkit.protocol import HaltingPolicy
 from haltkit.specs.build import Spec
 from haltkit.specs.parse import parse_choice, parse_spec
 
-__all__ = ["Policies", "policy", "policy_for_regions", "regions_named"]
+__all__ = ["Policies", "PolicyLike", "policy", "policy_for_regions", "policy_of", "regions_named"]
 
-Policies = str | Spec | HaltingPolicy[Any] | Mapping[str, str | HaltingPolicy[Any]] | Mapping[str, Spec]
+PolicyLike = str | Spec | HaltingPolicy[Any]
+Policies = PolicyLike | Mapping[str, str | HaltingPolicy[Any]] | Mapping[str, Spec]
 
 
 def policy(spec: str | Spec, **keys: object) -> HaltingPolicy[Any]:
     """Build a policy from a spec, further keys given by name: ``policy("accel", tau=1e-3)``.
 
     Raises:
-        ValueError: see :meth:`Spec.build`.
+        ValueError: something that is no spec, or see :meth:`Spec.build`.
     """
+    if not isinstance(spec, (str, Spec)):
+        raise ValueError(f"policy({spec!r}): a spec is expected, such as 'norm:tau=0.1'")
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     for key, value in keys.items():
         parsed = parsed.with_key(key, value)
     return parsed.build()
+
+
+def policy_of(given: PolicyLike) -> HaltingPolicy[Any]:
+    """The policy that was given as text, as a spec, or as itself.
+
+    Raises:
+        ValueError: a bad spec, or something that is no policy.
+    """
+    if isinstance(given, (str, Spec)):
+        return policy(given)
+    if not isinstance(given, HaltingPolicy) or isinstance(given, type):
+        raise ValueError(
+            f"policy={given!r} is none: give a spec such as 'norm:tau=0.1', or an object with init and update"
+        )
+    return given
 
 
 def regions_named(given: object) -> tuple[str, ...]:
@@ -36,15 +54,11 @@ def policy_for_regions(given: Policies, regions: Sequence[str]) -> dict[str, Hal
     """One policy per region, from one for all, a mapping, or a spec (with regions or without).
 
     Raises:
-        ValueError: a bad spec, an unknown region, or a missing one.
+        ValueError: a bad spec, something that is no policy, an unknown region, or a missing one.
     """
     found: Any = parse_choice(given) if isinstance(given, str) else given
     if isinstance(found, Mapping):
         if found.keys() != set(regions):
             raise ValueError(f"policies for regions {', '.join(found)}; the model's regions are {', '.join(regions)}")
-        return {region: _built(found[region]) for region in regions}
-    return dict.fromkeys(regions, _built(found))
-
-
-def _built(given: str | Spec | HaltingPolicy[Any]) -> HaltingPolicy[Any]:
-    return policy(given) if isinstance(given, (str, Spec)) else given
+        return {region: policy_of(found[region]) for region in regions}
+    return dict.fromkeys(regions, policy_of(found))

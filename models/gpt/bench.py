@@ -20,7 +20,7 @@ from haltkit.loop import LoopRun
 from haltkit.models.gpt.decoding import Decoded, Decoder
 from haltkit.models.gpt.memory import CompactMemory, CompactRegionLoop, Rows
 from haltkit.models.gpt.model import Block, LoopedGPT, Region
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, judge
 from haltkit.registry import records
 from haltkit.specs import Policies
 from haltkit.specs import policy as build_policy
@@ -85,7 +85,7 @@ def choose_policies(subject: Subject, wanted: Sequence[Candidate]) -> dict[str, 
 
 
 def _update(policy: HaltingPolicy[Any], state: Any, x: Tensor, x_prev: Tensor, active: Tensor, head: Readout) -> None:
-    policy.update(state, LoopStep(2, x, x_prev, active, head))
+    judge(policy, state, LoopStep(2, x, x_prev, active, head))
 
 
 @torch.inference_mode()
@@ -117,7 +117,7 @@ def policy_cost(
                         continue
                     name, policy = record.name, build_policy(f"{record.name}:{record.cost}")
                     # A state from the middle of a loop.
-                    state, _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
+                    state, _ = judge(policy, policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
                     runs[name] = partial(_update, policy, state, x, x_prev, active, head)
                 once = sum(in_turns(runs, 1)[name][0] for name in runs)  # warms up, too
                 times = in_turns(runs, max(3, min(50, int(seconds / once))))

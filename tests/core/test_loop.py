@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import haltkit
 from haltkit import Outcome, parts, signals
 from haltkit.loop import ChangedInPlace
-from haltkit.wrappers import AnyOf
+from haltkit.policies import Fixed, Stable, StepNorm
+from haltkit.recording.recorder import Recorder
+from haltkit.recording.replay import scores
+from haltkit.wrappers import AllOf, AnyOf, CheckEvery, MinSteps, Patience
 from maps import readout, wiggle
 
 X0 = torch.tensor([[8.0, 0.0], [4.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
@@ -115,7 +120,7 @@ def test_the_loop_does_not_write_into_its_input() -> None:
 
 def test_what_the_loop_refuses() -> None:
     policy = haltkit.policy("norm:tau=1")
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="max_steps=0"):
         haltkit.run_loop(halve, X0, policy, max_steps=0)
     with pytest.raises(ValueError, match="rows has shape"):
         haltkit.run_loop(halve, X0, policy, rows=torch.ones(2, dtype=torch.bool))
@@ -123,6 +128,170 @@ def test_what_the_loop_refuses() -> None:
         haltkit.run_loop(lambda x: x[:1], X0, policy)
     with pytest.raises(ValueError, match="allowed are"):
         haltkit.run_loop(halve, X0, policy, keep="newest")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A policy that answers as a function of the step says."""
+
+    answer: Callable[[haltkit.LoopStep], Any]
+
+    def init(self, x0: Tensor) -> None:
+        return None
+
+    def update(self, state: None, step: haltkit.LoopStep) -> tuple[None, Any]:
+        return None, self.answer(step)
+
+
+class Halved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = self.body(x / 2)
+        return x
+
+
+def attached(policy: Any, readout: Any, kv: Any = "refuse") -> None:
+    with haltkit.attach(Halved(), policy, body=["body"], readout=readout, kv=kv) as session:
+        session.model(X0)
+
+
+def recorded(judged: Callable[..., object], policy: Any, readout: Any) -> None:
+    recorder = Recorder()
+    haltkit.run_loop(halve, X0, "fixed:steps=4", observer=recorder)
+    judged(policy, recorder.trajectory["loop"], readout=readout)
+
+
+MANY = torch.ones(2, parts.LARGE // 2)  # judged in parts
+PATHS: dict[str, Callable[[Any, Any], object]] = {
+    "masked": lambda policy, readout: haltkit.run_loop(halve, X0, policy, readout=readout),
+    "compact": lambda policy, readout: haltkit.run_loop(halve, X0, policy, readout=readout, execution="compact"),
+    "parts": lambda policy, readout: haltkit.run_loop(halve, MANY, policy, readout=readout),
+    "queue": lambda policy, readout: list(haltkit.run_queue(halve, X0, policy, 2, readout=readout)),
+    "attach": attached,
+    "uniform": lambda policy, readout: attached(policy, readout, "uniform"),
+    "replay": lambda policy, readout: recorded(haltkit.replay, policy, readout),
+    "scores": lambda policy, readout: recorded(scores, policy, readout),
+}
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "bare": lambda policy: policy,
+    "patience": lambda policy: Patience(policy, 2),
+    "min_steps": lambda policy: MinSteps(policy, 1),
+    "check_every": lambda policy: CheckEvery(policy, 1),
+    "any": lambda policy: AnyOf((StepNorm(1.0), policy)),
+    "all": lambda policy: AllOf((StepNorm(1.0), policy)),
+}
+
+
+def _never(step: haltkit.LoopStep, right: Tensor) -> Tensor:
+    return step.step_norm < 0 if right else torch.zeros_like(step.step_norm)
+
+
+BAD_ANSWERS: dict[str, Callable[[haltkit.LoopStep], Any]] = {
+    "a float halt": lambda step: haltkit.Verdict(step.step_norm, (step.step_norm < 1).float()),
+    "fields swapped": lambda step: haltkit.Verdict(step.step_norm < 1, step.step_norm),
+    "one for all": lambda step: haltkit.Verdict(step.step_norm, (step.step_norm < 1).all()),
+    "one score for all": lambda step: haltkit.Verdict(step.step_norm.mean(), step.step_norm < 1),
+    "a plain tuple": lambda step: (step.step_norm, step.step_norm < 1),
+    "numbers": lambda step: haltkit.Verdict(step.step_norm, cast(Tensor, True)),
+    "nothing": lambda step: None,
+    "a float halt later": lambda step: haltkit.Verdict(
+        step.step_norm, _never(step, torch.as_tensor(step.k).max() == 1)
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("answer", BAD_ANSWERS)
+def test_a_verdict_that_is_not_row_by_row_is_refused_wherever_it_is_given(path: str, answer: str) -> None:
+    for wrapped in WRAPPED.values() if path == "masked" else [WRAPPED["bare"]]:
+        with pytest.raises(ValueError, match=r"Answers( answers|\.update must)"):
+            PATHS[path](wrapped(Answers(BAD_ANSWERS[answer])), None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_logits_that_are_not_row_by_row_are_refused_wherever_they_are_read(path: str) -> None:
+    readouts: list[Any] = [lambda x: x.sum(), lambda x: x[:1], lambda x: x.mean(0, keepdim=True), lambda x: (x,)]
+    for wrong in readouts:
+        for spec in ("kl:tau=1e-3", "stable:times=2"):
+            with pytest.raises(ValueError, match="the readout turned states"):
+                PATHS[path](haltkit.policy(spec), wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_a_policy_may_be_given_as_its_text(path: str) -> None:
+    PATHS[path]("norm:tau=1.5", None)
+    with pytest.raises(ValueError, match="is none"):
+        PATHS[path](StepNorm if path.startswith(("attach", "uniform")) else None, None)  # None observes
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+@pytest.mark.parametrize(
+    ("x0", "token"),
+    [
+        (X0.to(torch.complex64), "complex64"),
+        (X0.long(), "int64"),
+        (X0[:, :0], "D >= 1"),
+        (torch.tensor(1.0), "D >= 1"),
+        ([1.0, 2.0], "a list"),
+    ],
+    ids=["complex", "integers", "no width", "a number", "a list"],
+)
+def test_states_that_cannot_be_measured_are_refused(x0: Any, token: str, execution: Any) -> None:
+    with pytest.raises(ValueError, match=token):
+        haltkit.run_loop(lambda x: x, x0, "norm:tau=0.1", execution=execution)
+    if isinstance(x0, Tensor):
+        with pytest.raises(ValueError, match=token):
+            list(haltkit.run_queue(lambda x: x, [x0], "norm:tau=0.1"))
+    turned: list[Callable[[Tensor], Any]] = [lambda x: x * 1j, lambda x: x.long(), lambda x: (x,)]
+    for body in turned:
+        with pytest.raises(ValueError, match="the state of 'loop'"):
+            haltkit.run_loop(body, X0, "norm:tau=0.1", execution=execution)
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, None, 10**30, -1, torch.tensor(2.5)], ids=str)
+def test_counts_are_whole_numbers_in_range(value: Any) -> None:
+    counted: list[tuple[str, Callable[[], object]]] = [
+        ("max_steps", lambda: haltkit.run_loop(halve, X0, "norm:tau=1", max_steps=value)),
+        ("max_steps", lambda: haltkit.run_queue(halve, X0, "norm:tau=1", max_steps=value)),
+        ("slots", lambda: haltkit.run_queue(halve, X0, "norm:tau=1", value)),
+        ("period", lambda: haltkit.Loop(["body"], period=value)),
+        ("steps", lambda: Fixed(value)),
+        ("times", lambda: Stable(value)),
+        ("patience", lambda: Patience(StepNorm(1.0), value)),
+        ("min_steps", lambda: MinSteps(StepNorm(1.0), value)),
+        ("check_every", lambda: CheckEvery(StepNorm(1.0), value)),
+    ]
+    if value is not None:
+        counted += [
+            ("max_steps", lambda: haltkit.attach(Halved(), "norm:tau=1", body=["body"], max_steps=value)),
+            ("ahead", lambda: haltkit.run_queue(halve, X0, "norm:tau=1", ahead=value)),
+            ("budget", lambda: list(haltkit.run_queue(halve, [(X0, (), value)], "norm:tau=1"))),
+        ]
+    for name, call in counted:
+        with pytest.raises(ValueError, match=f"{name}="):
+            call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("x0", "token"), [(X0.to(torch.complex64), "complex64"), (X0[:, :0], "D >= 1")])
+def test_states_that_cannot_be_measured_are_refused_in_a_model(x0: Tensor, token: str) -> None:
+    model = Halved()
+    with haltkit.attach(model, "speed:tau=0.1", body=["body"]), pytest.raises(ValueError, match=token):
+        model(x0)
+
+
+def test_a_budget_is_a_tensor_of_whole_numbers() -> None:
+    bad: list[Any] = [torch.full((3,), 2.5), torch.ones(3, dtype=torch.bool), [2, 2, 2]]
+    for budget in bad:
+        with pytest.raises(ValueError, match="budget is"):
+            haltkit.run_loop(halve, X0, "norm:tau=1", budget=budget)
 
 
 IN_PLACE = {
