@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def is_card(given: object) -> bool:
     """Whether what was given for a policy is the path of a card: a path, text that ends in ``.yaml``, or its folder."""
     if isinstance(given, PathLike):
         return True
-    return isinstance(given, str) and (given.endswith((".yaml", ".yml")) or (Path(given) / _CARD).is_file())
+    return isinstance(given, str) and (given.endswith((".yaml", ".yml")) or isfile(f"{given}/{_CARD}"))
 
 
 @dataclass(frozen=True)

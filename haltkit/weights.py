@@ -37,12 +37,13 @@ class Weights:
         source: the file that contains them, if any.
 
     Raises:
-        ValueError: no tensors, or an entry that is none.
+        ValueError: no tensors, an entry that is none, or a name that is no text.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str | None = None) -> None:
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError("Weights need at least one tensor: give a mapping from names to tensors")
+        named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+        if not tensors or not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("Weights need at least one tensor: give a mapping from names, which are texts, to tensors")
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         self.source = source
@@ -81,7 +82,8 @@ class Weights:
         from haltkit.files import atomic_path, check_output
 
         with atomic_path(check_output(Path(path))) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self._tensors.items()}, partial)
+            # Clones: safetensors refuses tensors that share memory.
+            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors.items()}, partial)
         return Weights(self._tensors, str(path))
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from haltkit.attachment.attach import verify
 from haltkit.attachment.calls import Calls
 from haltkit.attachment.dataflow import Leaf, Reads, leaves
-from haltkit.attachment.description import Action, call_parts, find_module
+from haltkit.attachment.description import Action, call_parts, check_model, find_module
 from haltkit.attachment.errors import AttachError
 from haltkit.attachment.outputs import first_tensor, tensors_in
 from haltkit.attachment.verify import ROUNDING, Report
@@ -121,8 +121,9 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
 
     Raises:
         AttachError: no module is called more than once in one call of the model.
-        ValueError: the model computes something else in each run.
+        ValueError: no model, or one that computes something else in each run.
     """
+    check_model(model)
     seen = Calls(model)
     seen.watch(run)
     found = _found(seen)

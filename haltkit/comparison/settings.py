@@ -19,7 +19,7 @@ from haltkit.recording.replay import readout_of_recordings, replay
 from haltkit.recording.trajectory import RegionTrajectory
 from haltkit.registry import records
 from haltkit.setting import Depth, Setting
-from haltkit.specs import Spec, UnprintablePolicy, parse_choice, parse_choices, spec_of, text_of
+from haltkit.specs import Spec, UnprintablePolicy, parse_choice, parse_choices, policy_of, spec_of, text_of
 from haltkit.subject import Subject
 
 __all__ = ["Candidate", "Sweeps", "candidates", "choose_settings", "suggested_depths"]
@@ -96,8 +96,7 @@ def _candidate(given: Given, subject: Subject) -> Candidate:
 
 def _part(given: Any) -> Spec | HaltingPolicy[Any]:
     if not isinstance(given, str):
-        part: Spec | HaltingPolicy[Any] = given
-        return part
+        return given if isinstance(given, Spec) else policy_of(given)
     (text,) = parse_choices(given)
     parsed = parse_choice(text)
     if not isinstance(parsed, Spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from haltkit.registry import given_names, known_names, record_of
 from haltkit.specs.build import COMBINED, Spec
@@ -15,6 +16,7 @@ Choice = Spec | dict[str, Spec]
 _NAME = re.compile(r"[\w.-]+(:[A-Za-z_]\w*)?")
 _REGION = re.compile(r"\s*([\w.-]+)=")  # 4=accel:...
 _KEY = re.compile(r"(?P<key>[A-Za-z_]\w*)=(?P<value>[^=:]+)")
+DEEPEST = 32  # combinations inside one another
 # In a list, what can only go on the spec before it: key=value.
 _CONTINUATION = re.compile(r"[A-Za-z_]\w*=(?P<value>[^=:|()]+)")
 
@@ -23,9 +25,11 @@ def parse_spec(text: str) -> Spec:
     """Parse one spec (not one with regions).
 
     Raises:
-        ValueError: the text is not a spec, or names an unknown policy.
+        ValueError: the text is not a spec, is nested too deeply, or names an unknown policy.
     """
     text = text.strip()
+    if max(accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in text), default=0) > DEEPEST:
+        raise ValueError(f"{text[:40]!r}...: combinations are nested more than {DEEPEST} deep")
     for name in COMBINED:
         if text.startswith(f"{name}("):
             end = _closing(text, len(name))

@@ -7,7 +7,7 @@ import dataclasses
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -236,6 +236,16 @@ def test_what_attach_refuses(model: Refiner, x: Tensor) -> None:
         haltkit.attach(model, "norm:tau=1")
     with pytest.raises(ValueError, match="a list of module paths"):
         haltkit.attach(model, "norm:tau=1", body="core")
+    for fields in ({"body": [3]}, {"body": 3}, {"scope": 3}, {"reset_on": 3}, {"reset_on": [3]}):
+        with pytest.raises(ValueError, match="3.*path"):
+            haltkit.attach(model, "norm:tau=1", **{"body": ["core"], **cast(Any, fields)})
+    with pytest.raises(ValueError, match="nested"):
+        haltkit.attach(model, "loop=" + "any(" * 2000, body=["core"])
+    nothing: Any = None
+    with pytest.raises(ValueError, match="torch.nn.Module"):
+        haltkit.attach(nothing, "norm:tau=1", body=["core"])
+    with pytest.raises(ValueError, match="torch.nn.Module"):
+        haltkit.discover(nothing, lambda: None)
     with pytest.raises(ValueError, match="not one of the body's modules"):
         Loop(("core",), state="head")
     with pytest.raises(ValueError, match="allowed are replay, zero, identity"):

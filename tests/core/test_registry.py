@@ -200,8 +200,18 @@ def test_weights_are_neither_compared_nor_printed_nor_gathered(tmp_path: Path) -
     (tmp_path / "bad.safetensors").write_bytes(b"bad")
     with pytest.raises(ValueError, match="cannot be read"):
         haltkit.Weights.load(tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match="at least one tensor"):
-        haltkit.Weights({})
+    not_weights: list[Any] = [{}, {3: torch.ones(2)}, {"w": 1.0}, [torch.ones(2)], None]
+    for tensors in not_weights:
+        with pytest.raises(ValueError, match="at least one tensor"):
+            haltkit.Weights(tensors)
+
+
+def test_weights_that_share_memory_are_saved_each_whole(tmp_path: Path) -> None:
+    w = torch.arange(6.0).view(2, 3)
+    given = {"w": w, "row": w[1], "turned": w.T}
+    haltkit.Weights(given).save(tmp_path / "w.safetensors")
+    found = haltkit.Weights.load(tmp_path / "w.safetensors").tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 
 
 @pytest.mark.parametrize("execution", ["masked", "compact"])
@@ -215,6 +225,21 @@ def test_weights_of_another_width_are_named(execution: Any, rows: int) -> None:
 def test_an_error_of_a_policy_without_weights_is_its_own() -> None:
     with pytest.raises(RuntimeError, match="size"):
         haltkit.run_loop(lambda x: 0.5 * x, torch.ones(5, 6), Unsound())
+
+
+def test_combinations_nest_to_a_limit_and_what_is_no_spec_is_named() -> None:
+    def nested(depth: int) -> str:
+        return "any(norm:tau=1|" * depth + "norm:tau=2" + ")" * depth
+
+    assert str(spec_of(haltkit.policy(nested(32)))) == nested(32).replace("tau=1", "tau=1.0").replace("=2", "=2.0")
+    for text in (nested(33), nested(3000), "any(" * 2000, "a=" + nested(3000)):
+        with pytest.raises(ValueError, match="nested") as caught:
+            haltkit.Setting.of(text, ("a",))
+        assert len(str(caught.value)) < 200
+    not_specs: list[Any] = [None, 3, StepNorm(1.0)]
+    for one in not_specs:
+        with pytest.raises(ValueError, match="a spec is expected"):
+            haltkit.policy(one)
 
 
 @dataclass(frozen=True)
@@ -396,7 +421,7 @@ def test_a_policy_for_each_region() -> None:
         ("norm:tau=1,tau=2", "given twice"),
         ("norm:tau=small", "a number is expected"),
         ("fixed:steps=2.5", "a whole number is expected"),
-        ("fixed:steps=0", "at least 1 step"),
+        ("fixed:steps=0", "at least 1"),
         ("fixed:steps=3,patience=2", "fixed has no key 'patience'"),
         ("norm:tau=1,patience=0", "at least 1"),
         ("norm:tau=1,granularity=word", "allowed are token, sequence, batch, world"),
