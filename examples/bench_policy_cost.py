@@ -15,7 +15,7 @@ from torch import Tensor
 
 import haltkit
 from haltkit.models.gpt.model import Block
-from haltkit.policies import Probe
+from haltkit.policies.probe import FEATURES, Probe
 from haltkit.protocol import LoopStep
 from haltkit.timing import in_turns, milliseconds, ratio
 
@@ -25,7 +25,8 @@ SPECS = ["norm:tau=1e-9", "norm-rel:tau=1e-9", "accel:tau=1e-9", "accel-rel:tau=
 def probe(width: int, *names: str) -> Probe:
     """A probe with features, as 'haltkit fit' makes them."""
     tensors: dict[str, Tensor] = {"loop/state": torch.randn(width) / width, "loop/bias": torch.zeros(1)}
-    return Probe(0.5, haltkit.Weights({**tensors, **{f"loop/{name}": torch.ones(1) for name in names}}))
+    used = {f"loop/{one}": torch.tensor([float(one in names)]) for one in FEATURES}
+    return Probe(0.5, haltkit.Weights(tensors | used))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["Weights", "WeightsMisfit", "held_by"]
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class WeightsMisfit(ValueError):
@@ -37,13 +41,20 @@ class Weights:
         source: the file that contains them, if any.
 
     Raises:
-        ValueError: no tensors, an entry that is none, or a name that is no text.
+        ValueError: no tensors, an entry that is none, or a name that is no text; complex numbers, or floating-point
+            ones of less than 16 bits.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str | None = None) -> None:
         named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
         if not tensors or not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError("Weights need at least one tensor: give a mapping from names, which are texts, to tensors")
+        for name, tensor in tensors.items():
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+                raise ValueError(
+                    f"the weights {name!r} are {_plain(tensor.dtype)}: allowed are whole numbers, "
+                    f"{', '.join(map(_plain, _FLOATS))}"
+                )
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._moved: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         self.source = source
@@ -53,7 +64,7 @@ class Weights:
         """The weights in a safetensors file.
 
         Raises:
-            ValueError: the file does not exist or is not safetensors.
+            ValueError: the file does not exist, is not safetensors, or holds what weights cannot be or is not finite.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -62,7 +73,7 @@ class Weights:
             raise ValueError(f"no file {str(path)!r} with a policy's weights")
         try:
             found = cls(load_file(path), str(path))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"the weights in {str(path)!r} cannot be read: {error}") from None
         if not all(bool(tensor.isfinite().all()) for tensor in found.tensors.values()):
             raise ValueError(f"the weights in {str(path)!r} are not finite: a policy with them would never halt")
@@ -77,14 +88,22 @@ class Weights:
         Raises:
             ValueError: the file cannot be written there.
         """
-        from safetensors.torch import save_file
-
         from haltkit.files import atomic_path, check_output
 
         with atomic_path(check_output(Path(path))) as partial:
-            # Clones: safetensors refuses tensors that share memory.
-            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors.items()}, partial)
+            partial.write_bytes(self._bytes())
         return Weights(self._tensors, str(path))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file that :meth:`save` writes."""
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        from safetensors.torch import save
+
+        # Clones: safetensors refuses tensors that share memory.
+        return save({name: tensor.cpu().contiguous().clone() for name, tensor in self._tensors.items()})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -105,6 +124,10 @@ class Weights:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self._tensors.items())
         return f"Weights({shapes})"
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def held_by(policy: Any) -> list[Weights]:

@@ -53,9 +53,10 @@ def write_probe(width: int) -> str:
     """A file with the weights of a probe for states of this width in the region ``loop``."""
     path = Path(tempfile.mkdtemp()) / "probe.safetensors"
     generator = torch.Generator().manual_seed(0)
-    shapes = {"state": width, "bias": 1, "size": 1, "cosine": 1, "step": 1}
+    shapes = {"state": width, "bias": 1, "size": 1, "cosine": 1, "step": 1, "margin": 1}
     tensors = {f"loop/{name}": torch.randn(size, generator=generator) for name, size in shapes.items()}
-    Weights({**tensors, "loop/size": torch.tensor([-2.0]), "loop/bias": torch.tensor([-4.0])}).save(path)
+    chosen = {"loop/size": -2.0, "loop/bias": -4.0, "loop/margin": 0.0}  # it does not look at the margin
+    Weights({**tensors, **{name: torch.tensor([value]) for name, value in chosen.items()}}).save(path)
     return str(path)
 
 

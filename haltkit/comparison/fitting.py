@@ -103,7 +103,10 @@ def fit_probe(subject: Subject, *, level: float = 0.99, margin: bool = True, see
         raise ValueError(f"{subject.name} has no readout or no logits: give the Subject readout= and logits=")
     count = len(subject.samples)
     if count < 4:
-        raise ValueError(f"{count} samples: fitting needs at least 4, to learn on two, choose on one and report on one")
+        raise ValueError(
+            f"{count} samples: fitting needs at least 4, to learn on two, choose on one and report on one. Give more "
+            "sequences (--sequences), or make smaller samples of them (--batch)"
+        )
     readout = readout_of_recordings(subject.readout, subject.model)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator).tolist()
@@ -174,9 +177,8 @@ def _learn(
         fitted = fit_logistic(torch.cat(parts), settled, RIDGE)
         state, others = fitted.weight[: -len(names)], fitted.weight[-len(names) :]
         tensors |= {f"{name}/state": state.float(), f"{name}/bias": fitted.bias.reshape(1).float()}
-        tensors |= {
-            f"{name}/{feature}": weight.reshape(1).float() for feature, weight in zip(names, others, strict=True)
-        }
+        fitted_on = dict(zip(names, others, strict=True))
+        tensors |= {f"{name}/{one}": fitted_on.get(one, torch.zeros(1)).reshape(1).float() for one in FEATURES}
     return tensors, {name: sum(map(len, parts)) for name, parts in targets.items()}
 
 

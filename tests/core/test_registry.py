@@ -204,6 +204,8 @@ def test_weights_are_neither_compared_nor_printed_nor_gathered(tmp_path: Path) -
     for tensors in not_weights:
         with pytest.raises(ValueError, match="at least one tensor"):
             haltkit.Weights(tensors)
+    with pytest.raises(ValueError, match="complex64"):
+        haltkit.Weights({"w": torch.ones(1) * 1j})
 
 
 def test_weights_that_share_memory_are_saved_each_whole(tmp_path: Path) -> None:
@@ -452,19 +454,18 @@ def test_contradictions_are_refused() -> None:
 def test_weights_that_cannot_be_written_whole_leave_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import safetensors.torch
-
     path = tmp_path / "w.safetensors"
     haltkit.Weights({"w": torch.ones(2)}).save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors: object, filename: Path) -> None:
-        Path(filename).write_bytes(b"half")
+    def full_disk(partial: Path, content: bytes) -> None:
+        partial.touch()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError, match="space"):
-        haltkit.Weights({"w": torch.zeros(2)}).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        with pytest.raises(OSError, match="space"):
+            haltkit.Weights({"w": torch.zeros(2)}).save(path)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
     with pytest.raises(ValueError, match="folder"):
