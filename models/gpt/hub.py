@@ -65,16 +65,25 @@ class Shared(
         self.tokenizer: tiktoken.Encoding | None = None
         self.trained: dict[str, Any] = {}
 
+    @property
+    def _model_config(self) -> ModelConfig:
+        arguments = self._hub_mixin_config  # those that it was built with, which the mixin has noted
+        if not isinstance(arguments, dict):
+            raise TypeError(f"{type(self).__name__} was not built from the arguments of a ModelConfig")
+        return from_dict(ModelConfig, arguments)
+
+    @property
+    def function_config(self) -> dict[str, Any]:
+        """See :class:`haltkit.identity.SaysItsFunction`."""
+        return asdict(self._model_config)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config, weights in the model's own dtype, and tokenizer into an existing folder.
 
         Raises:
             CheckpointError: the model has no tokenizer, and GPT-2's does not fit it.
         """
-        arguments = self._hub_mixin_config  # those that it was built with, which the mixin has noted
-        if not isinstance(arguments, dict):
-            raise TypeError(f"{type(self).__name__} was not built from the arguments of a ModelConfig")
-        config = from_dict(ModelConfig, arguments)
+        config = self._model_config
         if self.tokenizer is not None:
             write_ranks(self.tokenizer, save_directory / TOKENIZER_FILE)
         elif config.vocab_size < GPT2_VOCABULARY:

@@ -55,7 +55,7 @@ class Reasoner(nn.Module):
         noise_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.columns, self.classes, self.d_model = tuple(columns), classes, d_model
+        self.columns, self.classes, self.d_model, self.n_head = tuple(columns), classes, d_model, n_head
         self.noise = EvaluationNoise(noise_seed, positions, d_model)
         self.tables = nn.ModuleList(nn.Embedding(count, d_model, padding_idx=0) for count in self.columns)
         body = RegionBody([Block(d_model, n_head, mlp_ratio, "branch")], d_model, inject=True, state_norm=True)
@@ -92,6 +92,11 @@ class Reasoner(nn.Module):
     def loop_modules(self) -> dict[str, str]:
         """Where a recorder finds the loop step."""
         return {LOOP: "region.body"}
+
+    @property
+    def function_config(self) -> dict[str, int]:
+        """See :class:`haltkit.identity.SaysItsFunction`: all that no shape of a weight says."""
+        return {"n_head": self.n_head, "noise_seed": self.noise.seed, "positions": self.noise.shape[0]}
 
     def embed(self, inputs: Tensor) -> Tensor:
         """``e``, ``(B, T, D)``, of ``inputs``, ``(B, T, C)`` int64: the columns' embeddings, summed, times ``sqrt(D)``.
