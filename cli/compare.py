@@ -78,7 +78,11 @@ def compare(
     ] = None,
     save_path: Annotated[
         Path | None,
-        typer.Option("--save", metavar="FILE", help="Write the winner as YAML for haltkit.attach and --policy."),
+        typer.Option(
+            "--save",
+            metavar="FILE|FOLDER",
+            help="Write the winner as a card for haltkit.attach and --policy: YAML, or a folder (needed for probes).",
+        ),
     ] = None,
     checkpoint: OldCheckpoint = None,
     old_model: OldModel = None,
@@ -89,12 +93,22 @@ def compare(
     frontier of quality against wall-clock time: policies at equal thresholds cannot be compared, because their
     signals' scales differ.
     """
+    from haltkit.card import Card
+
     named = chosen_model(model, checkpoint, old_model)
-    check_policies(policies)
+    weighted = check_policies(policies)
     thresholds = read_thresholds(taus)
     json_path = check_writable(json_path)
     plot_path = check_writable(plot_path, ("png", "svg", "pdf"))
-    save_path = check_writable(save_path, ("yaml", "yml"))
+    if save_path is not None and not save_path.suffix:
+        Card.check_folder(save_path)
+    elif save_path is not None and weighted:
+        raise ValueError(
+            f"--save {save_path}: a policy among these has weights, which stand beside its card: name a folder, as in "
+            f"--save {save_path.with_suffix('')}"
+        )
+    else:
+        save_path = check_writable(save_path, ("yaml", "yml"))
     places = [path.resolve() for path in (json_path, plot_path, save_path) if path is not None]
     if len(set(places)) < len(places):
         raise ValueError(f"--json, --plot and --save name the same file more than once: {', '.join(map(str, places))}")

@@ -31,12 +31,18 @@ __all__ = [
     "describe_dtype",
     "read_policies",
     "read_thresholds",
+    "seed_option",
 ]
 
 _MODEL = (
     "A bundled model by name (text, chase, sudoku), a checkpoint folder, or pkg.mod:function returning a Subject. "
     "\\[default: text]"
 )
+
+
+def seed_option(help: str) -> Any:
+    """An option for a seed that every generator of random numbers takes."""
+    return typer.Option(min=0, max=2**63 - 1, help=help)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -94,23 +100,23 @@ def read_thresholds(taus: str) -> str | list[float]:
     return values
 
 
-def check_policies(text: str | None) -> None:
+def check_policies(text: str | None) -> bool:
     """Refuse a list of policies that cannot be read, before a model is.
+
+    Returns:
+        whether any of them has weights in a file.
 
     Raises:
         ValueError: a bad spec, or a card that is not there.
     """
     if text is None:
-        return
+        return False
     from haltkit.attachment.saved import load_card
     from haltkit.card import is_card
-    from haltkit.specs import parse_choice, parse_choices
+    from haltkit.specs import Spec, parse_choice, parse_choices
 
-    for item in parse_choices(text):
-        if is_card(item):
-            load_card(item)
-        else:
-            parse_choice(item)
+    found = [load_card(item).choice if is_card(item) else parse_choice(item) for item in parse_choices(text)]
+    return any(spec.files for one in found for spec in ([one] if isinstance(one, Spec) else one.values()))
 
 
 def read_policies(

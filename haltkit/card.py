@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from haltkit.calibration.certificate import Certificate
-from haltkit.files import read_yaml, write_text
-from haltkit.folders import atomic_folder
+from haltkit.files import check_room, read_yaml, write_text
+from haltkit.folders import atomic_folder, leftovers
 from haltkit.identity import Identity
 from haltkit.protocol import HaltingPolicy
+from haltkit.registry import known_names
 from haltkit.specs import Choice, Spec, parse_choice, policy_for_regions
 from haltkit.trust import reading
 from haltkit.weights import Weights
 
 __all__ = ["Card", "is_card"]
 
-_KEYS = ("policy", "model", "regions", "loop", "loops", "identity", "certified", "about")
-# In the folder of a card with a certificate.
-_CARD, _CERTIFICATE, _WEIGHTS = "card.yaml", "certificate.json", "weights.safetensors"
-
-_FILES = {_CARD, _CERTIFICATE, _WEIGHTS}
+_KEYS = ("policy", "model", "regions", "loop", "loops", "weights", "identity", "certified", "about")
+# In a card's folder; the weights are called as haltkit.specs.packed does.
+_CARD, _CERTIFICATE = "card.yaml", "certificate.json"
+_OWN = re.compile(r"\.?(card\.yaml|certificate\.json|weights(-\d+)?\.safetensors)(\.partial)?")
 
 
 def is_card(given: object) -> bool:
-    """Whether what was given for a policy is the path of a card: a path, text that ends in ``.yaml``, or its folder."""
-    if isinstance(given, PathLike):
+    """Whether what was given for a policy is the path of a card: a path, or text that ends in ``.yaml``, or a folder.
+
+    A folder that has the name of a policy is one only if there is a card in it.
+    """
+    if not isinstance(given, str):
+        return isinstance(given, PathLike)
+    if given.endswith((".yaml", ".yml")) or os.path.isfile(os.path.join(given, _CARD)):
         return True
-    return isinstance(given, str) and (given.endswith((".yaml", ".yml")) or isfile(f"{given}/{_CARD}"))
+    return os.path.isdir(given) and given not in known_names()
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Card:
             do.
         certificate: what is promised of the policy on that model.
         folder: where files of weights are that the policy names; None: where the process runs.
+        weights: those files, and the SHA-256 of each.
 
     Raises:
         ValueError: a certificate about another policy, or about no model.
@@ -64,6 +72,7 @@ class Card:
     identity: Identity | None = None
     certificate: Certificate | None = None
     folder: Path | None = field(default=None, compare=False)
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.certificate is not None and self.certificate.setting != self.policy:
@@ -109,36 +118,62 @@ class Card:
                 f"the card was made for {self.model or 'another model'}{_with(self.regions)}, and this is a "
                 f"{name}{_with(regions)}: thresholds do not carry over; run 'haltkit compare --save' on this model"
             )
-        if self.identity is None:
-            return
-        if differences := self.identity.differences(Identity.of(model, full_depth)):
+        if self.identity is not None:
+            self._refuse(self.identity.differences(Identity.of(model, full_depth)))
+
+    def check_depth(self, full_depth: int) -> None:
+        """Whether the card is for a run with this budget; one without an identity is for any.
+
+        Raises:
+            ValueError: it is for another full depth.
+        """
+        if self.identity is not None:
+            self._refuse(self.identity.differences(replace(self.identity, full_depth=full_depth)))
+
+    def _refuse(self, differences: Sequence[str]) -> None:
+        """Refuse a model that differs, if it does."""
+        if differences:
             if self.certificate is None:
                 raise ValueError(
-                    f"the card's policy was fitted on another model ({'; '.join(differences)}): run 'haltkit fit' on it"
+                    f"the card's policy is for another model ({'; '.join(differences)}): run 'haltkit fit' or 'haltkit "
+                    "compare --save' on this one"
                 )
             raise ValueError(
                 f"the card's certificate is not about this model ({'; '.join(differences)}): run 'haltkit calibrate' "
                 f"on it, or use the policy without a certificate by its spec, {self.policy!r}"
             )
 
-    def save(self, path: str | PathLike[str], weights: Weights | None = None) -> None:
-        """Write the file; a card with a certificate or weights is a folder, which appears whole or not at all.
+    def save(self, path: str | PathLike[str], weights: Mapping[str, Weights] | None = None) -> None:
+        """Write a file, ``*.yaml``, or a folder, which appears whole or not at all.
+
+        A card with a certificate or weights is always a folder.
 
         Args:
             path: of the file or folder.
-            weights: of the fitted policy, which names them ``weights.safetensors``.
+            weights: what is in the files of weights that the policy names (see :func:`haltkit.specs.packed`); None:
+                what is in those of the card that was loaded.
 
         Raises:
-            ValueError: a folder is asked for where something that is no card stands.
+            ValueError: a folder is asked for where something that is no card stands, or the policy names weights that
+                are not given, or by another name than haltkit's.
         """
-        if self.certificate is None and weights is None:
-            self._write(Path(path))
+        if weights is None:
+            weights = {name: Weights.load((self.folder or Path()) / name) for name in self.weights}
+        named = _files(parse_choice(self.policy))
+        if set(named) != set(weights) or not all(map(_OWN.fullmatch, named)):
+            raise ValueError(
+                f"the policy names the weights {', '.join(named) or 'of no file'}, and a card has its own beside it: "
+                "save the policy with its weights, as haltkit.specs.packed gives them"
+            )
+        card = replace(self, weights={name: one.sha256 for name, one in weights.items()})
+        if self.certificate is None and not weights and Path(path).suffix in (".yaml", ".yml"):
+            card._write(Path(path))
             return
         self.check_folder(path)
         with atomic_folder(Path(path)) as folder:
-            self._write(folder / _CARD)
-            if weights is not None:
-                weights.save(folder / _WEIGHTS)
+            card._write(folder / _CARD)
+            for name, one in weights.items():
+                one.save(folder / name)
             if self.certificate is not None:
                 write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
 
@@ -170,14 +205,17 @@ class Card:
         """Whether a card that is a folder can be written there: nothing, an empty folder or such a card may be there.
 
         Raises:
-            ValueError: something else is, or the folder around it is not there.
+            ValueError: something else is, also where the card is written until it is complete; or nothing can be
+                written there, or the name is too long.
         """
-        folder = Path(path)
-        if not folder.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(folder.absolute().parent)!r}")
-        free = not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= _FILES)
-        if not free or folder.is_symlink():
-            raise ValueError(f"{str(path)!r} is there and is no card: name a new folder for the card")
+        folder = Path(path).absolute()
+        if not folder.parent.is_dir():
+            raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(folder.parent)!r}")
+        check_room(folder, f"cannot write {str(path)!r}")
+        for place in (folder, *leftovers(folder)):
+            free = not place.exists() or (place.is_dir() and all(_OWN.fullmatch(p.name) for p in place.iterdir()))
+            if not free or place.is_symlink():
+                raise ValueError(f"{str(place)!r} is there and is no card: move it, or name another folder")
 
     def _write(self, path: Path) -> None:
         import yaml
@@ -191,6 +229,8 @@ class Card:
             values["loop"] = dict(self.loops["loop"])
         elif self.loops:
             values["loops"] = {name: dict(fields) for name, fields in self.loops.items()}
+        if self.weights:
+            values["weights"] = dict(self.weights)
         if self.identity is not None:
             values["identity"] = self.identity.fields()
         if self.certificate is not None:
@@ -204,8 +244,8 @@ class Card:
         """The card in a file, or in a folder with its certificate.
 
         Raises:
-            ValueError: no such file, or it is not a card, or its certificate is missing or about another policy; the
-                message says what is wrong.
+            ValueError: no such file, or it is not a card, or its certificate is missing or about another policy, or
+                its weights are missing or other ones; the message says what is wrong.
             CodeRefused: a policy is code of its own, ``pkg.mod:Class``, that the user has not allowed
                 (:func:`haltkit.allow_code`).
         """
@@ -220,7 +260,7 @@ class Card:
                 "'loops:', those of several by region"
             )
         with reading(f"the card {str(path)!r}"):
-            parse_choice(policy)
+            choice = parse_choice(policy)
         model, regions, loops = values.get("model", ""), values.get("regions", []), values.get("loops") or {}
         about = values.get("about", "")
         if (
@@ -243,13 +283,41 @@ class Card:
         by_region = {str(name): described for name, described in loops.items()}
         try:
             identity, certificate = _certified(path, values.get("identity"), values.get("certified", False))
-            return cls(policy, model, named, by_region, about, identity, certificate, path.parent)
+            weights = _weights(path, choice, values.get("weights"))
+            return cls(policy, model, named, by_region, about, identity, certificate, path.parent, weights)
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
 
 
 def _with(regions: Sequence[str]) -> str:
     return f" with regions {', '.join(regions)}" if regions else ""
+
+
+def _files(choice: Choice) -> list[str]:
+    """The files of weights that are named."""
+    specs = [choice] if isinstance(choice, Spec) else choice.values()
+    return list(dict.fromkeys(name for spec in specs for name in spec.files))
+
+
+def _weights(card: Path, choice: Choice, known: Any) -> dict[str, str]:
+    """The files of weights that a card's policy names, and the SHA-256 of each, which the card knows."""
+    found = {}
+    for name in _files(choice):
+        if not isinstance(known, dict) or not isinstance(known.get(name), str):
+            raise ValueError(
+                f"the card does not say which weights are its own, by the SHA-256 of {name!r} under 'weights': run "
+                "'haltkit fit' to make it again"
+            )
+        try:
+            found[name] = hashlib.sha256((card.parent / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(f"the card's weights, {name!r}, cannot be read: {error.strerror}") from None
+        if found[name] != known[name]:
+            raise ValueError(
+                f"{name!r} holds other weights than those that the card is about: restore them, or run 'haltkit fit' "
+                "to make the card again"
+            )
+    return found
 
 
 def _certified(card: Path, identity: Any, certified: Any) -> tuple[Identity | None, Certificate | None]:

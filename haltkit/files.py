@@ -23,6 +23,7 @@ __all__ = [
     "FileError",
     "atomic_path",
     "check_output",
+    "check_room",
     "is_stdout",
     "parse_json",
     "partial_path",
@@ -76,13 +77,26 @@ def check_output(path: str | Path | None, suffixes: Sequence[str] = ()) -> Path 
     path = Path(path).expanduser()
     if suffixes and path.suffix[1:].lower() not in suffixes:
         raise FileError(f"{where}: the name must end in .{', .'.join(suffixes)}")
+    check_room(target, where)
+    return path
+
+
+def check_room(target: Path, where: str) -> None:
+    """Whether a file or folder of this name can be made, or replaced, in the folder that it is in, which is there.
+
+    Args:
+        target: the path, past links.
+        where: the head of the message.
+
+    Raises:
+        FileError: the name is too long, or permission is denied.
+    """
     longest = os.pathconf(target.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if len(os.fsencode(partial_path(target).name)) > longest:
         raise FileError(f"{where}: the name is too long")
     if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise FileError(f"{where}: permission denied, or the disk is read-only")
     _try_creating(partial_path(target), where)
-    return path
 
 
 def _try_creating(partial: Path, where: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from haltkit.files import partial_path, sync
 
-__all__ = ["atomic_folder", "settle", "sweep"]
+__all__ = ["atomic_folder", "leftovers", "settle", "sweep"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -50,6 +50,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def leftovers(path: Path) -> tuple[Path, Path]:
+    """Where a killed writer of ``path`` may have left something, which the next one removes."""
+    path = path.resolve()
+    return partial_path(path), _retired_path(path)
 
 
 def settle(path: Path) -> None:

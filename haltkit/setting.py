@@ -72,12 +72,14 @@ class Setting:
         sweep: the sweep over thresholds that the setting belongs to; empty: it names itself.
         tau: its threshold in that sweep, where there is one number.
         promise: what a certificate about this model promises of the setting; empty: nothing is promised.
+        bound: whether it is of a card for this very model, and for no other.
     """
 
     how: Depth | Mapping[str, HaltingPolicy[Any]]
     sweep: str = field(default="", compare=False)
     tau: float | None = field(default=None, compare=False)
     promise: str = field(default="", compare=False)
+    bound: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, given: int | Depth | Setting | Policies, regions: Sequence[str]) -> Setting:
@@ -100,9 +102,9 @@ class Setting:
         steps = {region: one.steps for region, one in found.items() if isinstance(one, Fixed)}
         return cls(Depth(steps)) if found and len(steps) == len(found) else cls(found)
 
-    def named(self, sweep: str, tau: float | None = None, promise: str = "") -> Setting:
-        """The same setting as a member of a sweep, with what is promised of it."""
-        return replace(self, sweep=sweep, tau=tau, promise=promise)
+    def named(self, sweep: str, tau: float | None = None, promise: str = "", bound: bool = False) -> Setting:
+        """The same setting as a member of a sweep, with what is promised of it and whether it is bound to a model."""
+        return replace(self, sweep=sweep, tau=tau, promise=promise, bound=bound)
 
     @property
     def depth(self) -> Depth | None:

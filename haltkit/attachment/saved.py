@@ -46,18 +46,18 @@ def save(
     regions: Sequence[str] = (),
     identity: Identity | None = None,
     certificate: Certificate | None = None,
-    weights: Weights | None = None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> None:
     """Write a policy's spec, and the description, of one loop or of several by region, unless a preset finds it (None).
 
     Args:
-        path: of the file; of the folder, where there is a certificate or weights.
+        path: of the file, ``*.yaml``; of the folder, where there is a certificate or weights.
         spec: of the policy, or one per region.
         loop: the description.
         about: how the policy was chosen, for a reader of the file.
         model, regions: the name of the model's class and its regions, by which another model is refused.
         identity, certificate: of the very model, and what is promised of the policy on it.
-        weights: of a fitted policy, which the spec names ``weights.safetensors``.
+        weights: in the files that the spec names (see :func:`haltkit.specs.packed`).
 
     Raises:
         ValueError: the description has functions, which a file cannot contain.

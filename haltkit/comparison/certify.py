@@ -17,6 +17,7 @@ from haltkit.comparison.settings import Given, Sweeps, candidates
 from haltkit.driving import Pass
 from haltkit.protocol import granularity_of
 from haltkit.setting import Setting
+from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
 
 __all__ = ["Certified", "Risk", "certify"]
@@ -80,14 +81,19 @@ def certify(
         on_setting: told of every setting before it is run.
 
     Raises:
-        ValueError: several policies, fewer than two samples, logits or labels that the subject lacks, a loss outside
-            [0, 1] as an ``answer``, or epsilon or delta outside their range.
+        ValueError: an unknown risk or method, a negative seed, several policies, fewer than two samples, logits or
+            labels that the subject lacks, a loss outside [0, 1] as an ``answer``, or epsilon or delta outside their
+            range.
     """
-    if risk not in get_args(Risk):
-        raise ValueError(f"risk={risk!r}: allowed are {', '.join(get_args(Risk))}")
+    for name, given_as, allowed in (("risk", risk, get_args(Risk)), ("method", method, get_args(Method))):
+        if given_as not in allowed:
+            raise ValueError(f"{name}={given_as!r}: allowed are {', '.join(allowed)}")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
     if len(subject.samples) < 2:
         raise ValueError(
-            "the first sample is used to choose thresholds, so a calibration needs at least two: give more"
+            "the first sample is used to choose thresholds, so a calibration needs at least two: give more sequences "
+            "(--sequences), or make smaller samples of them (--batch)"
         )
     if risk == "disagreement" and subject.logits is None:
         raise ValueError(f"{subject.name} has no logits, so nothing can be said about disagreement: use loss-gap")
@@ -128,7 +134,7 @@ def certify(
         times.append(seconds / full_seconds)
         columns.append(lost(passes))
         steps.append(_mean_steps(setting, passes))
-        tried = [one.text or one.label for one in settings[: len(columns)]]
+        tried = [_named(one) for one in settings[: len(columns)]]
         certificate = record(torch.stack(columns, 1), settings=tried)
         if certificate.chosen != len(columns) - 1:
             break
@@ -136,6 +142,14 @@ def certify(
     if chosen is None:
         return Certified(certificate, None, {}, look.full_depth)
     return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, times[chosen])
+
+
+def _named(setting: Setting) -> str:
+    """A setting in a certificate, as the card beside it says it."""
+    try:
+        return packed(setting.policies)[0]
+    except UnprintablePolicy:
+        return setting.label
 
 
 def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> list[tuple[Pass, Tensor, Tensor | None]]:

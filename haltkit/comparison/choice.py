@@ -10,7 +10,8 @@ from haltkit.comparison.certify import Certified
 from haltkit.comparison.fitting import Fitted
 from haltkit.comparison.table import Comparison
 from haltkit.identity import Identity
-from haltkit.specs import text_of
+from haltkit.setting import Setting
+from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
 from haltkit.weights import Weights
 
@@ -20,34 +21,42 @@ __all__ = ["save_certified", "save_fitted", "save_winner"]
 def save_winner(path: Path, result: Comparison, subject: Subject, title: str) -> None:
     """Write the fastest policy within the middle level; nothing is written where none is that good.
 
+    The card has the identity of the model where the policy has weights, or came from a card for this model alone.
+
     Args:
-        path: of the card.
+        path: of the card; of its folder, where the policy has weights.
         result: the comparison.
         subject: what was compared; its loop is described in the card, so that ``attach`` finds it.
         title: of the comparison, for a reader of the card.
 
     Raises:
-        ValueError: no policy is that good for sure, or the winner cannot be printed as a spec.
+        ValueError: no policy is that good for sure, the winner cannot be printed as a spec, or the comparison was read
+            from a file.
     """
     concluded = result.conclusion()
     winner = concluded.winner
     if winner is None:
         raise ValueError(f"--save: no policy is within {concluded.level:g} for sure, so {str(path)!r} was not written")
-    if winner.spec is None:
-        raise ValueError(f"--save: {winner.label} cannot be printed as a spec, so {str(path)!r} was not written")
+    if winner.setting is None:
+        raise ValueError("--save: these results were read from a file, which has no policies: compare again")
+    text, weights = _packed(winner.setting, path)
+    full_depth = max((result.rows[0].depth or {}).values())  # the first row is full depth
+    bound = winner.setting.bound or bool(weights)
     cost = f"{winner.ms:.3f} ms/{result.item}, {winner.speedup:.2f}x full depth"
     save(
         path,
-        winner.spec,
+        text,
         subject.described or None,
         f"chosen by haltkit compare on {title}: {winner.label}: {cost}",
         model=type(subject.model).__name__,
         regions=subject.regions,
+        identity=Identity.of(subject.model, full_depth) if bound else None,
+        weights=weights,
     )
 
 
 def save_certified(path: Path, found: Certified, subject: Subject, title: str) -> None:
-    """Write a folder with the certified policy, its certificate and the identity of the model.
+    """Write a folder with the certified policy, its weights if it has any, its certificate and the model's identity.
 
     Args:
         path: of the folder.
@@ -61,19 +70,27 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
     certificate = found.certificate
     if found.setting is None:
         raise ValueError(f"--save: {certificate.reason}, so {str(path)!r} was not written")
-    if found.setting.text is None:
-        raise ValueError(f"--save: {found.setting.label} cannot be printed as a spec, so {str(path)!r} was not written")
+    text, weights = _packed(found.setting, path)
     units = f"{certificate.units} of unit {certificate.unit}"
     save(
         path,
-        found.setting.text,
+        text,
         subject.described or None,
         f"certified by haltkit calibrate on {units}, {title}: {_cost(found)}",
         model=type(subject.model).__name__,
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
+        weights=weights,
     )
+
+
+def _packed(setting: Setting, path: Path) -> tuple[str, dict[str, Weights]]:
+    """A setting as :func:`haltkit.specs.packed` gives it, for the card at ``path``."""
+    try:
+        return packed(setting.policies)
+    except UnprintablePolicy as error:
+        raise ValueError(f"--save: {error}, so {str(path)!r} was not written") from None
 
 
 def _cost(found: Certified) -> str:
@@ -94,15 +111,15 @@ def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None
     Raises:
         ValueError: something that is no card stands there.
     """
-    named = found.policies(Weights(found.weights.tensors, "weights.safetensors"))
+    text, weights = packed(found.policies())
     steps = " ".join(f"{taken:.2f}" for taken in found.row.steps.values())
     save(
         path,
-        text_of(named),
+        text,
         subject.described or None,
         f"fitted by haltkit fit on {title}: agreement {found.row.agreement:.4f} at {steps} steps of {found.full_depth}",
         model=type(subject.model).__name__,
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
-        weights=found.weights,
+        weights=weights,
     )

@@ -70,9 +70,9 @@ class Fitted:
     learned: dict[str, int]
     full_depth: int
 
-    def policies(self, weights: Weights | None = None) -> dict[str, HaltingPolicy[Any]]:
-        """The probe of each region at its threshold; with the same weights in another file, if those are given."""
-        return _probes(self.taus, weights or self.weights, self.whole)
+    def policies(self) -> dict[str, HaltingPolicy[Any]]:
+        """The probe of each region at its threshold."""
+        return _probes(self.taus, self.weights, self.whole)
 
 
 @torch.no_grad()

@@ -228,4 +228,5 @@ def _row(setting: Setting, sums: _Sums, unit: str, full_time: float, timed_items
         label=setting.label,
         regret={name: account.result() for name, account in sums.regrets.items() if account.rows},
         promise=setting.promise,
+        setting=setting,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from haltkit.headroom import Regret
+from haltkit.setting import Setting
 
 __all__ = ["Row", "policies_of", "sweep_spread"]
 
@@ -36,6 +37,7 @@ class Row:
         label: what tells the setting from its neighbours.
         regret: against the oracle by region, on the rows whose oracle depth is known; empty where none is.
         promise: what a certificate about this model promises of the setting; empty: nothing is promised.
+        setting: the setting itself; None where the row was read from a file.
     """
 
     policy: str
@@ -59,6 +61,7 @@ class Row:
     label: str = ""
     regret: dict[str, Regret] = field(default_factory=dict)
     promise: str = ""
+    setting: Setting | None = field(default=None, compare=False, repr=False)
 
     @property
     def fixed(self) -> bool:

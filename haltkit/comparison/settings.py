@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ class Candidate:
         parts: by region; a single entry named ``""`` is for all regions.
         as_given: whether it is a finished choice, which no default granularity applies to.
         promise: what the certificate of a card promises; empty: there is none.
+        bound: whether it is of a card for this very model, and for no other.
     """
 
     name: str
     parts: Mapping[str, Spec | HaltingPolicy[Any]]
     as_given: bool = False
     promise: str = ""
+    bound: bool = False
 
     @property
     def open(self) -> bool:
@@ -77,7 +79,8 @@ def _candidate(given: Given, subject: Subject) -> Candidate:
             card = load_card(given)
             card.check(subject.model, subject.regions, subject.full_depth)
             promise = "" if card.certificate is None else card.certificate.promise
-            return _named(card.policies(subject.regions), Path(given).stem, promise)
+            named = _named(card.policies(subject.regions), Path(given).stem)
+            return replace(named, promise=promise, bound=card.identity is not None)
         parsed: Given = parse_choice(given)
     else:
         parsed = given
@@ -111,13 +114,13 @@ def _without_tau(part: Spec | HaltingPolicy[Any]) -> str:
         return type(part).__name__
 
 
-def _named(policies: Mapping[str, Any], name: str | None = None, promise: str = "") -> Candidate:
+def _named(policies: Mapping[str, Any], name: str | None = None) -> Candidate:
     """A finished choice of policy objects by region."""
     try:
         name = name or text_of(policies)
     except UnprintablePolicy:
         name = ";".join(f"{region}={type(policy).__name__}" for region, policy in policies.items())
-    return Candidate(name, policies, as_given=True, promise=promise)
+    return Candidate(name, policies, as_given=True)
 
 
 def choose_settings(
@@ -187,7 +190,7 @@ class Sweeps:
                 return [self._setting(candidate, {"": spec}, None) for spec in values]
             written = alone.get("tau") if isinstance(alone, Spec) and not alone.parts else None
             built = self._setting(candidate, parts, None)  # what is wrong with the threshold is said there
-            return [built.named(candidate.name, None if written is None else float(written), candidate.promise)]
+            return [replace(built, tau=None if written is None else float(written))]
         made = [self._setting(candidate, parts, tau) for tau in self._common(candidate)]
         made += self._picked(candidate, parts)
         if not made:
@@ -209,7 +212,7 @@ class Sweeps:
     def _setting(self, candidate: Candidate, parts: Mapping[str, Any], tau: float | None) -> Setting:
         built = {region: _built(part, tau) for region, part in parts.items()}
         setting = Setting.of(built.get("", built), self.subject.regions)
-        return setting.named(candidate.name, tau, candidate.promise)
+        return setting.named(candidate.name, tau, candidate.promise, candidate.bound)
 
     def _common(self, candidate: Candidate) -> Sequence[float]:
         """Thresholds that are the same whatever was seen."""

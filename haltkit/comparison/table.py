@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -139,7 +139,8 @@ class Comparison:
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:
-    values = asdict(row)
+    values = asdict(replace(row, setting=None))
+    del values["setting"]
     for name in _ERRORS:
         if values[name] is not None and not math.isfinite(values[name]):
             values[name] = None
@@ -151,7 +152,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 def _row_from_json(values: Mapping[str, Any]) -> Row:
     values = {"regret": {}, "promise": "", **values}
-    made = {f.name: values[f.name] for f in fields(Row)}
+    made = {f.name: values[f.name] for f in fields(Row) if f.name != "setting"}
     made["regret"] = {
         name: Regret(**{**one, **{e: math.nan if one[e] is None else one[e] for e in _CLUSTERED}})
         for name, one in made["regret"].items()

@@ -115,9 +115,21 @@ class Spec:
         """The spec with files of weights that it names looked for in a folder, unless their paths are absolute."""
         if self.parts:
             return replace(self, parts=tuple(part.located(folder) for part in self.parts))
+        files = self._files
+        return replace(self, keys=tuple((k, str(folder / v) if k in files else v) for k, v in self.keys))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of weights that the spec names, as written."""
+        if self.parts:
+            return tuple(name for part in self.parts for name in part.files)
+        return tuple(self._files.values())
+
+    @property
+    def _files(self) -> dict[str, str]:
+        """Those of this spec's own keys that name files of weights."""
         hints = typing.get_type_hints(record_of(self.name).policy)
-        keys = tuple((k, str(folder / v) if hints.get(k) is Weights else v) for k, v in self.keys)
-        return replace(self, keys=keys)
+        return {key: value for key, value in self.keys if hints.get(key) is Weights}
 
     def build(self) -> HaltingPolicy[Any]:
         """The policy.

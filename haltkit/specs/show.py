@@ -6,15 +6,16 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import PolicyRecord, place_of, record_of
 from haltkit.specs.build import COMBINED, Spec, value_of
-from haltkit.weights import Weights
+from haltkit.weights import Weights, held_by
 from haltkit.wrappers import AllOf, AnyOf, CheckEvery, MinSteps, Patience, Pooled
 
-__all__ = ["UnprintablePolicy", "spec_of", "text_of"]
+__all__ = ["UnprintablePolicy", "packed", "spec_of", "text_of"]
 
 _VALUE = re.compile(r"[^=:,;|()\s]+")
 
@@ -23,8 +24,12 @@ class UnprintablePolicy(ValueError):
     """A policy object that no spec can say; use the object itself."""
 
 
-def spec_of(built: HaltingPolicy[Any]) -> Spec:
+def spec_of(built: HaltingPolicy[Any], files: Mapping[Weights, str] = MappingProxyType({})) -> Spec:
     """The spec of a policy object, granularity and all, such that ``spec_of(p).build() == p``.
+
+    Args:
+        built: the policy.
+        files: what to call the file of some of its weights, in place of the one that they came from.
 
     Raises:
         UnprintablePolicy: wrappers in an order that specs do not have, a class or a value that a spec cannot name, or
@@ -48,7 +53,7 @@ def spec_of(built: HaltingPolicy[Any]) -> Spec:
             raise UnprintablePolicy("a combination cannot be pooled in a spec: pool its parts")
         name = next(name for name, kind in COMBINED.items() if isinstance(inner, kind))
         shown = [("patience", str(patience)), *keys] if patience != 1 else keys
-        return Spec(name, tuple(shown), tuple(spec_of(part) for part in inner.policies))
+        return Spec(name, tuple(shown), tuple(spec_of(part, files) for part in inner.policies))
     if isinstance(inner, (MinSteps, CheckEvery, Patience, Pooled)):
         raise UnprintablePolicy(f"{type(inner).__name__} stands inside a wrapper that specs put inside it")
     record = _record(inner)
@@ -57,19 +62,35 @@ def spec_of(built: HaltingPolicy[Any]) -> Spec:
         keys = [("patience", str(patience)), *keys]
     if keys and not record.wrapped:
         raise UnprintablePolicy(f"{record.name} takes no {keys[0][0]} in a spec")
-    return Spec(place_of(record), (*_own(inner, record), *keys))
+    return Spec(place_of(record), (*_own(inner, record, files), *keys))
 
 
-def text_of(policies: Mapping[str, HaltingPolicy[Any]]) -> str:
-    """The text of one policy per region: a single spec where all regions have equal ones.
+def text_of(policies: Mapping[str, HaltingPolicy[Any]], files: Mapping[Weights, str] = MappingProxyType({})) -> str:
+    """The text of one policy per region: a single spec where all regions have equal ones; ``files`` as there.
 
     Raises:
         UnprintablePolicy: as :func:`spec_of`.
     """
-    specs = {region: str(spec_of(policy)) for region, policy in policies.items()}
+    specs = {region: str(spec_of(policy, files)) for region, policy in policies.items()}
     if len(set(specs.values())) == 1:
         return next(iter(specs.values()))
     return ";".join(f"{region}={spec}" for region, spec in specs.items())
+
+
+def packed(policies: Mapping[str, HaltingPolicy[Any]]) -> tuple[str, dict[str, Weights]]:
+    """One policy per region as it is handed on: its text, in which weights are in files beside it, and those by name.
+
+    Raises:
+        UnprintablePolicy: as :func:`spec_of`; weights need be in no file.
+    """
+    named: dict[str, str] = {}
+    files: dict[str, Weights] = {}
+    names: dict[Weights, str] = {}
+    for one in (one for policy in policies.values() for one in held_by(policy)):
+        number = f"-{len(named) + 1}" if named else ""
+        names[one] = named.setdefault(one.sha256, f"weights{number}.safetensors")
+        files[names[one]] = one
+    return text_of(policies, names), files
 
 
 def _record(policy: Any) -> PolicyRecord:
@@ -82,19 +103,20 @@ def _record(policy: Any) -> PolicyRecord:
     return record_of(cls)
 
 
-def _own(policy: Any, record: PolicyRecord) -> list[tuple[str, str]]:
+def _own(policy: Any, record: PolicyRecord, files: Mapping[Weights, str]) -> list[tuple[str, str]]:
     """The keys of the policy's own fields that differ from their defaults."""
     hints = typing.get_type_hints(record.policy)
     found = []
     for name, field in record.fields.items():
         value = getattr(policy, name)
         if isinstance(value, Weights):
-            if value.source is None:
+            source = files.get(value, value.source)
+            if source is None:
                 raise UnprintablePolicy(
                     f"the {record.name} policy cannot be printed as a spec: its {name} are in no file (Weights.save "
                     "puts them in one)"
                 )
-            text = value.source
+            text = source
         else:
             default = field.default_factory() if callable(field.default_factory) else field.default
             if value == default:

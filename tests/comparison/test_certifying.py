@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified
 from haltkit.comparison.settings import candidates
 from haltkit.identity import Identity
+from haltkit.models.checkpoint import build_model
+from haltkit.models.reasoner.config import LayerConfig, build_reasoner
+from haltkit.models.reasoner.task import make_task
+from haltkit.models.training.config import load_config
 from haltkit.subject import Subject
 
 STEPS = 8
@@ -125,6 +131,8 @@ def test_too_few_units_say_how_many_are_needed() -> None:
         ({"logits": None}, {}, "logits"),
         ({"unit": "nats"}, {"risk": "answer"}, "labels"),
         ({}, {"risk": "harm"}, "loss-gap"),
+        ({"samples": [torch.ones(5, 2)]}, {"method": "guess"}, "conformal"),  # before anything else
+        ({}, {"seed": -1}, "seed"),
         ({}, {"policy": "norm,accel"}, "2 policies"),
         ({"samples": [torch.ones(5, 2)]}, {}, "at least two"),
     ],
@@ -217,6 +225,53 @@ def test_an_identity_does_not_depend_on_the_order_of_modules() -> None:
     first = Identity.of(model, 4)
     assert Identity.of_fields(first.fields()) == first
     assert first.differences(Identity.of(model.bfloat16(), 4)) == ["dtype bfloat16 instead of float32"]
+
+
+def test_an_identity_tells_models_apart_that_differ_in_their_config_alone() -> None:
+    one, *others = (
+        build_reasoner(make_task("chase", {}), LayerConfig(d_model=8, **more))
+        for more in ({"n_head": 4}, {"n_head": 2}, {"n_head": 4, "noise_seed": 1})
+    )
+    gpt, *gpts = (
+        build_model(replace(load_config("tiny").model, **more)) for more in ({}, {"noise_seed": 1}, {"n_head": 1})
+    )
+    for known, unknown in ((one, others), (gpt, gpts)):
+        same = copy.deepcopy(known)
+        assert Identity.of(known, 4) == Identity.of(same, 4)
+        for other in unknown:
+            other.load_state_dict(known.state_dict())
+            (difference,) = Identity.of(known, 4).differences(Identity.of(other, 4))
+            assert "config" in difference
+
+
+def test_of_a_transformers_config_only_what_the_function_depends_on_counts() -> None:
+    class Config(dict[str, Any]):
+        def to_dict(self) -> dict[str, Any]:
+            return dict(self)
+
+    def of(**config: Any) -> Identity:
+        model = Approach()
+        model.config = Config(config)
+        return Identity.of(model, 4)
+
+    assert of(heads=2, text={"_name_or_path": "a", "dtype": torch.float32}, transformers_version="5") == of(
+        text={}, heads=2, use_cache=False
+    )
+    assert of(heads=2) != of(heads=4)
+    assert of(text={"heads": 2}) != of(text={"heads": 4})
+    assert of(heads=2) != Identity.of(Approach(), 4)
+
+
+def test_a_folder_without_a_card_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "norm").mkdir()
+    assert not is_card("norm")
+    assert not is_card("x" * 5000)
+    assert run_command("solve", "chase", "0>1 1>1 0?", "--policy", "cards") == 2
+    assert "cards/card.yaml" in capsys.readouterr().err
 
 
 def test_a_card_prints_as_a_section_that_says_what_is_promised(

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from countdown import Count, Countdown, readout
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import haltkit
 from cases import run_command
 from haltkit.card import Card
-from haltkit.comparison.choice import save_fitted
+from haltkit.comparison.certify import certify
+from haltkit.comparison.choice import save_certified, save_fitted, save_winner
 from haltkit.comparison.fitting import Fitted, fit_probe
 from haltkit.driving import Pass
+from haltkit.identity import Identity
 from haltkit.policies import Probe
+from haltkit.policies.probe import FEATURES
 from haltkit.protocol import HaltingPolicy, LoopStep
 from haltkit.subject import Subject
 from haltkit.weights import Weights, WeightsMisfit
@@ -66,7 +70,7 @@ def test_on_rows_that_a_line_separates_a_probe_halts_where_the_oracle_does(fitte
 
 def test_without_the_margin_a_probe_needs_noreadout() -> None:
     found = fit_probe(_subject(), level=0.99, margin=False)
-    assert "loop/margin" not in found.weights.tensors
+    assert found.weights.tensors["loop/margin"] == 0
     x = torch.tensor([[2.0, 0.0]])
     haltkit.run_loop(Count(), x, found.policies()["loop"], max_steps=STEPS)
 
@@ -90,11 +94,68 @@ def test_a_card_gives_the_probe_back_and_refuses_another_model(fitted: tuple[Sub
     assert torch.equal(first.steps, second.steps)
     other = Countdown()
     nn.init.constant_(other.scale, 2.0)
-    with pytest.raises(ValueError, match="fitted on another model"):
+    with pytest.raises(ValueError, match="for another model"):
         card.check(other)
     compared = haltkit.compare(subject, policies=[str(folder)], repeats=1)
     (row,) = (row for row in compared.rows if not row.fixed)
     assert row.regret["loop"].wasted < 0.1
+
+
+@pytest.fixture
+def card(fitted: tuple[Subject, Fitted], tmp_path: Path) -> Path:
+    save_fitted(tmp_path / "a card", fitted[1], fitted[0], "numbers")
+    return tmp_path / "a card"
+
+
+def test_a_card_is_about_the_weights_beside_it_and_no_others(card: Path) -> None:
+    path, weights = card / "card.yaml", card / "weights.safetensors"
+    written, own = path.read_text(), weights.read_bytes()
+    Weights({name: one + 1e-3 for name, one in Weights.load(weights).tensors.items()}).save(weights)
+    with pytest.raises(ValueError, match="other weights"):
+        Card.load(card)
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        Card.load(card)
+    weights.write_bytes(own)
+    path.write_text("".join(line for line in written.splitlines(True) if "weights.safetensors: " not in line))
+    with pytest.raises(ValueError, match="does not say which weights"):
+        Card.load(card)
+
+
+def test_a_loaded_card_is_saved_with_its_weights_and_its_identity(card: Path) -> None:
+    Card.load(card).save(card.parent / "copy")
+    assert Card.load(card.parent / "copy") == Card.load(card)
+    with pytest.raises(ValueError, match="its own beside it"):
+        Card("probe:tau=0.1,weights=elsewhere/w.safetensors").save(card.parent / "no")
+    assert not (card.parent / "no").exists()
+
+
+def test_a_policy_with_weights_is_certified_and_chosen_into_cards_that_work(
+    fitted: tuple[Subject, Fitted], card: Path
+) -> None:
+    subject, folder = fitted[0], card.parent
+    found = certify(subject, str(card), epsilon=0.2, delta=0.1)
+    save_certified(folder / "certified", found, subject, "numbers")
+    result = haltkit.compare(subject, policies=[str(folder / "certified")], repeats=1)
+    save_winner(folder / "chosen", result, subject, "numbers")
+    for name in ("certified", "chosen"):
+        again = Card.load(folder / name)
+        assert again.policy == Card.load(card).policy
+        assert again.identity == Identity.of(subject.model, STEPS)
+        assert again.policies(["loop"]) == Card.load(card).policies(["loop"])
+        assert (again.certificate is not None) == (name == "certified")
+    with pytest.raises(ValueError, match="compare again"):
+        save_winner(folder / "no", haltkit.Comparison.from_json(result.to_json()), subject, "numbers")
+
+
+def test_a_card_for_one_model_stays_so_when_it_is_saved_again(fitted: tuple[Subject, Fitted], tmp_path: Path) -> None:
+    subject = fitted[0]
+    bound, free = tmp_path / "bound.yaml", tmp_path / "free.yaml"
+    Card("norm:tau=0.1").save(free)
+    Card("norm:tau=0.1", identity=Identity.of(subject.model, STEPS)).save(bound)
+    for path in (bound, free):
+        save_winner(path, haltkit.compare(subject, policies=[str(path)], repeats=1), subject, "numbers")
+        assert (Card.load(path).identity is not None) == (path == bound)
 
 
 def test_a_card_that_says_it_is_certified_needs_its_certificate(fitted: tuple[Subject, Fitted], tmp_path: Path) -> None:
@@ -123,8 +184,38 @@ def test_the_score_is_the_logistic_function_of_features_written_by_hand() -> Non
         assert bool(halt[row]) == (float(score[row]) < 0.5)
 
 
+def _tensors(region: str) -> dict[str, Tensor]:
+    """What a probe of states of width 2 needs; it looks at the state alone."""
+    return {f"{region}/state": torch.ones(2)} | {f"{region}/{name}": torch.zeros(1) for name in ("bias", *FEATURES)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loop/step": None}, "'loop/step' is missing"),
+        ({"loop/size": None, "loop/sise": torch.ones(1)}, "'loop/sise' is unknown|'loop/size' is missing"),
+        ({"size": torch.ones(1)}, "a probe's weights"),
+        ({"loop/state": torch.ones(2, 2)}, r"'loop/state' is \(2, 2\)"),
+        ({"loop/bias": torch.ones(2)}, r"'loop/bias' is \(2,\)"),
+        ({"loop/margin": torch.ones(1).to(torch.float8_e4m3fn)}, "float8"),
+        ({"loop/margin": torch.ones(1) * 1j}, "complex64"),
+        ({"loop/margin": torch.ones(1, dtype=torch.int64)}, "int64"),
+    ],
+)
+def test_what_are_no_weights_of_a_probe_is_refused_in_one_line(
+    change: dict[str, Tensor | None], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {name: one for name, one in (_tensors("loop") | change).items() if one is not None}
+    save_file(tensors, tmp_path / "w.safetensors")
+    spec = f"probe:tau=0.5,weights={tmp_path / 'w.safetensors'}"
+    with pytest.raises(ValueError, match=message):
+        haltkit.policy(spec)
+    assert run_command("solve", "chase", "0>1 1>1 0?", "--policy", spec) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_probe_of_another_loop_is_refused() -> None:
-    probe = Probe(0.5, Weights({"core/state": torch.ones(2), "core/bias": torch.zeros(1)}))
+    probe = Probe(0.5, Weights(_tensors("core")))
     with pytest.raises(WeightsMisfit, match="core"):
         haltkit.run_loop(Count(), torch.ones(1, 2), probe, max_steps=2)
 
@@ -150,5 +241,7 @@ def test_the_command_writes_a_card_that_compare_takes(tmp_path: Path, capsys: py
     assert "oracle" in out
     assert "Saved" in out
     assert Card.load(card).policy.startswith("probe:tau=")
+    assert run_command("compare", "chase", "--policies", card, "--save", tmp_path / "best.yaml") == 2
+    assert "name a folder" in capsys.readouterr().err
     assert run_command("fit", "chase", "--level", 2) == 2
     assert "level" in capsys.readouterr().err
