@@ -18,7 +18,7 @@ from haltkit.attachment.regions import ONE, checked
 from haltkit.attachment.saved import load
 from haltkit.attachment.session import Session
 from haltkit.attachment.verify import NEVER, Report
-from haltkit.card import is_card
+from haltkit.card import Card, is_card
 from haltkit.loop import Execution, LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout, check_count, granularity_of
 from haltkit.specs import Policies, policy_for_regions, regions_named
@@ -105,7 +105,7 @@ def attach(
     check_model(model)
     if max_steps is not None:
         check_count("max_steps", max_steps)
-    policy, described = _loaded(model, policy, loop, loops, fields)
+    policy, described, card = _loaded(model, policy, loop, loops, fields)
     found: Mapping[str, Loop] | HaltsItself
     if described is None:
         found, readout = _preset(model, readout, regions_named(policy))
@@ -119,7 +119,9 @@ def attach(
                 f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution and max_steps do not "
                 "apply"
             )
-        native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer)
+        native = NativeSession(
+            model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card
+        )
         return _attached(native.attach, native.detach)
     regions = checked(found)
     if policy is None:
@@ -218,8 +220,8 @@ def _loaded(
     loop: Loop | None,
     loops: Mapping[str, Loop] | None,
     fields: Mapping[str, Any],
-) -> tuple[Policies | None, Mapping[str, Loop] | None]:
-    """The policy, from its file if it is a path, and the description if one is given or in the file."""
+) -> tuple[Policies | None, Mapping[str, Loop] | None, Card | None]:
+    """The policy, the description if one is given or in the card, and the card if the policy is the path of one."""
     given = [what for what in (loop, loops, fields.get("body")) if what is not None]
     if len(given) > 1:
         raise ValueError("give the loop as one value or by its fields, or several as loops=, not both")
@@ -228,9 +230,9 @@ def _loaded(
     if loop is not None:
         loops = {ONE: loop}
     if isinstance(policy, PathLike) or (isinstance(policy, str) and is_card(policy)):
-        spec, saved = load(policy, model)
-        return spec, saved if loops is None else loops
-    return policy, loops
+        card, saved = load(policy, model)
+        return card.choice, saved if loops is None else loops, card
+    return policy, loops, None
 
 
 def _preset(

@@ -17,6 +17,7 @@ from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajec
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tally import Tally
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
+from haltkit.card import Card
 from haltkit.loop import LoopObserver
 from haltkit.protocol import HaltingPolicy
 from haltkit.recording.trajectory import Trajectory
@@ -76,9 +77,10 @@ class NativeSession(Session):
         native: HaltsItself,
         policies: Mapping[str, HaltingPolicy[Any]],
         observer: LoopObserver | None = None,
+        card: Card | None = None,
     ) -> None:
-        """Nothing about the model is changed yet: :meth:`attach` does that."""
-        self.model, self.native, self.observer = model, native, observer
+        """Nothing about the model is changed yet: :meth:`attach` does that. A card refuses calls of another budget."""
+        self.model, self.native, self.observer, self.card = model, native, observer, card
         self.regions = tuple(native.looped_regions)
         self.policies, self.loops = dict(policies), {}
         self.readouts = dict.fromkeys(self.regions, native.readout)
@@ -133,7 +135,11 @@ class NativeSession(Session):
                 f"{type(self.model).__name__} halts itself without gradients: call it under torch.no_grad() or "
                 "torch.inference_mode()"
             )
-        self._newest = call = self.native.halted_call(self.policies, self.observer, args, kwargs)
+        call = self.native.halted_call(self.policies, self.observer, args, kwargs)
+        for budget in call.budget.values():
+            if self.card is not None:
+                self.card.check_depth(budget)
+        self._newest = call
         for name, steps in call.steps.items():
             ran = _deepest(steps)
             self.tally[name].add(steps, call.outcome[name], ran, call.budget[name] - ran, 0.0)

@@ -14,7 +14,6 @@ from haltkit.attachment.regions import ONE
 from haltkit.calibration.certificate import Certificate
 from haltkit.card import Card
 from haltkit.identity import Identity
-from haltkit.specs import Choice
 from haltkit.weights import Weights
 
 __all__ = ["check_savable", "load", "load_card", "save"]
@@ -90,8 +89,8 @@ def load_card(path: str | PathLike[str]) -> Card:
     return card
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Choice, dict[str, Loop] | None]:
-    """The spec or one per region, and the descriptions by region (None: find the preset), that :func:`save` wrote.
+def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Card, dict[str, Loop] | None]:
+    """The card, and the descriptions by region (None: find the preset), that :func:`save` wrote.
 
     Args:
         path: of the file.
@@ -103,7 +102,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Cho
     card = Card.load(path)
     if model is not None:
         card.check(model)
-    return card.choice, {name: _read(path, fields) for name, fields in card.loops.items()} or None
+    return card, {name: _read(path, fields) for name, fields in card.loops.items()} or None
 
 
 def _read(path: str | PathLike[str], described: Any) -> Loop:

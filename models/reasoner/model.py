@@ -6,12 +6,13 @@ Shapes: ``B`` sequences, ``T`` rows, ``C`` columns of the input, ``D`` width, ``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from haltkit.attachment.native import HaltedCall
 from haltkit.bodies import CompactBody, LoopBody
 from haltkit.loop import Execution, Keep, LoopObserver, run_loop
 from haltkit.models.gpt.draws import EvaluationNoise, truncated_normal_
@@ -97,6 +98,26 @@ class Reasoner(nn.Module):
     def function_config(self) -> dict[str, int]:
         """See :class:`haltkit.identity.SaysItsFunction`: all that no shape of a weight says."""
         return {"n_head": self.n_head, "noise_seed": self.noise.seed, "positions": self.noise.shape[0]}
+
+    @property
+    def looped_regions(self) -> tuple[str, ...]:
+        """See :class:`haltkit.attachment.native.HaltsItself`, as for :meth:`halted_call`."""
+        return (LOOP,)
+
+    def halted_call(
+        self,
+        policies: Mapping[str, HaltingPolicy[Any]],
+        observer: LoopObserver | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> HaltedCall:
+        """:meth:`forward` with these arguments, halted; its ``steps`` are the budget."""
+
+        def halted(inputs: Tensor, steps: int, rows: Tensor | None = None) -> HaltedCall:
+            out = self.forward_adaptive(inputs, policies[LOOP], max_loops=steps, rows=rows, observer=observer)
+            return HaltedCall(out.logits, out.steps, out.outcome, {LOOP: steps})
+
+        return halted(*args, **kwargs)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """``e``, ``(B, T, D)``, of ``inputs``, ``(B, T, C)`` int64: the columns' embeddings, summed, times ``sqrt(D)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,12 @@ from torch import Tensor
 import haltkit
 from haltkit.attachment import errors
 from haltkit.attachment.description import Loop
+from haltkit.card import Card
+from haltkit.identity import Identity
 from haltkit.models.checkpoint import build_model
 from haltkit.models.gpt.model import LoopedGPT
+from haltkit.models.reasoner.config import LayerConfig, build_reasoner
+from haltkit.models.reasoner.task import make_task
 from haltkit.models.training.config import load_config
 
 BUDGET = 9
@@ -98,3 +104,36 @@ def test_what_the_native_path_refuses(model: LoopedGPT, tokens: Tensor) -> None:
         with pytest.raises(errors.AlreadyAttached):
             haltkit.attach(model, "norm:tau=1")
     assert type(model) is LoopedGPT
+
+
+@torch.no_grad()
+def test_a_card_refuses_a_call_of_another_budget(model: LoopedGPT, tokens: Tensor, tmp_path: Path) -> None:
+    Card("norm:tau=3", identity=Identity.of(model, BUDGET)).save(tmp_path / "card.yaml")
+    with haltkit.attach(model, tmp_path / "card.yaml") as session:
+        for loops in (BUDGET + 1, {"2": BUDGET, "3-4": 1}):
+            with pytest.raises(ValueError, match="full depth"):
+                model(tokens, loops)
+        with pytest.raises(ValueError, match="no loop has run"):
+            _ = session.steps
+        model(tokens, BUDGET)
+    model(tokens, BUDGET + 1)
+
+
+@torch.no_grad()
+def test_a_reasoner_halts_itself(tmp_path: Path) -> None:
+    model = build_reasoner(make_task("chase", {}), LayerConfig(d_model=8, n_head=2)).eval()
+    inputs = torch.randint(0, 2, (2, 5, len(model.columns)), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    native = model.forward_adaptive(inputs, "norm:tau=1.5", max_loops=BUDGET, rows=rows)
+    Card("norm:tau=1.5", identity=Identity.of(model, BUDGET)).save(tmp_path / "card.yaml")
+    with haltkit.attach(model, tmp_path / "card.yaml") as session:
+        assert torch.equal(model(inputs, steps=BUDGET, rows=rows), native.logits)
+        assert torch.equal(session.steps["loop"], native.steps["loop"])
+        with pytest.raises(ValueError, match="full depth"):
+            model(inputs, BUDGET - 1)
+    assert session.steps["loop"].unique().numel() > 1
+    with haltkit.attach(model, "norm:tau=1.5") as session:
+        report = session.verify(lambda: model(inputs, BUDGET), 4, lambda k: model(inputs, k))
+        assert report.neutral < 1e-5
+        assert report.halted is not None
+        assert report.halted < 1e-5

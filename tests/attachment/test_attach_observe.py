@@ -173,7 +173,8 @@ def test_autocast_measures_in_float32_and_gives_what_the_model_gives(model: Refi
 def test_a_saved_choice_is_loaded_by_attach(model: Refiner, x: Tensor, tmp_path: Path) -> None:
     loop = Loop(("core",), initial=None, carry=("core", 0), on_halt={"core": "replay"}, scope="")
     save(tmp_path / "choice.yaml", "norm:tau=0.3,granularity=batch", loop, about="from a test\non two lines")
-    assert load(tmp_path / "choice.yaml") == (parse_choice("norm:tau=0.3,granularity=batch"), {"loop": loop})
+    card, loops = load(tmp_path / "choice.yaml")
+    assert (card.choice, loops) == (parse_choice("norm:tau=0.3,granularity=batch"), {"loop": loop})
     with haltkit.attach(model, "norm:tau=0.3,granularity=batch", loop) as session:
         expected = model(x), session.steps["loop"]
     with haltkit.attach(model, tmp_path / "choice.yaml") as session:

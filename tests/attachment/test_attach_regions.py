@@ -246,7 +246,8 @@ def test_observing_and_recording_nested_loops_keeps_the_newest_turn_of_the_inner
 def test_a_saved_choice_holds_several_loops(x: Tensor, tmp_path: Path) -> None:
     model, spec = InARow().eval(), "core=fixed:steps=3;refine=fixed:steps=2"
     save(tmp_path / "choice.yaml", spec, LOOPS)
-    assert load(tmp_path / "choice.yaml") == (parse_choice(spec), LOOPS)
+    card, loops = load(tmp_path / "choice.yaml")
+    assert (card.choice, loops) == (parse_choice(spec), LOOPS)
     with haltkit.attach(model, tmp_path / "choice.yaml"):
         halted = model(x)
     assert torch.equal(halted, model(x, 3, 2))
