@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, MaxLoops, Model, Text, read_thresholds
+from haltkit.cli.options import Data, MaxLoops, Model, Text, read_thresholds, seed_option
 from haltkit.cli.subjects import asked_options, resolve
 
 
@@ -29,7 +29,7 @@ def calibrate(
     ] = "betting",
     taus: Annotated[str, typer.Option(metavar="auto|LIST", help="Thresholds to test.")] = "auto",
     loss_bound: Annotated[float, typer.Option(help="Where loss-gap is cut.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the order in which betting uses the units.")] = 0,
+    seed: Annotated[int, seed_option("Of the order in which betting uses the units.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the certificate.")] = None,
     max_loops: MaxLoops = 32,
     sequences: Annotated[
@@ -43,9 +43,10 @@ def calibrate(
 ) -> None:
     """Certify a policy on live runs: its risk is at most epsilon with probability 1 - delta."""
     from haltkit.card import Card
-    from haltkit.comparison.certify import certify
+    from haltkit.comparison.certify import certify, check_asked
     from haltkit.comparison.choice import save_certified
 
+    check_asked(risk, method, seed)
     if not 0 < delta < 1:
         raise ValueError(f"--delta {delta} is outside (0, 1): it is the probability that the promise fails")
     if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
@@ -60,7 +61,7 @@ def calibrate(
     found = certify(
         subject,
         policy,
-        risk=cast(Any, risk),  # an unknown name is refused there, as is a method's
+        risk=cast(Any, risk),
         epsilon=epsilon,
         delta=delta,
         taus=tried,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from haltkit.cli.options import seed_option
 from haltkit.cli.subjects import asked_options, is_function, resolve_case
 from haltkit.cli.tables import print_claims
 from haltkit.cli.terminal import make_console, passing_bar
@@ -54,7 +55,7 @@ def diagnose(
     policies: Annotated[
         str | None, typer.Option(help="Policies with thresholds whose steps the page shows.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the untrained control's weights.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the untrained control's weights.")] = 0,
     figures: Annotated[str, typer.Option(metavar="png|svg|pdf", help="Format of the figures.")] = "png",
 ) -> None:
     """Look into the loops of a model: figures, numbers as JSON, and a table of claims.

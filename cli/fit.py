@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, MaxLoops, Model, Text
+from haltkit.cli.options import Data, MaxLoops, Model, Text, seed_option
+from haltkit.cli.oracles import describe_auc
 from haltkit.cli.subjects import asked_options, resolve
 
 
@@ -24,7 +25,7 @@ def fit(
     margin: Annotated[
         bool, typer.Option(help="Let the probe see the margin of the prediction: the readout runs at every step.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the split into samples to learn, choose and report on.")] = 0,
+    seed: Annotated[int, seed_option("Of the split into samples to learn, choose and report on.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the fitted weights.")] = None,
     max_loops: MaxLoops = 32,
     sequences: Annotated[
@@ -53,7 +54,7 @@ def fit(
     for name, tau in found.taus.items():
         known, missed, area = found.headroom[name].headroom, row.regret.get(name), found.aucs[name]
         print(f"Region {name}: probe tau={tau:g}, learned from {found.learned[name]:,} steps of rows")
-        print(f"  AUC at step {found.headroom[name].step}: {area.value:.3f} ± {area.error:.3f}")
+        print(f"  AUC at step {found.headroom[name].step}: {describe_auc(area, 3)}")
         print(f"  oracle {known.mean_depth:.2f} steps; fixed depth {known.fixed_depth(level)} for agreement {level:g}")
         if missed is not None:
             print(f"  {missed.steps:.2f} steps, {missed.wasted:.2f} wasted, {missed.early:.1%} of rows halted early")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import MOST_STEPS, ModelOption, OldCheckpoint, chosen_model, read_policies
+from haltkit.cli.options import MOST_STEPS, ModelOption, OldCheckpoint, chosen_model, read_policies, seed_option
 from haltkit.cli.subjects import text_model
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Choose among the fewest tokens that have this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
+    seed: Annotated[int, seed_option("Of the random choices.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop at this token too (a text that is one token); may be repeated.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,11 +10,21 @@ if TYPE_CHECKING:
 
     from haltkit.comparison import Comparison, Row
     from haltkit.comparison.possible import Possible
+    from haltkit.headroom import Auc
 
-__all__ = ["LEVEL", "describe_headroom", "print_headroom", "print_regret"]
+__all__ = ["LEVEL", "describe_auc", "describe_headroom", "print_headroom", "print_regret"]
 
 # The share of rows on which the fixed depth that headroom is measured against may lose nothing.
 LEVEL = 0.99
+
+
+def describe_auc(area: Auc, digits: int = 2) -> str:
+    """An area under the curve with its standard error, as far as they are defined."""
+    if math.isnan(area.value):
+        return "not defined, for all rows have settled by then, or none has"
+    if math.isnan(area.error):
+        return f"{area.value:.{digits}f} (error not known: give more sequences)"
+    return f"{area.value:.{digits}f} ± {area.error:.{digits}f}"
 
 
 def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list[str]:
@@ -22,9 +33,7 @@ def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list
     error = "" if known.error is None else f" ± {known.error:.2f}"
     seen = ""
     if best is not None:
-        seen = (
-            f"; at step {region.step} {best[0]} tells settled rows with AUC {best[1].value:.2f} ± {best[1].error:.2f}"
-        )
+        seen = f"; at step {region.step} {best[0]} tells settled rows with AUC {describe_auc(best[1])}"
     return [
         f"{name}: oracle {known.mean_depth:.2f}{error} steps, best fixed depth {known.fixed_depth(level)} (on "
         f"{known.rows:,} rows, {level:.0%} of which lose nothing)",

@@ -20,7 +20,7 @@ from haltkit.setting import Setting
 from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
 
-__all__ = ["Certified", "Risk", "certify"]
+__all__ = ["Certified", "Risk", "certify", "check_asked"]
 
 Risk = Literal["disagreement", "loss-gap", "answer"]
 _RISKS: dict[Risk, str] = {
@@ -85,11 +85,7 @@ def certify(
             labels that the subject lacks, a loss outside [0, 1] as an ``answer``, or epsilon or delta outside their
             range.
     """
-    for name, given_as, allowed in (("risk", risk, get_args(Risk)), ("method", method, get_args(Method))):
-        if given_as not in allowed:
-            raise ValueError(f"{name}={given_as!r}: allowed are {', '.join(allowed)}")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+    check_asked(risk, method, seed)
     if len(subject.samples) < 2:
         raise ValueError(
             "the first sample is used to choose thresholds, so a calibration needs at least two: give more sequences "
@@ -142,6 +138,19 @@ def certify(
     if chosen is None:
         return Certified(certificate, None, {}, look.full_depth)
     return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, times[chosen])
+
+
+def check_asked(risk: str, method: str, seed: int) -> None:
+    """Check what :func:`certify` is asked for, as far as that takes no subject.
+
+    Raises:
+        ValueError: an unknown risk or method, or a negative seed.
+    """
+    for name, asked, allowed in (("risk", risk, get_args(Risk)), ("method", method, get_args(Method))):
+        if asked not in allowed:
+            raise ValueError(f"{name}={asked!r}: allowed are {', '.join(allowed)}")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
 
 
 def _named(setting: Setting) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,10 +23,13 @@ from hypothesis import strategies as st
 
 import haltkit
 from cases import run_command
+from haltkit.card import Card
 from haltkit.files import FileError, atomic_path, check_output, parse_json, read_json, read_yaml, write_json, write_text
 from haltkit.folders import atomic_folder, settle
 from haltkit.locks import LOCK_FILE, FolderInUse, hold
 from haltkit.models.checkpoint import BUNDLED
+from haltkit.policies.probe import FEATURES, Probe
+from haltkit.specs import packed
 
 
 def fifo(folder: Path) -> Path:
@@ -296,7 +300,6 @@ def test_a_lock_on_a_file_that_was_just_removed_does_not_count(tmp_path: Path, m
 
 
 def test_a_file_system_without_locks_is_said_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
     import fcntl
 
     def unsupported(descriptor: int, how: int) -> None:
@@ -334,6 +337,11 @@ def test_yaml_that_says_a_thing_twice_is_refused_at_once(tmp_path: Path, text: s
         (["calibrate", "chase", "--policy", "kl:tau=x"], "a number is expected"),
         (["fit", "chase", "--save", "no-such-folder/card"], "there is no folder"),
         (["calibrate", "chase", "--save", "no-such-folder/card"], "there is no folder"),
+        (["fit", "chase", "--save", "x" * 250], "too long"),
+        (["fit", "chase", "--seed", "99999999999999999999999"], "--seed"),
+        (["calibrate", "chase", "--seed", "-1"], "--seed"),
+        (["calibrate", "chase", "--method", "guess"], "conformal"),
+        (["fit", "chase", "--sequences", "4"], "--batch"),
     ],
 )
 def test_absurd_numbers_and_places_are_one_line(
@@ -349,6 +357,41 @@ def test_absurd_numbers_and_places_are_one_line(
     assert said.err.count("\n") == 1
     assert token in said.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("beside", [".card.partial", ".card.retired", "card"])
+def test_a_card_is_not_written_where_somebodys_files_are(beside: str, tmp_path: Path) -> None:
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "thesis.txt").touch()
+    for write in (Card.check_folder, Card("norm:tau=1").save):
+        with pytest.raises(ValueError, match="is no card"):
+            write(tmp_path / "card")
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["thesis.txt"]
+    (tmp_path / beside / "thesis.txt").rename(tmp_path / beside / "weights.safetensors")  # as a killed writer leaves it
+    Card("norm:tau=1").save(tmp_path / "card")
+    assert [path.name for path in tmp_path.rglob("*")] == ["card", "card.yaml"]
+
+
+def test_a_folder_that_takes_no_new_names_is_seen_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(path: Path) -> None:
+        raise OSError(errno.ENOENT, "as in /proc")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(FileError, match="as in /proc"):
+        Card.check_folder(tmp_path / "card")
+
+
+def test_all_files_of_a_card_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        weights = haltkit.Weights({f"loop/{name}": torch.ones(1) for name in ("state", "bias", *FEATURES)})
+        text, files = packed({"loop": Probe(0.5, weights)})
+        Card(text).save(tmp_path / "card", files)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "card").iterdir()} == {0o640}
 
 
 def test_an_impossible_size_in_a_reasoners_config_is_one_line(

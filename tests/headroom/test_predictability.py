@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haltkit.headroom import AucAccount, auc, fit_logistic, probe_by_step, split_by_sequence
+from haltkit.cli.oracles import describe_auc
+from haltkit.headroom import Auc, AucAccount, auc, fit_logistic, probe_by_step, split_by_sequence
 
 seeds = st.integers(0, 2**31)
 
@@ -188,3 +189,9 @@ def test_a_probe_is_judged_on_sequences_that_it_was_not_fitted_on() -> None:
 def test_what_makes_no_sense_is_refused(call: object) -> None:
     with pytest.raises(ValueError, match=r".+"):
         call()
+
+
+def test_an_area_that_is_not_defined_is_said_in_words() -> None:
+    assert describe_auc(Auc(0.75, 0.125)) == "0.75 ± 0.12"
+    for area in (Auc(0.75, math.nan), Auc(math.nan, math.nan)):
+        assert "nan" not in describe_auc(area)
