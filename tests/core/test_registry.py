@@ -415,7 +415,10 @@ def test_a_policy_for_each_region() -> None:
     ("text", "message"),
     [
         ("acel:tau=1", "did you mean accel"),
-        ("wobble", "known: norm, norm-rel, kl, accel, accel-rel, speed, cosine, entropy, margin, stable, probe, fixed"),
+        (
+            "wobble",
+            "known: norm, norm-rel, kl, accel, accel-rel, speed, settle, cosine, entropy, margin, stable, probe, fixed",
+        ),
         ("norm:tua=1", "did you mean tau"),
         ("norm", "needs tau"),
         ("norm:tau", "not key=value"),
