@@ -119,9 +119,7 @@ def attach(
                 f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution and max_steps do not "
                 "apply"
             )
-        native = NativeSession(
-            model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card
-        )
+        native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card)
         return _attached(native.attach, native.detach)
     regions = checked(found)
     if policy is None:
