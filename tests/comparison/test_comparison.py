@@ -352,12 +352,15 @@ def test_the_largest_threshold_within_a_loss_is_found(k: int, n: int, patience: 
                     break
         return total / n
 
+    def halts(tau: float) -> bool:
+        below = seen < tau
+        return any(bool(below[i : i + patience].all(0).any()) for i in range(k - patience + 1))
+
     limit = float(losses[-1].mean()) + level
     found = tau_within(seen, losses, level, patience) if k >= patience else None
     values = sorted(set(seen.flatten().tolist()))
-    least = min(values)
     tried = [math.sqrt(low * high) for low, high in zip(values, [*values[1:], 2 * values[-1]], strict=True)]
-    good = [tau for tau in tried if mean_loss(tau) <= limit + 1e-9 and mean_loss(tau) != mean_loss(least / 2)]
+    good = [tau for tau in tried if mean_loss(tau) <= limit + 1e-9 and halts(tau)]
     if found is not None:
         assert mean_loss(found) <= limit + 1e-9
     if good:
