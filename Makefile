@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: compare figure reproduction test quick check lint types unit fuzz bench wheel format clean
+.PHONY: compare figure reproduction test quick check lint types unit fuzz bench bench-gpu wheel format clean
 
 compare: $(VENV)/.installed
 	$(BIN)/haltkit compare text --policies accel,kl,norm --json haltkit-compare.json --plot haltkit-compare.png
@@ -98,7 +98,18 @@ bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_generate.py
 	$(BIN)/python examples/bench_training.py
 	$(BIN)/python examples/bench_calibration.py
+	$(BIN)/python examples/bench_recorded_calibration.py
+	$(BIN)/python examples/bench_batches.py
 	$(BIN)/haltkit bench --json haltkit-bench.json
+
+# Everything that wants a CUDA device, in one command: the tests first, then the figures.
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'bench-gpu needs a CUDA device')"
+	$(BIN)/python -m pytest -q tests/test_accelerator.py
+	$(BIN)/python examples/bench_batches.py --device cuda
+	$(BIN)/haltkit bench --device cuda --policies norm,accel,kl --json haltkit-bench-gpu.json
+	$(BIN)/haltkit compare text --device cuda --policies accel,kl,norm --taus both --tokens 8192 --batch 32 --json haltkit-compare-gpu.json
+	$(BIN)/python examples/bench_training.py --config small
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -59,7 +59,10 @@ class Candidate:
     def verdict(self) -> str:
         """What trying a halt has shown, in a sentence."""
         if self.problem:
-            return f"A halt at {self.halted_at} does not hold yet: {self.problem}"
+            return (
+                f"A halt at {self.halted_at} does not hold yet: {self.problem}. If no description fits, put the loop "
+                "alone into a module or a method of its own, and discover that"
+            )
         if self.halted_at:
             how = "equals the model run with as many" if self.compared else "holds; run_at= compares what it gives"
             return f"A halt at {self.halted_at} of {self.iterations} {how}"

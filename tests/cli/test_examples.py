@@ -18,6 +18,8 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
+    "bench_batches.py": ["--batches", "2", "--tokens", "8", "--decoded", "2", "--repeats", "1"],
+    "bench_recorded_calibration.py": ["--models", "sudoku", "--units", "8", "--draws", "8", "--splits", "3"],
     "gallery.py": ["own loop, for", "own loop, input added at each step"],
     "bench_attach_rows.py": ["--width", "32", "--tokens", "4", "--latents", "1", "--boards", "70", "--repeats", "1"],
     "bench_wavefront.py": ["--tokens", "8", "--prompts", "1", "--repeats", "1"],
