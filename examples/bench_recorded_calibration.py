@@ -80,11 +80,12 @@ def plain(losses: Floats, epsilon: float) -> int | None:
 def splits_of(name: str, losses: Floats, steps: Floats, splits: int, draws: int) -> None:
     """Calibrate many times, and hold each result against the whole population."""
     risks, saved = losses.mean(0), steps[-1] - steps[:-1]
-    worth = np.flatnonzero(risks > 0.003)
+    # So many draws can certify a risk of ln(1 / delta) / draws where no loss is seen at all, and nothing below.
+    worth = np.flatnonzero(risks > 2 * math.log(1 / DELTA) / draws)
     if len(worth) == 0:
-        print(f"{name}: no threshold has a risk worth speaking of")
+        print(f"{name}: no threshold has a risk that {draws} draws could tell from 0")
         return
-    epsilon = float(risks[worth[min(1, len(worth) - 1)]]) - 1e-6
+    epsilon = float(risks[worth[0]]) - 1e-6
     best = saved[risks <= epsilon].max(initial=0.0)
     methods: dict[str, tuple[bool, Callable[[Floats], int | None]]] = {
         method: (True, partial(_certified, epsilon=epsilon, method=method))
