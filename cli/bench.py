@@ -19,7 +19,7 @@ from haltkit.cli.options import (
     chosen_model,
 )
 from haltkit.cli.subjects import text_model
-from haltkit.cli.terminal import check_writable, make_console
+from haltkit.cli.terminal import check_writable, make_console, progress, write_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,11 +72,11 @@ def bench(
     import torch
 
     from haltkit.comparison.settings import candidates
-    from haltkit.files import write_json
     from haltkit.models.gpt import bench as benching
     from haltkit.models.gpt.subject import SAMPLE, gpt_subject, text_windows
 
-    loaded = text_model(named, "bench", device)
+    with progress("loading the model"):
+        loaded = text_model(named, "bench", device)
     gpt = loaded.model
     if not gpt.regions:
         raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
@@ -85,7 +85,8 @@ def bench(
     windows = windows[torch.arange(32, device=where) % len(windows)]  # a short text repeats
     ids = windows[:, :-1]
     subject = gpt_subject(gpt, windows[:2], max_loops=max_loops)
-    chosen = benching.choose_policies(subject, candidates(policies, subject))
+    with progress("choosing thresholds"):
+        chosen = benching.choose_policies(subject, candidates(policies, subject))
     first, half = next(iter(chosen.values())), context // 2
     count, scripted = max(1, min(12, context // 8)), benching.Scripted(min(16, max_loops))
     shares = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -136,7 +137,7 @@ def bench(
             gpt, windows[:1, : half + 1], first, LAYOUTS, max_loops=max_loops
         ),
     }
-    console = make_console()
+    console = make_console(json_path)
     about = {
         "model": named or "bundled",
         "text": str(text) if text else "bundled sample",
@@ -158,12 +159,10 @@ def bench(
     for part in PARTS:
         if part not in parts:
             continue
-        with console.status(part):
+        with progress(part):
             results[part] = measure[part]()
         _print(console, part, results[part])
-    if json_path is not None:
-        write_json(json_path, {**about, **results})
-        console.print(f"measurements: {json_path}", soft_wrap=True, highlight=False)
+    write_results(console, json_path, {**about, **results})
 
 
 def machine() -> str:

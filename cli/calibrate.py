@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, MaxLoops, Model, Text, read_thresholds, seed_option
+from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, read_thresholds, seed_option
 from haltkit.cli.subjects import asked_options, resolve
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 
 def calibrate(
@@ -40,6 +41,7 @@ def calibrate(
     data: Data = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
     device: Device = "auto",
+    json_path: JsonPath = None,
 ) -> None:
     """Certify a policy on live runs: its risk is at most epsilon with probability 1 - delta."""
     from haltkit.card import Card
@@ -52,32 +54,40 @@ def calibrate(
     if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
         raise ValueError(f"--epsilon {epsilon} is outside the range of the loss, from 0 to its bound")
     tried = read_thresholds(taus)
+    json_path = check_writable(json_path)
     if save is not None:
         Card.check_folder(save)
     options = {"text": text, "data": data, "max_loops": max_loops, "batch": batch, "sequences": sequences or 704}
     passes = {"split": "validation", "execution": "compact", "ragged": True}
-    subject = resolve(model, options | passes, asked_options(context), device)
-    terminal = sys.stderr.isatty()
-    found = certify(
-        subject,
-        policy,
-        risk=cast(Any, risk),
-        epsilon=epsilon,
-        delta=delta,
-        taus=tried,
-        method=cast(Any, method),
-        loss_bound=loss_bound,
-        seed=seed,
-        on_setting=lambda setting: print(f"testing {setting.label}", file=sys.stderr) if terminal else None,
-    )
+    with progress("loading the model") as tick:
+        subject = resolve(model, options | passes, asked_options(context), device)
+        tick(description=f"full depth on {len(subject.samples)} samples")
+        found = certify(
+            subject,
+            policy,
+            risk=cast(Any, risk),
+            epsilon=epsilon,
+            delta=delta,
+            taus=tried,
+            method=cast(Any, method),
+            loss_bound=loss_bound,
+            seed=seed,
+            on_setting=lambda setting: tick(description=f"testing {setting.label}"),
+        )
     certificate, source = found.certificate, str(subject.about.get("text", subject.name))
-    print(f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
-    print(f"  {certificate.reason}")
+    console = make_console(json_path)
+    say(console, f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
+    say(console, f"  {certificate.reason}")
     if found.setting is not None:
         taken = ", ".join(f"{steps:.2f} in {name}" for name, steps in found.steps.items())
-        print(f"  certified: {certificate.setting}")
-        print(f"  mean steps: {taken}, of {found.full_depth}; measured risk {certificate.empirical_risk:.4g}")
-    print(f"  {certificate.promise}")
+        say(console, f"  certified: {certificate.setting}")
+        say(
+            console,
+            f"  mean steps: {taken}, of {found.full_depth}; measured risk {certificate.empirical_risk:.4g}",
+        )
+    say(console, f"  {certificate.promise}")
+    about = {"text": source, "steps": found.steps, "full_depth": found.full_depth, "time": found.time}
+    write_results(console, json_path, {**about, "certificate": json.loads(certificate.to_json())})
     if save is not None:
         save_certified(save, found, subject, source)
-        print(f"Saved {save}")
+        say(console, f"Saved {save}")

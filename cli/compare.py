@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,12 +23,7 @@ from haltkit.cli.options import (
 from haltkit.cli.oracles import print_headroom, print_regret
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.tables import comparison_title, print_comparison, print_conclusion
-from haltkit.cli.terminal import check_writable, make_console, passing_bar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 
 def compare(
@@ -125,40 +119,32 @@ def compare(
         "mode": mode,
         "execution": execution,
     }
-    subject = resolve(named, options, asked_options(context), device)
-    if save_path is not None:
-        check_savable(subject.described)  # before minutes are spent on measuring
-    console = make_console()
-    with _progress(console, f"{len(subject.samples)} samples") as tick:
+    with progress("loading the model") as tick:
+        subject = resolve(named, options, asked_options(context), device)
+        if save_path is not None:
+            check_savable(subject.described)  # before minutes are spent on measuring
+        tick(description=f"{len(subject.samples)} samples")
         result = compare_subject(
-            subject, policies=policies, taus=thresholds, granularity=granularity, repeats=repeats, on_tick=tick
+            subject,
+            policies=policies,
+            taus=thresholds,
+            granularity=granularity,
+            repeats=repeats,
+            on_tick=lambda done, total: tick(completed=done, total=total),
         )
+    console = make_console(json_path)
     print_headroom(console, result)
     print_comparison(console, result)
     print_conclusion(console, result)
     print_regret(console, result)
-    if json_path is not None:
-        from haltkit.files import write_json
-
-        write_json(json_path, result.to_json())
-        console.print(f"measurements: {json_path}", soft_wrap=True, highlight=False)
+    write_results(console, json_path, result.to_json())
     if plot_path is not None:
         from haltkit.files import atomic_path
         from haltkit.reporting.frontier import plot_comparison
 
         with atomic_path(plot_path) as partial:
             plot_comparison(result, partial, comparison_title(result), plot_path.suffix[1:].lower())
-        console.print(f"plot: {plot_path}", soft_wrap=True, highlight=False)
+        say(console, f"plot: {plot_path}")
     if save_path is not None:
         save_winner(save_path, result, subject, comparison_title(result))
-        console.print(f"choice: {save_path}", soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _progress(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with passing_bar(console, *columns) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        say(console, f"choice: {save_path}")

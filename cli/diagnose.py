@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from haltkit.cli.options import seed_option
+from haltkit.cli.options import JsonPath, seed_option
 from haltkit.cli.subjects import asked_options, is_function, resolve_case
 from haltkit.cli.tables import print_claims
-from haltkit.cli.terminal import make_console, passing_bar
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from haltkit.diagnostics import Diagnosis, Progress
+    from haltkit.diagnostics import Diagnosis
     from haltkit.diagnostics.results import Cell
 
 
@@ -57,6 +56,7 @@ def diagnose(
     ] = None,
     seed: Annotated[int, seed_option("Seed of the untrained control's weights.")] = 0,
     figures: Annotated[str, typer.Option(metavar="png|svg|pdf", help="Format of the figures.")] = "png",
+    json_path: JsonPath = None,
 ) -> None:
     """Look into the loops of a model: figures, numbers as JSON, and a table of claims.
 
@@ -65,6 +65,8 @@ def diagnose(
     """
     if figures not in ("png", "svg", "pdf"):
         raise ValueError(f"--figures {figures}: allowed are png, svg, pdf")
+
+    json_path = check_writable(json_path)
 
     from haltkit import diagnostics
     from haltkit.diagnostics.diagnosis import RESULTS_FILE
@@ -79,15 +81,15 @@ def diagnose(
         plan = replace(plan, attention_loops=min(plan.attention_loops, loops))
     told = {"text": text, "tokens": tokens, "seed": seed, "snapshots": snapshots, "control": control}
     depths = {"snapshot_loops": loops, "control_windows": plan.attention_windows}
-    case = resolve_case(model, {**told, **depths}, asked_options(context))
+    with progress("loading the model"):
+        case = resolve_case(model, {**told, **depths}, asked_options(context))
     blocks: Iterable[Cell] = ()
     if grid:
         from haltkit.models.gpt.grid import Grid
 
         blocks = Grid()
     diagnostics.Diagnosis(case.about)  # refuses what cannot be written, before anything is run
-    console = make_console()
-    with hold(out, "haltkit diagnose"), _progress(console) as on_progress:
+    with hold(out, "haltkit diagnose"), progress("") as tick:
         diagnosis = diagnostics.diagnose(
             case.subject,
             case.inputs,
@@ -99,13 +101,19 @@ def diagnose(
             unfolding=case.unfolding,
             comparison=comparison,
             about=case.about,
-            on_progress=on_progress,
+            on_progress=lambda at: tick(description=at.what, completed=at.done, total=at.total),
             on_part=lambda part: part.save(out / RESULTS_FILE),
         )
+        tick(description="drawing")
         written = write_diagnosis(diagnosis, out, figures)
-    _report(console, diagnosis, out, written)
+    console = make_console(json_path)
+    regions = diagnosis.trained.geometry.regions
+    floors = {name: region.floor for name, region in regions.items() if region.floor}
+    _report(console, diagnosis, floors, out, written)
+    found = {"heading": diagnosis.heading, "partial": diagnosis.partial, "claims": diagnosis.claims, "floors": floors}
+    write_results(console, json_path, found)
     if diagnosis.partial:
-        console.print("interrupted: what was done is kept, marked partial", highlight=False)
+        say(console, "interrupted: what was done is kept, marked partial")
         raise typer.Exit(130)
 
 
@@ -120,25 +128,14 @@ def _policies(text: str | None) -> tuple[str, ...] | None:
     return tuple(str(spec) for spec in specs)
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    with passing_bar(console, TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("")
-        yield lambda at: bar.update(task, description=at.what, completed=at.done, total=at.total)
-
-
-def _report(console: Console, diagnosis: Diagnosis, out: Path, figures: list[Path]) -> None:
+def _report(console: Console, diagnosis: Diagnosis, floors: dict[str, float], out: Path, figures: list[Path]) -> None:
     from haltkit.diagnostics.diagnosis import RESULTS_FILE
     from haltkit.reporting.folder import CLAIMS_FILE
 
     print_claims(console, diagnosis)
-    regions = diagnosis.trained.geometry.regions
-    floors = ", ".join(f"{name}: {region.floor:.1e}" for name, region in regions.items() if region.floor)
     if floors:
-        console.print(f"\nFloat floor of a step; a threshold near or below it says nothing: {floors}", highlight=False)
-    console.print(f"\nresults: {out / RESULTS_FILE}\nclaims: {out / CLAIMS_FILE}", soft_wrap=True, highlight=False)
-    names = ", ".join(path.name for path in sorted(figures))
-    console.print(f"figures in {out}: {names}", soft_wrap=True, highlight=False)
-    console.print(f"a page of it: haltkit report {out}", soft_wrap=True, highlight=False)
+        listed = ", ".join(f"{name}: {floor:.1e}" for name, floor in floors.items())
+        say(console, f"\nFloat floor of a step; a threshold near or below it says nothing: {listed}")
+    say(console, f"\nresults: {out / RESULTS_FILE}\nclaims: {out / CLAIMS_FILE}")
+    say(console, f"figures in {out}: {', '.join(path.name for path in sorted(figures))}")
+    say(console, f"a page of it: haltkit report {out}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from haltkit.cli.device import Device, choose_device, describe_device
-from haltkit.cli.terminal import check_writable
+from haltkit.cli.options import JsonPath
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 # What a feature needs beside torch and numpy, by the names of the distributions.
 FEATURES = {
@@ -22,35 +22,32 @@ FEATURES = {
 STEPS = 3
 
 
-def doctor(
-    device: Device = "auto",
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found there, too.")
-    ] = None,
-) -> None:
+def doctor(device: Device = "auto", json_path: JsonPath = None) -> None:
     """Tell versions and what is installed for which feature, and check halting on the bundled models (seconds).
 
     Exit code 1: a check failed.
     """
     import platform
 
-    from haltkit.files import write_json
-
     json_path = check_writable(json_path)
-    place = choose_device(device)
+    with progress("looking for devices"):
+        place = choose_device(device)
+    console, where = make_console(json_path), describe_device(place)
     versions = {name: _version(name) for name in ("haltkit", "torch", "numpy")}
     features = {feature: {name: _version(name) for name in names} for feature, names in FEATURES.items()}
-    print(", ".join(f"{name} {version}" for name, version in {"python": platform.python_version(), **versions}.items()))
-    print(f"device: {describe_device(place)}")
+    named = {"python": platform.python_version(), **versions}
+    say(console, ", ".join(f"{name} {version}" for name, version in named.items()))
+    say(console, f"device: {where}")
     for feature, found in features.items():
         missing = [name for name, version in found.items() if version is None]
-        print(f"{feature}: {'ready' if not missing else 'missing ' + ', '.join(missing)}")
-    checks = {name: _check(name, str(place)) for name in ("text", "chase", "sudoku")}
-    for name, check in checks.items():
-        print(f"self-check {name}: {'passed' if check['passed'] else 'FAILED'} ({check['found']})")
-    if json_path is not None:
-        about = {"python": platform.python_version(), "versions": versions, "device": describe_device(place)}
-        write_json(json_path, {**about, "features": features, "checks": checks})
+        say(console, f"{feature}: {'ready' if not missing else 'missing ' + ', '.join(missing)}")
+    checks: dict[str, dict[str, Any]] = {}
+    for name in ("text", "chase", "sudoku"):
+        with progress(f"self-check {name}"):
+            check = checks[name] = _check(name, str(place))
+        say(console, f"self-check {name}: {'passed' if check['passed'] else 'FAILED'} ({check['found']})")
+    about = {"python": platform.python_version(), "versions": versions, "device": where}
+    write_results(console, json_path, {**about, "features": features, "checks": checks})
     if not all(check["passed"] for check in checks.values()):
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ import typer
 from haltkit.cli.device import Device
 from haltkit.cli.options import MOST_STEPS, Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable
+from haltkit.cli.terminal import check_writable, make_console, progress, write_results
 
 
 def evaluate(
@@ -38,12 +38,11 @@ def evaluate(
     checkpoint: OldCheckpoint = None,
 ) -> None:
     """The loss of a model at fixed numbers of steps and under halting policies."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Line
 
+    from haltkit.comparison.evaluate import Evaluated
     from haltkit.comparison.evaluate import evaluate as measure
-    from haltkit.files import write_json
     from haltkit.setting import Setting
 
     named = chosen_model(model, checkpoint)
@@ -63,7 +62,8 @@ def evaluate(
         "execution": "masked",
         "ragged": True,
     }
-    subject = resolve(named, options, asked_options(context), device)
+    with progress("loading the model"):
+        subject = resolve(named, options, asked_options(context), device)
     regions = subject.regions
     if not regions and policy:
         raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
@@ -72,7 +72,11 @@ def evaluate(
         settings[spec] = Setting.of(read_policies(spec, subject.model, regions, subject.full_depth), regions)
     if not regions:
         settings = {"no loops": Setting.of(1, regions)}
-    found = {label: measure(subject, setting) for label, setting in settings.items()}
+    found: dict[str, Evaluated] = {}
+    with progress("") as tick:
+        for label, setting in settings.items():
+            tick(description=label, completed=len(found), total=len(settings))
+            found[label] = measure(subject, setting)
     items = next(iter(found.values())).items
     about = subject.about
     shown = "bundled checkpoint" if str(about["model"]).startswith("bundled") else str(named)
@@ -91,17 +95,12 @@ def evaluate(
     for label, one in found.items():
         cells = [f"{one.loss:.4f}", f"{math.exp(one.loss):.1f}"] if nats else [f"{one.loss:.4g}"]
         table.add_row(Line(label), *cells, *(f"{n:.1f}" for n in one.steps.values()))
-    Console().print(table)
-    if json_path is not None:
-        results = [{"setting": label, "loss": one.loss, "steps": one.steps} for label, one in found.items()]
-        kept = {"checkpoint": named or "bundled", "text": about["text"], f"{subject.item}s": items}
-        extra = {
-            "max_loops": max_loops,
-            "trained": about.get("trained"),
-            "metric": subject.metric,
-            "unit": subject.unit,
-        }
-        write_json(json_path, {**kept, **extra, "results": results})
+    console = make_console(json_path)
+    console.print(table)
+    results = [{"setting": label, "loss": one.loss, "steps": one.steps} for label, one in found.items()]
+    kept = {"checkpoint": named or "bundled", "text": about["text"], f"{subject.item}s": items, "max_loops": max_loops}
+    extra = {"trained": about.get("trained"), "metric": subject.metric, "unit": subject.unit}
+    write_results(console, json_path, {**kept, **extra, "results": results})
 
 
 def _counts(loops: str) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from haltkit.cli.terminal import make_console, progress, say
+
 
 def export(
     source: Annotated[
@@ -15,9 +17,8 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
 ) -> None:
     """Make a checkpoint folder (bf16 weights, tokenizer, model card) of a run's checkpoint, also of one in shards."""
-    from rich.console import Console
+    with progress("exporting"):
+        from haltkit.models.training.export import export as write
 
-    from haltkit.models.training.export import export as write
-
-    found = write(source.expanduser(), out.expanduser())
-    Console().print(f"{out}: {found.name}, for haltkit eval, compare and generate", highlight=False, soft_wrap=True)
+        found = write(source.expanduser(), out.expanduser())
+    say(make_console(), f"{out}: {found.name}, for haltkit eval, compare and generate")

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import MOST_STEPS, ModelOption, OldCheckpoint, chosen_model, read_policies, seed_option
+from haltkit.cli.options import (
+    MOST_STEPS,
+    JsonPath,
+    ModelOption,
+    OldCheckpoint,
+    chosen_model,
+    read_policies,
+    seed_option,
+)
 from haltkit.cli.subjects import text_model
+from haltkit.cli.terminal import check_writable, progress, write_results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,21 +103,25 @@ def generate(
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Show the steps that each token took (colours, or numbers in a pipe).")
     ] = False,
+    json_path: JsonPath = None,
     checkpoint: OldCheckpoint = None,
 ) -> None:
     """Continue a text with the looped model, as it comes. The text ends at an end-of-text token of the model too."""
     from rich.console import Console
     from rich.text import Text
 
+    json_path = check_writable(json_path)
     text = _read_prompt(prompt, file)
 
+    from haltkit.files import is_stdout
     from haltkit.models.gpt.generation import Settings
     from haltkit.models.gpt.generation import stream as generate_stream
     from haltkit.models.gpt.sampling import Sampling
 
     named = chosen_model(model, checkpoint)
     Sampling(temperature, top_k, top_p, seed)  # what is wrong is said before a checkpoint is read
-    loaded = text_model(named, "generate", device)
+    with progress("loading the model"):
+        loaded = text_model(named, "generate", device)
     gpt, tokenizer = loaded.model, loaded.tokenizer
     settings = Settings(
         max_new_tokens=max_new_tokens,
@@ -127,7 +140,7 @@ def generate(
     usual = f"fixed:steps={min(gpt.mean_loops, max_loops)}"
     policies = read_policies(policy or usual, gpt, list(gpt.regions), max_loops)
     stream = generate_stream(gpt, [tokenizer.encode_ordinary(text)], policies, settings)
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=json_path is not None and is_stdout(json_path))
     writer = _Writer(console, tokenizer, show_depth)
     if console.is_terminal:
         console.print(Text(text, style="dim"), end="", soft_wrap=True)
@@ -144,8 +157,10 @@ def generate(
         reason = "interrupted"
     ended = time.perf_counter()
     writer.close()
-    mean = ", ".join(f"{name}: {sum(steps) / len(steps):.1f}" for name, steps in writer.steps.items() if steps)
-    pace = f", {1e3 * (ended - first) / (writer.count - 1):.1f} ms/token after the first" if writer.count > 1 else ""
+    means = {name: sum(steps) / len(steps) for name, steps in writer.steps.items() if steps}
+    mean = ", ".join(f"{name}: {steps:.1f}" for name, steps in means.items())
+    ms = 1e3 * (ended - first) / (writer.count - 1) if writer.count > 1 else None
+    pace = "" if ms is None else f", {ms:.1f} ms/token after the first"
     why = {
         "stop": "a stop token",
         "length": "--max-new-tokens",
@@ -157,6 +172,9 @@ def generate(
         f"{writer.count} tokens in {ended - started:.1f} s{pace}; mean steps by region {mean or 'none'}; ended: {why}"
     )
     print(summary, file=sys.stderr)
+    made = {"prompt": text, "text": tokenizer.decode(writer.tokens), "tokens": writer.tokens, "count": writer.count}
+    took = {"steps": writer.steps, "mean_steps": means, "seconds": ended - started, "ms_per_token": ms}
+    write_results(console, json_path, {**made, **took, "ended": reason, "context": gpt.block_size})
     if reason == "nonfinite":
         raise typer.Exit(1)
 
@@ -211,6 +229,7 @@ class _Writer:
         self.console, self.tokenizer, self.show_depth = console, tokenizer, show_depth
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self.pieces: list[str] = []
+        self.tokens: list[int] = []
         self.steps: dict[str, list[int]] = {}
 
     @property
@@ -222,6 +241,7 @@ class _Writer:
         if self.console.is_terminal:
             piece = _harmless(piece)
         self.pieces.append(piece)
+        self.tokens.append(token)
         for name, count in steps.items():
             self.steps.setdefault(name, []).append(count)
         style = _shade(sum(steps.values()) / len(steps)) if self.show_depth and steps else ""
@@ -232,7 +252,7 @@ class _Writer:
 
         if self.console.is_terminal:
             self.console.print(Text(piece, style=style), end="", soft_wrap=True)
-        else:  # byte for byte what the model wrote
+        elif not self.console.quiet:  # byte for byte what the model wrote
             self.console.file.write(piece + numbers if self.show_depth else piece)
         self.console.file.flush()
 

@@ -11,9 +11,11 @@ from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
 from haltkit.cli.oracles import LEVEL, describe_headroom
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from haltkit.comparison.possible import Possible
 
 
@@ -30,33 +32,37 @@ def headroom(
 ) -> None:
     """How much halting could save on a model at best, and whether signals can see it."""
     from haltkit.comparison.possible import possible
-    from haltkit.files import write_json
 
     if not 0 < level <= 1:
         raise ValueError(f"--level {level} is outside (0, 1]: it is a share of rows")
     json_path = check_writable(json_path)
     options = {"text": text, "max_loops": max_loops, "tokens": tokens, "batch": batch}
     passes = {"data": None, "split": "validation", "execution": "masked", "ragged": True}
-    found = possible(resolve(model, options | passes, asked_options(context), device))
+    with progress("loading the model") as tick:
+        subject = resolve(model, options | passes, asked_options(context), device)
+        tick(description="recording at full depth", total=len(subject.samples))
+        found = possible(subject, on_sample=lambda _: tick(advance=1))
+    console = make_console(json_path)
     for name, region in found.items():
-        _print(name, region, level)
-    if json_path is not None:
-        write_json(json_path, {"level": level, "regions": {name: _plain(one, level) for name, one in found.items()}})
+        _print(console, name, region, level)
+    regions = {name: _values(one, level) for name, one in found.items()}
+    write_results(console, json_path, {"level": level, "regions": regions})
 
 
-def _print(name: str, region: Possible, level: float) -> None:
+def _print(console: Console, name: str, region: Possible, level: float) -> None:
     known = region.headroom
-    print(f"Region {name}: {known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}")
+    say(console, f"Region {name}: {known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}")
     most = max(known.histogram)
     for k, rows in enumerate(known.histogram, 1):
         if rows:
-            print(f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
+            say(console, f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
     for line in describe_headroom(name, region, level):
-        print(f"  {line}")
-    print()
+        say(console, f"  {line}")
+    say(console)
 
 
-def _plain(region: Possible, level: float) -> dict[str, Any]:
+def _values(region: Possible, level: float) -> dict[str, Any]:
     known = region.headroom
     summary = {"fixed_depth": known.fixed_depth(level), "headroom": known.headroom(level)}
-    return {**region.to_json(), **summary, "conclusion": region.conclusion(level)}
+    shares = [rows / known.rows for rows in known.histogram]
+    return {**region.to_json(), **summary, "shares": shares, "conclusion": region.conclusion(level)}

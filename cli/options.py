@@ -64,7 +64,12 @@ Data = Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare
 MOST_STEPS = 1_000_000
 MaxLoops = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Full depth: the budget of each region.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements as JSON.")]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the results as JSON; -: to standard output, and nothing else there."
+    ),
+]
 
 
 def chosen_model(model: str | None, checkpoint: str | None = None, old_model: str | None = None) -> str | None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from haltkit.cli.options import JsonPath
+from haltkit.cli.terminal import check_writable, make_console, write_results
+
 if typing.TYPE_CHECKING:
     from haltkit.registry import PolicyRecord
 
 
-def policies() -> None:
+def policies(json_path: JsonPath = None) -> None:
     """List the halting policies: formula, scale of the signal, keys and defaults."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from haltkit.registry import records
     from haltkit.specs import WRAPPER_KEYS
 
-    console = Console()
+    json_path = check_writable(json_path)
+    console = make_console(json_path)
 
     def listing(title: str, entries: typing.Iterable[tuple[str, typing.Iterable[str]]]) -> None:
         console.print(Text(title, style="bold"))
@@ -49,28 +52,41 @@ def policies() -> None:
         ),
     )
     console.print(Text("tau has no default, because each model has a scale of its own: haltkit compare finds one."))
+    found = {record.name: _values(record) for record in records()}
+    write_results(console, json_path, {"policies": found, "keys": dict(WRAPPER_KEYS)})
+
+
+def _keys(record: PolicyRecord) -> dict[str, str]:
+    """What each key of a policy's specs may be."""
+    from haltkit.weights import Weights
+
+    hints = typing.get_type_hints(record.policy)
+    keys = {}
+    for name, field in record.fields.items():
+        if hints[name] is Weights:
+            keys[name] = "required, a safetensors file"
+            continue
+        allowed = "|".join(map(str, typing.get_args(hints[name])))
+        default = "required" if field.default is dataclasses.MISSING else str(field.default)
+        keys[name] = default + (f", of {allowed}" if allowed else "")
+    if record.patience != 1:
+        keys["patience"] = str(record.patience)
+    return keys
+
+
+def _values(record: PolicyRecord) -> dict[str, typing.Any]:
+    """What the listing says, as plain values."""
+    told = ("formula", "scale", "wrapped", "swept", "needs_readout")
+    return {**{name: getattr(record, name) for name in told}, "keys": _keys(record)}
 
 
 def _describe(record: PolicyRecord) -> list[str]:
     """Formula, scale and keys of one policy, and what else its record says."""
-    from haltkit.weights import Weights
-
-    hints = typing.get_type_hints(record.policy)
-    keys = []
-    for name, field in record.fields.items():
-        if hints[name] is Weights:
-            keys.append(f"{name} (required, a safetensors file)")
-            continue
-        allowed = "|".join(map(str, typing.get_args(hints[name])))
-        default = "required" if field.default is dataclasses.MISSING else str(field.default)
-        keys.append(f"{name} ({default}{f', of {allowed}' if allowed else ''})")
-    if record.patience != 1:
-        keys.append(f"patience ({record.patience})")
     notes = ["swept by haltkit compare by default"] if record.swept else []
     notes += ["needs a readout from the state to logits"] if record.needs_readout else []
     return [
         record.formula,
         f"scale: {record.scale}",
-        f"keys: {', '.join(keys)}",
+        f"keys: {', '.join(f'{name} ({values})' for name, values in _keys(record).items())}",
         *([f"note: {'; '.join(notes)}"] if notes else []),
     ]

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from haltkit.cli.terminal import passing_bar
+from haltkit.cli.options import JsonPath
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 
 def prepare(
@@ -47,11 +48,9 @@ def prepare(
         ),
     ] = "stop",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 16_000_000,
+    json_path: JsonPath = None,
 ) -> None:
     """Tokenize text into memory-mapped shards. Run it again to resume after an interruption."""
-    from rich.console import Console
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from haltkit.models.text.prepare import Progress as Prepared
     from haltkit.models.text.prepare import prepare as run_preparation
     from haltkit.models.text.source import resolve_source
@@ -62,20 +61,15 @@ def prepare(
         sources, config = ["HuggingFaceFW/fineweb"], config or "sample-10BT"
     if bad_documents not in ("stop", "skip"):
         raise ValueError(f"--bad-documents {bad_documents}: allowed are stop and skip")
+    json_path = check_writable(json_path)
     out = out.expanduser()
     source = replace(resolve_source(sources, config, column), skip_bad=bad_documents == "skip")
     # What the readers of `datasets` log beside the exception that they raise is said again in haltkit's one line.
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with passing_bar(console, *columns) as bar:
-        task = bar.add_task(f"opening {source.name}")
+    with progress(f"opening {source.name}") as tick:
 
-        def show(progress: Prepared) -> None:
-            bar.update(
-                task,
-                description=f"{progress.stage}: {progress.documents:,} documents, {progress.tokens:,} tokens in all",
-            )
+        def show(at: Prepared) -> None:
+            tick(description=f"{at.stage}: {at.documents:,} documents, {at.tokens:,} tokens in all")
 
         manifest = run_preparation(
             source,
@@ -87,21 +81,32 @@ def prepare(
             max_tokens=max_tokens,
             on_progress=show,
         )
-    vocabulary = manifest["tokenizer"]["vocab_size"]
+    console, vocabulary = make_console(json_path), manifest["tokenizer"]["vocab_size"]
     splits = manifest["splits"]
     total = sum(entry["tokens"] for entry in splits.values())
     for split, entry in splits.items():
-        console.print(
+        say(
+            console,
             f"{split}: {entry['tokens']:,} tokens ({entry['tokens'] / total:.2%}), {entry['documents']:,} documents, "
-            f"{len(entry['shards'])} shards"
+            f"{len(entry['shards'])} shards",
         )
     if "validation" not in splits and holdout:
-        console.print(
+        say(
+            console,
             "validation: nothing is held out, for documents are not divided and these are too few. Training needs "
             "some: give more documents, or two files of which one is named train... and the other validation...",
-            soft_wrap=True,
         )
-    for split, done in manifest["progress"].items():
-        if left_out := [f"{done[kind]:,} {kind}" for kind in ("empty", "unreadable") if done.get(kind)]:
-            console.print(f"{split}: left out {' and '.join(left_out)} documents")
-    console.print(f"{out}: tokenizer {manifest['tokenizer']['name']}, vocabulary {vocabulary:,}", highlight=False)
+    left_out = {
+        split: {kind: done[kind] for kind in ("empty", "unreadable") if done.get(kind)}
+        for split, done in manifest["progress"].items()
+    }
+    for split, counts in left_out.items():
+        if counts:
+            say(console, f"{split}: left out {' and '.join(f'{n:,} {kind}' for kind, n in counts.items())} documents")
+    say(console, f"{out}: tokenizer {manifest['tokenizer']['name']}, vocabulary {vocabulary:,}")
+    counted = {
+        split: {"tokens": entry["tokens"], "documents": entry["documents"], "shards": len(entry["shards"])}
+        for split, entry in splits.items()
+    }
+    results = {"out": str(out), "tokenizer": manifest["tokenizer"], "splits": counted, "left_out": left_out}
+    write_results(console, json_path, {**results, "shares": {s: e["tokens"] / total for s, e in splits.items()}})

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haltkit.cli.terminal import progress
 from haltkit.cli.text_run import NOT_LOCKED, duration, say_precision
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["forecast", "run"]
 
 
-def forecast(console: Console, config: ReasonerConfig) -> None:
-    """Print what a run would be."""
+def forecast(console: Console, config: ReasonerConfig) -> dict[str, Any]:
+    """Print what a run would be.
+
+    Returns:
+        The same as plain values and dataclasses.
+    """
     from haltkit.models.reasoner.train import forecast_reasoner
 
-    found, steps = forecast_reasoner(config), config.train.max_steps
+    with progress("taking real steps"):
+        found, steps = forecast_reasoner(config), config.train.max_steps
     choice, (shallow, deep) = found.choice, found.depths
     console.print(say_precision(choice.precision, choice.reason, choice.warning), highlight=False, soft_wrap=True)
     console.print(f"{found.parameters / 1e6:.2f}M parameters, {steps:,} steps", highlight=False)
@@ -35,6 +41,8 @@ def forecast(console: Console, config: ReasonerConfig) -> None:
             highlight=False,
         )
     console.print("Estimated from real steps on this machine. Nothing was written.")
+    totals = [found.first * steps, found.last * steps]
+    return {"steps": steps, "total_seconds": totals, "forecast": found}
 
 
 def run(console: Console, config: ReasonerConfig, out: Path, resume: bool) -> signal.Signals | None:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from haltkit.cli.options import JsonPath
+from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+
 if TYPE_CHECKING:
     from haltkit.diagnostics import Diagnosis
 
@@ -26,30 +29,42 @@ def report(
             show_default=False,
         ),
     ] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Make one HTML page that opens from disk: trade-off, paths, signals, claims, and the text by steps taken.
 
     Of several folders, make a table of the papers' claims instead, with a column per model.
     """
-    from haltkit.files import check_output, write_text
+    from haltkit.files import write_text
 
-    found = [_read(folder) for folder in folders]
+    json_path = check_writable(json_path)
+    console = make_console(json_path)
+    with progress("reading"):
+        found = [_read(folder) for folder in folders]
+    models = [
+        {"folder": str(at), "model": one.name, "heading": one.heading, "claims": one.claims}
+        for at, one in zip(folders, found, strict=True)
+    ]
     if len(found) > 1:
         from haltkit.diagnostics.claims import claims_by_model
 
         table = claims_by_model(_columns(folders, found))
         if out is None:
-            print(table, end="")
-            return
-        write_text(check_output(out, ("md",)), table)
-        print(f"claims: {out}")
+            say(console, table.removesuffix("\n"))
+        else:
+            write_text(check_writable(out, ("md",)), table)
+            say(console, f"claims: {out}")
+        write_results(console, json_path, {"models": models})
         return
-    path = check_output(out or folders[0] / "report.html", ("html",))
+    path = check_writable(out or folders[0] / "report.html", ("html",))
 
     from haltkit.reporting.report import render_page
 
-    write_text(path, render_page(found[0]))
-    print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    with progress("drawing the page"):
+        write_text(path, render_page(found[0]))
+    size = path.stat().st_size
+    say(console, f"page: {path} ({size / 1e6:.1f} MB)")
+    write_results(console, json_path, {"page": str(path), "bytes": size, "models": models})
 
 
 def _columns(folders: list[Path], found: list[Diagnosis]) -> dict[str, Diagnosis]:

@@ -14,7 +14,7 @@ import typer
 
 from haltkit.cli.options import MOST_STEPS, JsonPath, read_policies
 from haltkit.cli.subjects import reasoner
-from haltkit.cli.terminal import check_writable, make_console
+from haltkit.cli.terminal import check_writable, make_console, progress, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,8 @@ def solve(
     from haltkit.models.reasoner.solving import solve as solve_all
     from haltkit.models.reasoner.solving import watch as watch_one
 
-    folder, checkpoint = reasoner(model, "solve")
+    with progress("loading the model"):
+        folder, checkpoint = reasoner(model, "solve")
     if policy is None and not (folder / CARD).is_file():
         raise ValueError(f"{model!r} has no policy beside its weights: give --policy, for instance norm:tau=0.1")
     spec = str(folder / CARD) if policy is None else policy
@@ -73,7 +74,7 @@ def solve(
     problems = _read(checkpoint.task, problem)
     if watch and (len(problems) > 1 or json_path == Path("-")):
         raise ValueError("--watch shows one problem, on the terminal: give one problem, without --json -")
-    console = make_console()
+    console = make_console(json_path)
     for one in problems:
         if one.note:
             print(f"haltkit: {one.note}", file=sys.stderr)
@@ -81,14 +82,14 @@ def solve(
         with _frames(console, problems[0]) as show:
             solved = [watch_one(checkpoint, problems[0], chosen, show, max_loops=budget)]
     else:
-        solved = list(solve_all(checkpoint, problems, chosen, max_loops=budget, slots=slots))
+        solved = []
+        with progress("solving") as tick:
+            for found in solve_all(checkpoint, problems, chosen, max_loops=budget, slots=slots):
+                solved.append(found)
+                tick(completed=len(solved), total=len(problems))
     whole = checkpoint.task.granularity == "sequence"
-    if json_path is not None:
-        from haltkit.files import write_json
-
-        write_json(json_path, [_values(one, whole) for one in solved])
-    if json_path != Path("-"):
-        _print(console, solved, whole)
+    _print(console, solved, whole)
+    write_results(console, json_path, [_values(one, whole) for one in solved])
 
 
 def _read(task: Task, given: str) -> list[Problem]:

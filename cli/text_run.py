@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from haltkit.cli.terminal import passing_bar
+from haltkit.cli.terminal import progress, say
 
 if TYPE_CHECKING:
     from haltkit.models.training.config import RunConfig
@@ -15,9 +15,12 @@ __all__ = ["NOT_LOCKED", "TextProgress", "duration", "forecast_text", "say_preci
 NOT_LOCKED = "Warning: this file system knows no locks: see to it that no second run is started in this folder"
 
 
-def forecast_text(console: Any, config: RunConfig) -> None:
-    """Print what a run would be."""
-    from rich.progress import BarColumn, TextColumn
+def forecast_text(console: Any, config: RunConfig) -> dict[str, Any]:
+    """Print what a run would be.
+
+    Returns:
+        The same as plain values and dataclasses.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -26,27 +29,24 @@ def forecast_text(console: Any, config: RunConfig) -> None:
     from haltkit.models.training.forecast import Stage, forecast
     from haltkit.models.training.start import settle_precision
 
-    with passing_bar(console, TextColumn("{task.description}"), BarColumn()) as bar:
-        task = bar.add_task("opening the data", total=None)
+    with progress("opening the data") as tick:
         told = False
 
         def show(stage: Stage) -> None:
             nonlocal told
-            bar.update(task, description=stage.doing, completed=stage.done, total=stage.of)
+            tick(description=stage.doing, completed=stage.done, total=stage.of)
             if stage.seconds is not None and not told:
                 told = True
                 total = duration(stage.seconds * config.train.max_steps)
-                console.print(
+                say(
+                    console,
                     f"At first sight {stage.seconds:.3g} s a step, {total} in all (from one row of the batch, not "
                     "compiled). Real steps follow.",
-                    highlight=False,
                 )
 
         with join() as processes:
             config, choice = settle_precision(config, processes)
-            console.print(
-                say_precision(choice.precision, choice.reason, choice.warning), highlight=False, soft_wrap=True
-            )
+            say(console, say_precision(choice.precision, choice.reason, choice.warning))
             found = forecast(config, on_stage=show)
     train, model = config.train, config.model
     total = found.seconds * train.max_steps
@@ -72,6 +72,7 @@ def forecast_text(console: Any, config: RunConfig) -> None:
         grid.add_row(Text(name), Text(value))
     console.print(grid)
     console.print("Estimated from three steps on this machine and the run's own loop draws. Nothing was written.")
+    return {"steps": train.max_steps, "total_seconds": total, "precision": choice, "model": model, "forecast": found}
 
 
 def say_precision(precision: str, reason: str, warning: bool) -> str:

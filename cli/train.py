@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from haltkit.cli.terminal import check_writable, make_console, write_results
+
 # Exit codes besides 0 (done) and 2 (bad input): the run was asked to stop and has saved itself (128 + the signal's
 # number, as shells count), or it stopped by itself and its last checkpoint is from before.
 STOPPED = {"SIGINT": 130, "SIGTERM": 143}
@@ -43,6 +45,12 @@ def train(
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Go on from these weights with a fresh optimizer and a new warmup."),
     ] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="With --dry-run: write what it would cost as JSON; - as elsewhere."
+        ),
+    ] = None,
 ) -> None:
     """Train a text model or a reasoner. Ctrl-C and SIGTERM save; --resume goes on bit for bit as if never interrupted.
 
@@ -62,15 +70,17 @@ def train(
 
     # What the readers of `datasets` log beside the exception that they raise is said again in haltkit's one line.
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    out = out.expanduser()
+    out, json_path = out.expanduser(), check_writable(json_path)
+    if json_path is not None and not dry_run:
+        raise ValueError("--json is for --dry-run: what a run measures is written to log.jsonl in --out")
     given = {"--data": data, "--anneal-from": anneal_from, "--init-from": init_from}
     refused = {option for option, value in given.items() if value is not None}
     if _of_a_reasoner(config, out, resume or auto_resume):
-        _train_reasoner(config, out, resume, auto_resume, dry_run, steps, refused)
+        _train_reasoner(config, out, resume, auto_resume, dry_run, steps, refused, json_path)
         return
     # Under torchrun one process talks for all.
     first = int(os.environ.get("RANK", "0")) == 0
-    console = Console(quiet=not first)
+    console = make_console(json_path) if first else Console(quiet=True)
     if anneal_from is not None:
         if config is not None or resume or steps is not None or init_from is not None:
             raise ValueError(
@@ -92,7 +102,8 @@ def train(
     if steps is not None:
         run_config = replace(run_config, train=replace(run_config.train, max_steps=steps))
     if dry_run:
-        forecast_text(console, run_config)
+        found = forecast_text(console, run_config)
+        write_results(console, json_path if first else None, found)
         return
     resume = resume or (auto_resume and bool(checkpoints(out)))
     try:
@@ -122,10 +133,15 @@ def _of_a_reasoner(config: str | None, out: Path, resume: bool) -> bool:
 
 
 def _train_reasoner(
-    config: str | None, out: Path, resume: bool, auto_resume: bool, dry_run: bool, steps: int | None, refused: set[str]
+    config: str | None,
+    out: Path,
+    resume: bool,
+    auto_resume: bool,
+    dry_run: bool,
+    steps: int | None,
+    refused: set[str],
+    json_path: Path | None,
 ) -> None:
-    from rich.console import Console
-
     from haltkit.cli.reasoner_run import forecast, run
     from haltkit.models.reasoner.config import load_reasoner_config
     from haltkit.models.reasoner.step import Diverged
@@ -139,9 +155,9 @@ def _train_reasoner(
     loaded = load_reasoner_config(out / "config.yaml" if config is None else config)
     if steps is not None:
         loaded = replace(loaded, train=replace(loaded.train, max_steps=steps))
-    console = Console()
+    console = make_console(json_path)
     if dry_run:
-        forecast(console, loaded)
+        write_results(console, json_path, forecast(console, loaded))
         return
     try:
         stopped = run(console, loaded, out, resume or (auto_resume and has_run(out)))
