@@ -21,6 +21,6 @@ def lm_eval(context: typer.Context) -> None:
 
     importlib.import_module("lm_eval.models")  # registers the harness's own, which it does only while there are none
     if "haltkit" not in model_registry:
-        model_registry.register("haltkit", target="haltkit.models.harness:HaltedLM")
+        model_registry.register("haltkit", target="haltkit.models.harness:ByPretrained")
     sys.argv = ["lm-eval", *context.args]
     cli_evaluate()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
@@ -32,11 +32,13 @@ class Emission:
         tokens: an id per sequence; None for a sequence that had finished, or whose logits are not finite.
         steps: by region, the steps that the model took for it.
         finished: why the sequence is finished with this token, or None. A stop token is given but is not text.
+        outcomes: by region, the :class:`haltkit.Outcome` of the token; empty for the samplers that verify drafts.
     """
 
     tokens: list[int | None]
     steps: dict[str, list[int]]
     finished: list[Reason | None]
+    outcomes: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settin
             [token if going and not bad else None for token, going, bad in zip(ids, active, broken, strict=True)],
             {name: steps.tolist() for name, steps in seen.steps.items()},
             [reason if going else None for reason, going in zip(finished, active, strict=True)],
+            {name: outcome.tolist() for name, outcome in seen.outcome.items()},
         )
         active = [going and reason is None for going, reason in zip(active, finished, strict=True)]
         if not any(active):

@@ -1,18 +1,24 @@
-"""The lm-evaluation-harness itself, offline, on a small local task."""
+"""The lm-evaluation-harness itself, offline, on a small local task: models of transformers and haltkit's own."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from cases import hrm_model, needs
+from cases import hrm_model
 from haltkit.cli.main import app
+from haltkit.models.checkpoint import BUNDLED, Checkpoint, load_checkpoint
+
+own = pytest.importorskip("haltkit.models.harness.own", reason="lm_eval is not installed")
+LoopedLM = own.LoopedLM
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # the harness warns as it likes
 
@@ -51,7 +57,6 @@ metric_list: [{{metric: exact_match}}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny HRM-text with a tokenizer, and tasks."""
-    needs("lm_eval")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -159,9 +164,187 @@ def test_bad_arguments_are_one_clear_error(
 
 
 def test_pooled_policies_are_refused_at_batches(folder: Path) -> None:
-    from haltkit.models.harness import HaltedLM
+    from haltkit.models.harness.foreign import HaltedLM
 
     policy = "norm:tau=0.1,granularity=batch"
     with pytest.raises(ValueError, match="batch_size=2"):
         HaltedLM(pretrained=str(folder / "model"), device="cpu", policy=policy, batch_size=2)
     HaltedLM(pretrained=str(folder / "model"), device="cpu", policy=policy, batch_size=1)
+
+
+# --- haltkit's own text model
+
+
+def documents(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "data.json").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def text() -> Checkpoint:
+    return load_checkpoint()
+
+
+def listen(monkeypatch: pytest.MonkeyPatch, method: str) -> list[tuple[Any, Any]]:
+    """What the harness asks of the text model, and its answers."""
+    seen: list[tuple[Any, Any]] = []
+    asked = getattr(LoopedLM, method)
+
+    def listening(self: LoopedLM, requests: Any, **named: Any) -> Any:
+        answers = asked(self, requests, **named)
+        seen.extend((request.args, answer) for request, answer in zip(requests, answers, strict=True))
+        return answers
+
+    monkeypatch.setattr(LoopedLM, method, listening)
+    return seen
+
+
+@torch.no_grad()
+def log_p(text: Checkpoint, ids: list[int], depth: int) -> torch.Tensor:
+    """By hand: row ``i`` is of the token after ``ids[i]``."""
+    return text.model(torch.tensor([ids]), depth)[0].log_softmax(-1)
+
+
+def own_request(*arguments: Any) -> Any:
+    """As the harness hands one over."""
+    return SimpleNamespace(args=arguments, task_name="task", doc_id=0, idx=0)
+
+
+@pytest.mark.parametrize(("keys", "depth"), [({}, 12), ({"policy": "fixed:steps=32"}, 32)])
+def test_likelihoods_of_the_text_model_are_those_of_its_logits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: Checkpoint, keys: dict[str, Any], depth: int
+) -> None:
+    seen = listen(monkeypatch, "loglikelihood")
+    tasks = "tiny_choice,tiny_rolling"
+    found = evaluated(folder, monkeypatch, "haltkit", tasks, f"own-{depth}", pretrained="text", **keys)
+    assert len(seen) == 18
+    encode = text.tokenizer.encode_ordinary
+    for (context, continuation), (score, greedy) in seen:
+        ids, border = encode(context + continuation), len(encode(context))
+        rows = log_p(text, ids[:-1], depth)
+        assert score == pytest.approx(sum(float(rows[i - 1, ids[i]]) for i in range(border, len(ids))), rel=1e-4)
+        assert greedy == all(int(rows[i - 1].argmax()) == ids[i] for i in range(border, len(ids)))
+    total, words = 0.0, 0
+    for document in documents(folder):
+        ids = encode(document["question"])
+        rows = log_p(text, [text.tokenizer.eot_token, *ids[:-1]], depth)
+        total += sum(float(rows[i, token]) for i, token in enumerate(ids))
+        words += len(document["question"].split())
+    perplexity = found["results"]["tiny_rolling"]["word_perplexity,none"]
+    assert perplexity == pytest.approx(math.exp(-total / words), rel=1e-3)
+    counted = found["config"]["haltkit"]
+    assert counted["policy"] == keys.get("policy")
+    for part in ("context", "continuation"):
+        assert counted[part].keys() == text.model.regions.keys()
+        assert all(one["histogram"].keys() == {str(depth)} for one in counted[part].values())
+
+
+def test_a_long_text_is_scored_in_windows_of_the_context(text: Checkpoint) -> None:
+    model = LoopedLM(policy="fixed:steps=2", batch_size=2)
+    context, encode = text.config.block_size, text.tokenizer.encode_ordinary
+    sample = (BUNDLED / "sample.txt").read_text(encoding="utf-8")
+    sample = text.tokenizer.decode(encode(sample)[: context + context // 2])
+    ids = encode(sample)
+    assert context < len(ids) < 2 * context
+    (found,) = model.loglikelihood_rolling([own_request(sample)])
+    first = log_p(text, [text.tokenizer.eot_token, *ids[: context - 1]], 2)
+    last = log_p(text, ids[-context - 1 : -1], 2)
+    expected = sum(float(first[i, ids[i]]) for i in range(context))
+    expected += sum(float(last[i - len(ids), ids[i]]) for i in range(context, len(ids)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    counted = model.get_model_info()["haltkit"]["continuation"]
+    assert all(one["tokens"] == len(ids) for one in counted.values())
+
+
+def test_the_text_models_steps_are_told_by_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: Checkpoint
+) -> None:
+    steps, spec = folder / "own.jsonl", "norm:tau=0.5"
+    keys = {"pretrained": "text", "policy": spec, "max_steps": 9, "steps": steps}
+    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "own", **keys)
+    lines = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
+    assert [(line["doc"], line["request"]) for line in lines] == [(d, choice) for d in range(6) for choice in range(3)]
+    encode = text.tokenizer.encode_ordinary
+    for line in lines:
+        document = documents(folder)[line["doc"]]
+        ids = encode(f"{document['question']} {document['choices'][line['request']]}")
+        border = len(encode(document["question"])) - 1  # its last token predicts the continuation's first
+        for name, taken in text.model.forward_adaptive(torch.tensor([ids[:-1]]), spec, max_loops=9).steps.items():
+            assert line["context"][name] == taken[0, :border].tolist()
+            assert line["continuation"][name] == taken[0, border:].tolist()
+    told = found["config"]["haltkit"]
+    assert (told["policy"], told["max_steps"]) == (spec, 9)
+    for part in ("context", "continuation"):
+        for name, counted in told[part].items():
+            flat = [step for line in lines for step in line[part][name]]
+            assert counted["tokens"] == len(flat) == sum(counted["outcomes"].values())
+            assert counted["mean_steps"] == pytest.approx(sum(flat) / len(flat))
+
+
+def test_the_text_model_generates_what_generate_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: Checkpoint
+) -> None:
+    seen, steps, spec = listen(monkeypatch, "generate_until"), folder / "generated.jsonl", "norm:tau=0.5"
+    keys = {"pretrained": BUNDLED, "policy": spec, "steps": steps}
+    evaluated(folder, monkeypatch, "haltkit", "tiny_generating", "generated", **keys)
+    lines = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(seen) == 6
+    for line, ((context, _), answer) in zip(lines, seen, strict=True):
+        alone = text.model.generate(
+            [text.tokenizer.encode_ordinary(context)],
+            spec,
+            max_new_tokens=4,
+            temperature=0,
+            stop=[text.tokenizer.eot_token],
+            vocabulary=text.tokenizer.n_vocab,
+        )
+        assert answer == text.tokenizer.decode(alone.tokens[0]).split("w3")[0]
+        for name, taken in line["continuation"].items():
+            assert taken == alone.steps[name][0][: len(taken)] != []
+
+
+def test_generation_ends_where_the_task_says() -> None:
+    def continued(until: list[str]) -> tuple[list[str], int]:
+        model = LoopedLM(policy="fixed:steps=2", batch_size=2)
+        asked = {"max_gen_toks": 8, "until": until}
+        made = model.generate_until([own_request(prompt, asked) for prompt in ("The question", "It was")])
+        return made, model.get_model_info()["haltkit"]["continuation"]["4"]["tokens"]
+
+    free, all_tokens = continued([])
+    until = free[0][len(free[0]) // 2 :][:2]
+    cut, tokens = continued([until])
+    assert cut == [one.split(until)[0] for one in free]
+    assert cut[0] != free[0]
+    assert tokens < all_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "token"),
+    [
+        ({"policy": "norm:tau=0.1,granularity=sequence", "batch_size": 2}, "batch_size=2"),
+        ({"batch_size": "auto"}, "batch_size=auto"),
+        ({"kv": "uniform"}, "kv"),
+        ({"policy": "nonsense:tau=1"}, "nonsense"),
+        ({"pretrained": BUNDLED / "chase"}, "reasoner"),
+        ({"steps": "no/such/folder.jsonl"}, "no folder"),
+    ],
+)
+def test_bad_arguments_of_the_text_model_are_one_clear_error(keys: dict[str, Any], token: str) -> None:
+    from haltkit.models.harness import ByPretrained
+
+    with pytest.raises(ValueError, match=token):
+        ByPretrained.create_from_arg_obj({"pretrained": "text", **keys})
+
+
+def test_a_pooled_policy_is_scored_one_request_at_a_time(text: Checkpoint) -> None:
+    spec = "norm:tau=0.5,granularity=sequence"
+    model = LoopedLM(policy=spec, batch_size=1)
+    (score, _), _ = model.loglikelihood([own_request("The question", " of"), own_request("It was the", " time of")])
+    ids = text.tokenizer.encode_ordinary("The question of")
+    rows = text.model.forward_adaptive(torch.tensor([ids[:-1]]), spec).logits[0].log_softmax(-1)
+    assert score == pytest.approx(float(rows[-1, ids[-1]]), rel=1e-4)
+
+
+@pytest.mark.parametrize("asked", [{"max_gen_toks": 4096}, {"num_beams": 4}], ids=lambda asked: next(iter(asked)))
+def test_what_the_text_model_cannot_generate_is_refused(asked: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        LoopedLM().generate_until([own_request("w", asked)])

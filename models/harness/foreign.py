@@ -1,70 +1,18 @@
-"""The lm-evaluation-harness with a halting policy: the model ``haltkit`` of ``lm-eval``.
-
-``haltkit lm-eval run --model haltkit --model_args pretrained=DIR,policy=norm:tau=0.2,max_steps=32 --tasks ...`` runs
-the harness itself, with its own scoring: the model is ``HFLM`` with the loops of its passes halted.
-"""
+"""Models of transformers in the harness: ``HFLM`` with the loops of its passes halted from outside."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows
 from torch import Tensor, nn
 
 from haltkit.attachment.attach import attach
 from haltkit.attachment.generating import generation
-from haltkit.card import Card, is_card
-from haltkit.files import check_output, write_text
-from haltkit.protocol import granularity_of
-from haltkit.rows import Outcome
+from haltkit.models.harness.report import Depths, Report, check_batch, rolling_windows
 
-__all__ = ["HaltedLM", "Histogram"]
-
-
-@dataclass(frozen=True)
-class Depths:
-    """Steps and outcomes of some positions, by region, in order."""
-
-    steps: Mapping[str, list[int]]
-    outcomes: Mapping[str, list[int]]
-
-    def cut(self, start: int, end: int) -> Depths:
-        """Those of the positions from ``start`` up to ``end``."""
-        return Depths(
-            {name: values[start:end] for name, values in self.steps.items()},
-            {name: values[start:end] for name, values in self.outcomes.items()},
-        )
-
-
-@dataclass
-class Histogram:
-    """Steps of many tokens, of one region."""
-
-    steps: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    outcomes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, steps: Sequence[int], outcomes: Sequence[int]) -> None:
-        """Count tokens."""
-        for step in steps:
-            self.steps[step] += 1
-        for outcome in outcomes:
-            self.outcomes[Outcome(outcome).name.lower()] += 1
-
-    def summary(self) -> dict[str, Any]:
-        """Tokens, mean steps, histogram and outcomes, as JSON has them."""
-        tokens = sum(self.steps.values())
-        total = sum(step * count for step, count in self.steps.items())
-        return {
-            "tokens": tokens,
-            "mean_steps": total / tokens if tokens else None,
-            "histogram": {str(step): self.steps[step] for step in sorted(self.steps)},
-            "outcomes": dict(sorted(self.outcomes.items())),
-        }
+__all__ = ["HaltedLM"]
 
 
 class Depth:
@@ -118,14 +66,12 @@ class HaltedLM(HFLM):
         steps: str | None = None,
         **named: Any,
     ) -> None:
-        self.policy, self.steps = policy, None if steps is None else check_output(steps, ("jsonl",))
+        self.policy, self.report = policy, Report(steps)
         self.how: dict[str, Any] = {} if policy is None else {"max_steps": max_steps, "kv": kv}
         if policy is None and (max_steps is not None or kv != "refuse"):
             raise ValueError("max_steps and kv say how a policy halts: give policy= too, such as policy=fixed:steps=8")
         super().__init__(*arguments, **named)
         self._check_batch(named.get("batch_size", 1))
-        self._counts: dict[str, dict[str, Histogram]] = {"context": {}, "continuation": {}}
-        self._lines: list[str] = []
         self._seen: dict[tuple[int, ...], Depths] = {}  # by what the model was given
         self._generated: dict[str, list[Depths]] = defaultdict(list)  # by context
         self._newest: tuple[Tensor, Depth] | None = None
@@ -136,13 +82,9 @@ class HaltedLM(HFLM):
         if self.policy is None:
             return
         with attach(self.model, self.policy, **self.how) as session:
-            pooled = {granularity_of(policy) for policy in session.policies.values()} - {"token"}
+            policies = list(session.policies.values())
             session.detach()
-        if pooled and str(batch_size) != "1":
-            raise ValueError(
-                f"batch_size={batch_size} with granularity={pooled.pop()}: padding and the other texts of a batch "
-                "would decide about halting. Use batch_size=1, or granularity=token"
-            )
+        check_batch(policies, batch_size)
 
     # --- passes
 
@@ -194,66 +136,26 @@ class HaltedLM(HFLM):
     def loglikelihood(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         self._pairs.clear()
         answers = super().loglikelihood(requests, *arguments, **named)
-        for request, (depths, continuation) in zip(requests, self._pairs, strict=True):
-            self._note(request, [(depths, continuation)])
-        self._write()
+        self.report.add((request, [pair]) for request, pair in zip(requests, self._pairs, strict=True))
         return answers
 
     def loglikelihood_rolling(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         self._pairs.clear()
         answers = super().loglikelihood_rolling(requests, *arguments, **named)
         pairs = iter(self._pairs)
-        for request in requests:
-            tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(
-                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
-            self._note(request, [next(pairs) for _ in windows])
-        self._write()
+        self.report.add((request, [next(pairs) for _ in rolling_windows(self, request)]) for request in requests)
         return answers
 
     def generate_until(self, requests: Any, *arguments: Any, **named: Any) -> Any:
         self._generated.clear()
         answers = super().generate_until(requests, *arguments, **named)
-        for request in requests:
-            if found := self._generated.get(request.args[0]):
-                depths = found.pop(0)
-                self._note(request, [(depths, max(map(len, depths.steps.values()), default=0))])
-        self._write()
+        found = ((request, self._generated.get(request.args[0])) for request in requests)
+        self.report.add((request, [(one, len(one))]) for request, kept in found if kept for one in [kept.pop(0)])
         return answers
-
-    # --- what is reported
-
-    def _note(self, request: Any, parts: Sequence[tuple[Depths, int]]) -> None:
-        """Count a request's tokens, and keep its line: the last positions read predict the continuation."""
-        line: dict[str, Any] = {"task": request.task_name, "doc": request.doc_id, "request": request.idx}
-        for part in ("context", "continuation"):
-            values: dict[str, list[int]] = line.setdefault(part, {})
-            for depths, continuation in parts:
-                length = max(map(len, depths.steps.values()), default=0)
-                border = length - continuation
-                cut = depths.cut(0, border) if part == "context" else depths.cut(border, length)
-                for name, steps in cut.steps.items():
-                    self._counts[part].setdefault(name, Histogram()).add(steps, cut.outcomes[name])
-                    values.setdefault(name, []).extend(steps)
-        self._lines.append(json.dumps(line))
-
-    def _write(self) -> None:
-        if self.steps is not None:
-            write_text(self.steps, "".join(f"{line}\n" for line in self._lines))
 
     def get_model_info(self) -> dict[str, Any]:
         """What HFLM tells, and ``haltkit``: policy, card, and the steps of context and continuation by region."""
-        card = None
-        if self.policy is not None and is_card(self.policy):
-            found = Card.load(self.policy)
-            card = {"policy": found.policy, "model": found.model, "regions": list(found.regions), "about": found.about}
-        counts = {
-            part: {name: histogram.summary() for name, histogram in regions.items()}
-            for part, regions in self._counts.items()
-        }
-        how = {name: value for name, value in self.how.items() if value is not None}
-        return {**super().get_model_info(), "haltkit": {"policy": self.policy, **how, "card": card, **counts}}
+        return {**super().get_model_info(), "haltkit": self.report.summary(self.policy, self.how)}
 
     @property
     def model(self) -> nn.Module:
