@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,8 +35,9 @@ ARGUMENTS = {
 }
 
 
-# Their heads say what they need: the source of a model that is on no registry, the results of make compare.
-BY_HAND = {"check_huginn.py", "draw_overview.py"}
+# Their heads say what they need: the source of a model that is on no registry, the results of make compare. The last
+# one has a test of its own.
+BY_HAND = {"check_huginn.py", "draw_overview.py", "run_notebook.py"}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,29 @@ def test_example(path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
+
+
+def test_the_tour_runs_and_its_pictures_are_stored(tmp_path: Path) -> None:
+    """Jupyter is not needed: a notebook is JSON, whose code cells run in order in one namespace."""
+    stored = EXAMPLES / "tour.ipynb"
+    assert stored.stat().st_size < 300_000
+    fresh = Path(shutil.copy(stored, tmp_path))
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "run_notebook.py"), str(fresh)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, now = (json.loads(path.read_text(encoding="utf-8")) for path in (stored, fresh))
+    assert {**before, "cells": []} == {**now, "cells": []}
+    assert (now["nbformat"], now["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in now["cells"]}) == len(now["cells"])
+    pictures = 0
+    for old, new in zip(before["cells"], now["cells"], strict=True):
+        assert {**old, "outputs": []} == {**new, "outputs": []}  # numbers of execution too
+        if new["cell_type"] == "code":
+            assert (
+                [one["output_type"] for one in old["outputs"]] == [one["output_type"] for one in new["outputs"]] != []
+            )
+            pictures += sum("image/png" in one.get("data", {}) for one in old["outputs"])
+    assert pictures >= 3
 
 
 def test_what_run_folders_know_is_collected(data_folder: Path, tmp_path: Path) -> None:
