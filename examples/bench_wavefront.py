@@ -63,8 +63,7 @@ def wavefront(model: LoopedGPT, commit: str, width: int, layout: str, inner: int
         begun = clocks()
         policies = policy_for_regions(commit, list(model.regions))
         one = Wavefront(decoder, policies, width=width, inner=inner)
-        draws = torch.zeros(count, dtype=torch.float64)
-        found = one.tokens(first, count - 1, sampling=Sampling(0.0), draws=draws)
+        found = one.tokens(first, count - 1, sampling=Sampling(0.0))
         tokens = [first, *(t.token for t in found if t.token is not None)]
         return tokens, one.sweeps, one.layer_calls, clocks(begun)
 
@@ -82,7 +81,7 @@ def verified(model: LoopedGPT, exact: str, draft: str, ahead: int, width: int = 
         wave = Wavefront(decoder, policy_for_regions(draft, list(model.regions)), width=width) if width else None
         drafter = by_wavefront(wave, greedy, stop) if wave else by_shallow_steps(decoder, draft, greedy, stop)
         one = Speculation(decoder, drafter, ahead=ahead)
-        found = one.tokens(first, count - 1, sampling=greedy, draws=torch.zeros(count, dtype=torch.float64))
+        found = one.tokens(first, count - 1, sampling=greedy)
         tokens = [first, *(t.token for t in found if t.token is not None)]
         return tokens, wave.sweeps if wave else 0.0, 0.0, clocks(begun)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from haltkit import signals
 from haltkit.models.gpt.decoding import Decoder
@@ -106,34 +106,34 @@ class _Sampler(Protocol):
     """Continues one text after its first new token."""
 
     def tokens(
-        self, first: int, count: int, *, sampling: Sampling, draws: Tensor, stop: frozenset[int] = ...
+        self, first: int, count: int, *, sampling: Sampling, stop: frozenset[int] = ...
     ) -> Iterator[Committed]: ...
 
 
-def _samplers(decoder: Decoder, settings: Settings) -> Callable[[], _Sampler]:
-    """What makes the sampler of each text, once its prompt is in the cache; settings are checked before any is.
+def _samplers(decoder: Decoder, settings: Settings) -> Callable[[Sampling], _Sampler]:
+    """What makes each text's sampler from its draws, once its prompt is in the cache; settings are checked before.
 
     Raises:
         GenerationError: settings that do not go together.
     """
-    sampling, stop = settings.sampling, frozenset(settings.stop)
+    stop = frozenset(settings.stop)
     if settings.sampler == "speculative":
         ahead = 4 if settings.ahead is None else settings.ahead
         check_speculation(settings.layout, ahead)
         draft: Policies = "fixed:steps=1" if settings.draft is None else settings.draft
         decoder.under(draft)
-        return lambda: Speculation(decoder, by_shallow_steps(decoder, draft, sampling, stop), ahead=ahead)
+        return lambda sampling: Speculation(decoder, by_shallow_steps(decoder, draft, sampling, stop), ahead=ahead)
     model = decoder.model
     commit = decoder.policies if settings.commit is None else policy_for_regions(settings.commit, list(model.regions))
     width, inner = 8 if settings.width is None else settings.width, 1 if settings.inner is None else settings.inner
     check_wavefront(model.regions, commit, width, inner, settings.layout)
     check_budget(decoder.budgets, inner)
     if not settings.verify:
-        return lambda: Wavefront(decoder, commit, width=width, inner=inner)
+        return lambda _: Wavefront(decoder, commit, width=width, inner=inner)
     ahead = 16 if settings.ahead is None else settings.ahead
     check_speculation(settings.layout, ahead)
 
-    def verified() -> Speculation:
+    def verified(sampling: Sampling) -> Speculation:
         wavefront = Wavefront(decoder, commit, width=width, inner=inner)
         return Speculation(decoder, by_wavefront(wavefront, sampling, stop), ahead=ahead)
 
@@ -148,14 +148,13 @@ def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settin
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     seen = decoder.prefill(tokens.to(device), lengths)
-    draws = sampling.draws(len(prompts), count)
     active = [True] * len(prompts)
     for i in range(count):
         # What a sequence comes to when its numbers break, or after its end, is no other sequence's concern.
         sound = signals.finite(seen.logits)  # (B,)
         broken = (~sound).tolist()
         logits = seen.logits.masked_fill(~sound.unsqueeze(-1), 0.0) if any(broken) else seen.logits
-        chosen = sampling.pick(logits, draws[:, i])
+        chosen = sampling.pick(logits, decoder.lengths, range(len(prompts)))
         ids: list[int] = chosen.tolist()
         finished: list[Reason | None] = [None] * len(ids)
         for b, token in enumerate(ids):
@@ -180,12 +179,11 @@ def _stream(decoder: Decoder, prompts: Sequence[Sequence[int]], settings: Settin
 
 
 def _stream_one_by_one(
-    decoder: Decoder, sampler: Callable[[], _Sampler], prompts: Sequence[Sequence[int]], settings: Settings
+    decoder: Decoder, sampler: Callable[[Sampling], _Sampler], prompts: Sequence[Sequence[int]], settings: Settings
 ) -> Iterator[Emission]:
     """One text after the other; the others' entries are None, and their steps 0."""
-    model, sampling, stop = decoder.model, settings.sampling, frozenset(settings.stop)
+    model, stop = decoder.model, frozenset(settings.stop)
     device = decoder.device
-    draws = sampling.draws(len(prompts), settings.max_new_tokens)
 
     def emission(b: int, token: int | None, steps: Mapping[str, int], reason: Reason | None) -> Emission:
         numbers = range(len(prompts))
@@ -203,8 +201,9 @@ def _stream_one_by_one(
         if not bool(signals.finite(seen.logits)):
             yield emission(b, None, steps, "nonfinite")
             continue
-        token: int | None = int(sampling.pick(seen.logits, draws[b, :1]))
-        rest = sampler().tokens(int(token or 0), count - 1, sampling=sampling, draws=draws[b, 1:], stop=stop)
+        own = settings.sampling.of(b)
+        token: int | None = int(own.pick(seen.logits, decoder.lengths))
+        rest = sampler(own).tokens(int(token or 0), count - 1, sampling=own, stop=stop)
         for i in range(count):
             reason: Reason | None = None
             if token is None:

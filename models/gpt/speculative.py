@@ -1,10 +1,10 @@
 """Speculative generation: few loops draft, the decoder's own policy verifies all drafts in one pass.
 
 Self-speculation (arXiv 2404.16710 drafts with a model's own early layers; here its own early loops do). A draft is kept
-if it is the token that the verifying pass chooses at its place with that place's uniform number, so the text is the one
-that the decoder alone would give: at temperature 0 and when sampling. What can differ is rounding: rows that are
-computed together are summed in another order than one row alone, so two tokens that are tied to the last digits may
-change places.
+if it is the token that the verifying pass chooses at its place with that place's noise, so the text is the one that the
+decoder alone would give: at temperature 0 and when sampling. What can differ is rounding: rows that are computed
+together are summed in another order than one row alone, so two tokens that are tied to the last digits may change
+places (:class:`~haltkit.models.gpt.sampling.Sampling` says how often).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from haltkit.specs import Policies
 
 __all__ = ["Drafter", "Speculation", "by_shallow_steps", "by_wavefront", "check_speculation"]
 
-# From a final token, how many drafts and their uniform numbers to drafts for the positions after it; fewer where a
-# draft cannot be made. What it leaves in the cache behind the text is overwritten.
-Drafter = Callable[[int, int, Tensor], list[int]]
+# From a final token and how many drafts to drafts for the positions after it; fewer where a draft cannot be made. What
+# it leaves in the cache behind the text is overwritten.
+Drafter = Callable[[int, int], list[int]]
 
 
 def check_speculation(layout: str, ahead: int) -> None:
@@ -57,14 +57,14 @@ def by_shallow_steps(decoder: Decoder, policy: Policies, sampling: Sampling, sto
         depths if len(depths) == len(shallow.policies) else None
     )  # what breaks in a draft is seen when it is verified
 
-    def draft(token: int, count: int, draws: Tensor) -> list[int]:
+    def draft(token: int, count: int) -> list[int]:
         shallow.lengths, found = list(decoder.lengths), []
-        for i in range(count):
+        for _ in range(count):
             newest = torch.tensor([token], device=decoder.device)
             logits = shallow.step(newest).logits if fixed is None else shallow.step_fixed(newest, fixed)
             if not bool(signals.finite(logits)):
                 break
-            token = int(sampling.pick(logits, draws[i : i + 1]))
+            token = int(sampling.pick(logits, shallow.lengths))
             found.append(token)
             if token in stop:
                 break
@@ -76,8 +76,8 @@ def by_shallow_steps(decoder: Decoder, policy: Policies, sampling: Sampling, sto
 def by_wavefront(wavefront: Wavefront, sampling: Sampling, stop: frozenset[int]) -> Drafter:
     """Drafts the tokens that a wavefront commits."""
 
-    def draft(token: int, count: int, draws: Tensor) -> list[int]:
-        committed = wavefront.tokens(token, count, sampling=sampling, draws=draws, stop=stop)
+    def draft(token: int, count: int) -> list[int]:
+        committed = wavefront.tokens(token, count, sampling=sampling, stop=stop)
         found = []
         for one in islice(committed, count):
             if one.token is None:
@@ -108,21 +108,21 @@ class Speculation:
 
     @torch.inference_mode()
     def tokens(
-        self, first: int, count: int, *, sampling: Sampling, draws: Tensor, stop: frozenset[int] = frozenset()
+        self, first: int, count: int, *, sampling: Sampling, stop: frozenset[int] = frozenset()
     ) -> Iterator[Committed]:
         """The tokens that follow ``first``, each as soon as it is verified: ``count`` of them, or up to a stop token.
 
         Args:
             first: the prompt's next token, which is final.
-            draws: a uniform number per token, ``(count,)``: that of a token is the same whenever it is drawn.
+            sampling: of this sequence.
         """
         token, done = first, 0
         while done < count:
             ahead = min(self.ahead, count - done - 1)
-            drafts = self.drafter(token, ahead, draws[done : done + ahead]) if ahead else []
+            drafts = self.drafter(token, ahead) if ahead else []
             given = torch.tensor([token, *drafts], device=self.decoder.device)
             seen = self.decoder.extend(given)
-            chosen, sound = self._choose(seen.logits, sampling, draws[done : done + len(given)])
+            chosen, sound = self._choose(seen.logits, sampling)
             kept = _agreed(drafts, chosen, sound)
             self.verified += 1
             self.drafted += len(drafts)
@@ -138,10 +138,11 @@ class Speculation:
                 if token in stop:
                     return
 
-    def _choose(self, logits: Tensor, sampling: Sampling, draws: Tensor) -> tuple[list[int], list[bool]]:
-        """The token at each place, and whether its logits are finite."""
+    def _choose(self, logits: Tensor, sampling: Sampling) -> tuple[list[int], list[bool]]:
+        """The token after each of the newest positions, and whether its logits are finite."""
+        [end] = self.decoder.lengths
         sound = signals.finite(logits)
-        chosen = sampling.pick(logits.masked_fill(~sound.unsqueeze(-1), 0.0), draws)
+        chosen = sampling.pick(logits.masked_fill(~sound.unsqueeze(-1), 0.0), range(end - len(logits) + 1, end + 1))
         return chosen.tolist(), sound.tolist()
 
 

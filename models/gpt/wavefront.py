@@ -174,19 +174,18 @@ class Wavefront:
 
     @torch.inference_mode()
     def tokens(
-        self, first: int, count: int, *, sampling: Sampling, draws: Tensor, stop: frozenset[int] = frozenset()
+        self, first: int, count: int, *, sampling: Sampling, stop: frozenset[int] = frozenset()
     ) -> Iterator[Committed]:
         """The tokens that follow ``first``, each as soon as it is final: ``count`` of them, or up to a stop token.
 
         Args:
             first: the prompt's next token, which is final.
-            draws: a uniform number per token, ``(count,)``: that of a token is the same whenever it is drawn.
+            sampling: of this sequence.
         """
         [start] = self.decoder.lengths
         open_ = _Open(start, [first], [0])
         while count:
-            ahead = open_.first - start
-            found, open_ = self._sweep(open_, sampling, draws[ahead : ahead + len(open_.tokens)])
+            found, open_ = self._sweep(open_, sampling)
             settled, drafts, finite = found
             done = 0
             for row, draft in enumerate(drafts):
@@ -225,25 +224,21 @@ class Wavefront:
                 open_.stale = min(open_.stale, row)
         open_.keep(slice(done, None))
 
-    def _sweep(
-        self, given: _Open, sampling: Sampling, draws: Tensor
-    ) -> tuple[tuple[list[int], list[int], list[int]], _Open]:
+    def _sweep(self, given: _Open, sampling: Sampling) -> tuple[tuple[list[int], list[int], list[int]], _Open]:
         """One sweep over all open rows: which are settled, their drafts, which are finite; and the rows after it.
 
         A row that is not finite would reach earlier ones through a masked product. The sweep is then repeated with the
         oldest row alone; the others are opened again later.
         """
         after = _Open(given.first, list(given.tokens), [k + self.inner for k in given.k], len(given.tokens))
-        found = self._try(given, after, sampling, draws)
+        found = self._try(given, after, sampling)
         if not all(found[2]) and len(given.tokens) > 1:
             given.keep(slice(0, 1))
             after = _Open(given.first, list(given.tokens), [k + self.inner for k in given.k], 1)
-            found = self._try(given, after, sampling, draws[:1])
+            found = self._try(given, after, sampling)
         return found, after
 
-    def _try(
-        self, given: _Open, after: _Open, sampling: Sampling, draws: Tensor
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _try(self, given: _Open, after: _Open, sampling: Sampling) -> tuple[list[int], list[int], list[int]]:
         first, n = given.first, len(given.tokens)
         self.sweeps += 1
         self.rows += n
@@ -259,7 +254,7 @@ class Wavefront:
                 self.at.at(first)
                 h = self._call(name, h)
         logits = self.model.readout(h)
-        drafts = sampling.pick(logits, draws)
+        drafts = sampling.pick(logits, range(first + 1, first + n + 1))
         looked = torch.stack([settled.to(drafts.dtype), drafts, signals.finite(logits).to(drafts.dtype)])
         return cast(tuple[list[int], list[int], list[int]], tuple(looked.tolist()))  # the only look at the device
 

@@ -683,8 +683,8 @@ def test_nothing_to_compute_is_no_error(models: dict[torch.dtype, LoopedGPT], sh
 
 
 def test_sampling_draws_from_the_distribution_it_says() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    n = 20_000
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(n, -1)
     for sampling, expected in (
         (Sampling(), logits[0].softmax(-1)),
         (Sampling(temperature=0.5), (2 * logits[0]).softmax(-1)),
@@ -694,13 +694,25 @@ def test_sampling_draws_from_the_distribution_it_says() -> None:
         (Sampling(temperature=0), torch.tensor([1.0, 0, 0, 0])),
         (Sampling(temperature=1e-300), torch.tensor([1.0, 0, 0, 0])),
         (Sampling(top_k=1), torch.tensor([1.0, 0, 0, 0])),
+        (Sampling(vocabulary=2), torch.tensor([2.0, 1.0, -math.inf, -math.inf]).softmax(-1)),
     ):
-        share = torch.bincount(sampling.choose(logits, u), minlength=4) / 4000
-        torch.testing.assert_close(share, expected, rtol=0, atol=1e-3)
-    draws = Sampling(seed=4).draws(3, 5)
-    assert torch.equal(draws[1], Sampling(seed=5).draws(1, 5)[0])  # a sequence's own, whatever is beside it
-    with pytest.raises(GenerationError, match="not finite"):
-        Sampling().choose(torch.tensor([[0.0, math.nan]]), u[:1])
+        for positions, sequences in ((range(n), None), ([3] * n, range(n))):  # along a text, and across a batch
+            share = torch.bincount(sampling.pick(logits, positions, sequences), minlength=4) / n
+            assert bool(((share - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt()).all())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(seed=4), Sampling(1.5, seed=4, top_p=0.9), Sampling(top_k=40, seed=4)])
+def test_a_draw_depends_on_its_sequence_and_position_alone_and_rounding_hardly_changes_any(sampling: Sampling) -> None:
+    n = 1500
+    logits = 3 * torch.randn(n, 8192, generator=torch.Generator().manual_seed(1))
+    sequences, positions = [i % 7 for i in range(n)], [i // 7 for i in range(n)]
+    drawn = sampling.pick(logits, positions, sequences)
+    alone = [sampling.of(s).pick(logits[i : i + 1], [positions[i]]) for i, s in enumerate(sequences)]
+    assert torch.equal(drawn, torch.cat(alone))
+    # Each probability changes by 0.01 %, and so should about one draw of ten thousand. Boundaries that are summed up
+    # over the vocabulary move by more than the width of most tokens.
+    moved = logits + 1e-4 * torch.randn(n, 8192, generator=torch.Generator().manual_seed(2))
+    assert int((sampling.pick(moved, positions, sequences) != drawn).sum()) <= 2
 
 
 @pytest.mark.parametrize(

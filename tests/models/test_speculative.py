@@ -94,7 +94,7 @@ def test_drafts_of_the_policy_that_verifies_are_all_kept(model: LoopedGPT) -> No
     reference = Decoder(model, "fixed:steps=4", max_loops=8)
     reference.prefill(torch.tensor(PROMPTS[:1]))
 
-    def perfect(token: int, count: int, draws: torch.Tensor) -> list[int]:
+    def perfect(token: int, count: int) -> list[int]:
         oracle = decoder.under("fixed:steps=4")
         found = []
         for _ in range(count):
@@ -104,7 +104,7 @@ def test_drafts_of_the_policy_that_verifies_are_all_kept(model: LoopedGPT) -> No
 
     speculation = Speculation(decoder, perfect, ahead=4)
     greedy = Sampling(temperature=0)
-    assert len(list(speculation.tokens(first, 15, sampling=greedy, draws=greedy.draws(1, 15)[0]))) == 15
+    assert len(list(speculation.tokens(first, 15, sampling=greedy))) == 15
     assert speculation.accepted == speculation.drafted == 12
     assert speculation.verified == 3
 

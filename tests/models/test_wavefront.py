@@ -88,7 +88,7 @@ def test_a_committed_position_keeps_its_keys_and_values_to_the_end(
     first = int(decoder.prefill(torch.tensor(PROMPTS[:1])).logits.argmax())
     wavefront = Wavefront(decoder, policy_for_regions(policy, list(regions.regions)), width=4)
     seen, end = [], len(PROMPTS[0])
-    for _ in wavefront.tokens(first, 12, sampling=Sampling(0.0), draws=torch.zeros(12, dtype=torch.float64)):
+    for _ in wavefront.tokens(first, 12, sampling=Sampling(0.0)):
         end += 1
         seen.append((end, caches(decoder, end)))
     for end, before in seen:
@@ -113,7 +113,7 @@ def test_earlier_steps_of_a_committed_position_are_those_it_took(regions: Looped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "attend", spy)
-        list(wavefront.tokens(first, 8, sampling=Sampling(0.0), draws=torch.zeros(8, dtype=torch.float64)))
+        list(wavefront.tokens(first, 8, sampling=Sampling(0.0)))
     start = len(PROMPTS[0])
     for position in range(start, start + 8):
         for slot in range(memory.cache.filled):
