@@ -24,7 +24,6 @@ from haltkit.models.gpt.packed import packed
 from haltkit.models.gpt.sampling import Sampling
 from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront
 from haltkit.models.gpt.wavefront import Wavefront
-from haltkit.specs import policy_for_regions
 from haltkit.timing import in_turns, milliseconds, turns
 
 FULL = 16
@@ -61,8 +60,7 @@ def wavefront(model: LoopedGPT, commit: str, width: int, layout: str, inner: int
         decoder = Decoder(model, f"fixed:steps={FULL}", layout=layout, max_loops=FULL, capacity=len(prompt) + count)
         first = int(decoder.prefill(torch.tensor([prompt])).logits.argmax())
         begun = clocks()
-        policies = policy_for_regions(commit, list(model.regions))
-        one = Wavefront(decoder, policies, width=width, inner=inner)
+        one = Wavefront(decoder, commit, width=width, inner=inner)
         found = one.tokens(first, count - 1, sampling=Sampling(0.0))
         tokens = [first, *(t.token for t in found if t.token is not None)]
         return tokens, one.sweeps, one.layer_calls, clocks(begun)
@@ -78,7 +76,7 @@ def verified(model: LoopedGPT, exact: str, draft: str, ahead: int, width: int = 
         first = int(decoder.prefill(torch.tensor([prompt])).logits.argmax())
         begun = clocks()
         greedy, stop = Sampling(0.0), frozenset[int]()
-        wave = Wavefront(decoder, policy_for_regions(draft, list(model.regions)), width=width) if width else None
+        wave = Wavefront(decoder, draft, width=width) if width else None
         drafter = by_wavefront(wave, greedy, stop) if wave else by_shallow_steps(decoder, draft, greedy, stop)
         one = Speculation(decoder, drafter, ahead=ahead)
         found = one.tokens(first, count - 1, sampling=greedy)

@@ -22,7 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +47,10 @@ class Layout:
     def slot(self, k: int) -> int:
         """Where step ``k``, from 1, is written and read."""
         return k - 1 if self.slots is None else (k - 1) % self.slots
+
+    def within(self, steps: int) -> Layout:
+        """The same for loops of at most this many steps, without slots that they do not reach."""
+        return self if self.slots is None else replace(self, slots=min(self.slots, steps))
 
 
 def parse_layout(name: str) -> Layout:

@@ -105,14 +105,20 @@ class Decoder:
         capacity: int | None = None,
     ) -> None:
         self.budgets = Budgets.of(model, max_loops, total_loops)
-        self.model, self.layout = model, parse_layout(layout)
-        self.policies = self._checked(policy)
+        self.model = model
+        self.layout = parse_layout(layout).within(max(self.budgets.by_region.values(), default=1))
+        self.policies = self.checked(policy)
         self.capacity = model.block_size if capacity is None else min(capacity, model.block_size)
         self.lengths: list[int] = []
         self.guarded = False  # something in the cache is not finite
         self._caches: dict[str, list[LayerCache]] = {}
 
-    def _checked(self, policy: Policies) -> dict[str, HaltingPolicy[Any]]:
+    def checked(self, policy: Policies) -> dict[str, HaltingPolicy[Any]]:
+        """The policy of each region, if tokens can loop under it here.
+
+        Raises:
+            GenerationError, ValueError: as for a new decoder.
+        """
         policies = policy_for_regions(policy, list(self.model.regions))
         for region, one in policies.items():
             if (granularity := granularity_of(one)) != "token":
@@ -136,7 +142,7 @@ class Decoder:
             GenerationError, ValueError: as for a new decoder.
         """
         other = copy(self)
-        other.policies, other.lengths = self._checked(policy), list(self.lengths)
+        other.policies, other.lengths = self.checked(policy), list(self.lengths)
         return other
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from haltkit.models.gpt.sampling import GenerationError, Sampling
 from haltkit.models.gpt.settings import Settings
 from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront, check_speculation
 from haltkit.models.gpt.wavefront import Committed, Wavefront, check_budget, check_wavefront
-from haltkit.specs import Policies, policy_for_regions
+from haltkit.specs import Policies
 
 __all__ = ["Emission", "Generation", "Reason", "Settings", "generate", "stream"]
 
@@ -124,9 +124,9 @@ def _samplers(decoder: Decoder, settings: Settings) -> Callable[[Sampling], _Sam
         decoder.under(draft)
         return lambda sampling: Speculation(decoder, by_shallow_steps(decoder, draft, sampling, stop), ahead=ahead)
     model = decoder.model
-    commit = decoder.policies if settings.commit is None else policy_for_regions(settings.commit, list(model.regions))
+    commit = decoder.policies if settings.commit is None else decoder.checked(settings.commit)
     width, inner = 8 if settings.width is None else settings.width, 1 if settings.inner is None else settings.inner
-    check_wavefront(model.regions, commit, width, inner, settings.layout)
+    check_wavefront(model.regions, width, inner, settings.layout)
     check_budget(decoder.budgets, inner)
     if not settings.verify:
         return lambda _: Wavefront(decoder, commit, width=width, inner=inner)

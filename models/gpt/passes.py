@@ -138,7 +138,8 @@ class Budgets:
             raise ValueError(
                 f"total_loops={total_loops}: the model has {count} regions, and each takes a step at least"
             )
-        return cls(network.loop_counts(max_loops), total_loops)
+        counts = network.loop_counts(max_loops)
+        return cls(counts, None if total_loops is None else min(total_loops, sum(counts.values())))
 
     def remaining(self, name: str, taken: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
         """What each row may spend in region ``name``, the shape of ``like``'s rows; None: its own budget alone counts.

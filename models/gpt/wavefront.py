@@ -27,7 +27,8 @@ from haltkit.models.gpt.layers import Region
 from haltkit.models.gpt.open_rows import OpenMemory, OpenRows
 from haltkit.models.gpt.passes import Budgets
 from haltkit.models.gpt.sampling import GenerationError, Sampling
-from haltkit.protocol import HaltingPolicy, LoopStep, granularity_of, judge, map_state
+from haltkit.protocol import LoopStep, judge, map_state
+from haltkit.specs import Policies
 
 __all__ = ["Committed", "Wavefront", "check_budget", "check_wavefront"]
 
@@ -75,13 +76,11 @@ class _Open:
         self.judged = {name: map_state(lambda part: part[rows], state) for name, state in self.judged.items()}
 
 
-def check_wavefront(
-    regions: Mapping[str, Region], commit: Mapping[str, HaltingPolicy[Any]], width: int, inner: int, layout: str
-) -> None:
+def check_wavefront(regions: Mapping[str, Region], width: int, inner: int, layout: str) -> None:
     """Refuse what cannot be a wavefront.
 
     Raises:
-        GenerationError: a width or ``inner`` below 1, a pooled policy, a layout or a region that does not go with it.
+        GenerationError: a width or ``inner`` below 1, a layout or a region that does not go with it.
     """
     if width < 1:
         raise GenerationError(f"width={width}: a wavefront has at least 1 open position")
@@ -92,12 +91,6 @@ def check_wavefront(
             f"layout={layout} does not go with sampler=wavefront, whose positions are at different steps: use "
             "layout=depth-indexed or layout=last"
         )
-    for name, policy in commit.items():
-        if (granularity := granularity_of(policy)) != "token":
-            raise GenerationError(
-                f"region {name}: a policy with granularity={granularity} cannot commit positions one by one: use "
-                "granularity=token"
-            )
     if width == 1 and len(regions) == 1:
         return
     for name, region in regions.items():
@@ -133,8 +126,8 @@ class Wavefront:
 
     Args:
         decoder: of one sequence; its caches are written to, and it cannot step afterwards.
-        commit: a policy per region.
-        width: greatest number of open positions.
+        commit: what settles a token; token by token only.
+        width: greatest number of open positions; never more than the context has room for.
         inner: steps per sweep in each region.
 
     Attributes:
@@ -143,24 +136,23 @@ class Wavefront:
         rows: positions computed, summed over the sweeps.
 
     Raises:
-        GenerationError: see :func:`check_wavefront`; ``max_loops`` below ``inner``, a budget over all regions, or a
-            prompt whose states are not finite.
+        GenerationError: see :func:`check_wavefront` and :class:`~haltkit.models.gpt.decoding.Decoder`; ``max_loops``
+            below ``inner``, a budget over all regions, or a prompt whose states are not finite.
     """
 
-    def __init__(
-        self, decoder: Decoder, commit: Mapping[str, HaltingPolicy[Any]], *, width: int = 8, inner: int = 1
-    ) -> None:
+    def __init__(self, decoder: Decoder, commit: Policies, *, width: int = 8, inner: int = 1) -> None:
         model = decoder.model
-        check_wavefront(model.regions, commit, width, inner, decoder.layout.name)
+        check_wavefront(model.regions, width, inner, decoder.layout.name)
         self.budget = check_budget(decoder.budgets, inner)
         if decoder.guarded:
             raise GenerationError("the prompt's states are not finite: a wavefront cannot continue it")
-        self.decoder, self.model, self.commit = decoder, model, commit
-        self.width, self.inner = width, inner
+        self.decoder, self.model, self.commit = decoder, model, decoder.checked(commit)
+        [taken] = decoder.lengths
+        self.width, self.inner = max(1, min(width, decoder.capacity - taken)), inner
         parameter = next(model.parameters())
         self.device = parameter.device
         bias = torch.full((decoder.capacity, decoder.capacity), -math.inf, dtype=parameter.dtype, device=self.device)
-        self.at = OpenRows(bias.triu_(1), width)
+        self.at = OpenRows(bias.triu_(1), self.width)
         self.memories = {
             name: [OpenMemory(cache, self.at, loops=name in model.regions) for cache in caches]
             for name, caches in decoder.caches.items()
@@ -169,7 +161,7 @@ class Wavefront:
         entry = next((i for i, name in enumerate(names) if name in model.regions), 0)
         self.leading, self.following = names[:entry], names[entry:]
         self.sweeps = self.layer_calls = self.rows = 0
-        self._active = torch.ones(width, dtype=torch.bool, device=self.device)
+        self._active = torch.ones(self.width, dtype=torch.bool, device=self.device)
         self._positions = torch.arange(decoder.capacity, device=self.device)
 
     @torch.inference_mode()

@@ -18,7 +18,6 @@ from haltkit.models.gpt.generation import Settings, stream
 from haltkit.models.gpt.model import LoopedGPT
 from haltkit.models.gpt.sampling import GenerationError, Sampling
 from haltkit.models.gpt.wavefront import Wavefront
-from haltkit.specs import policy_for_regions
 
 POLICIES = [
     "norm:tau=0.08", "accel:tau=0.05", "kl:tau=1e-5", "fixed:steps=3", "norm:tau=100", "norm:tau=1e-30",
@@ -86,7 +85,7 @@ def test_a_committed_position_keeps_its_keys_and_values_to_the_end(
 ) -> None:
     decoder = Decoder(regions, "fixed:steps=4", layout=layout, max_loops=10)
     first = int(decoder.prefill(torch.tensor(PROMPTS[:1])).logits.argmax())
-    wavefront = Wavefront(decoder, policy_for_regions(policy, list(regions.regions)), width=4)
+    wavefront = Wavefront(decoder, policy, width=4)
     seen, end = [], len(PROMPTS[0])
     for _ in wavefront.tokens(first, 12, sampling=Sampling(0.0)):
         end += 1
@@ -101,7 +100,7 @@ def test_earlier_steps_of_a_committed_position_are_those_it_took(regions: Looped
     """Depth-indexed: slot k of a position holds what it computed during its step k, the last step's from K on."""
     decoder = Decoder(regions, "fixed:steps=6", max_loops=10)
     first = int(decoder.prefill(torch.tensor(PROMPTS[:1])).logits.argmax())
-    wavefront = Wavefront(decoder, policy_for_regions("fixed:steps=3", list(regions.regions)), width=3)
+    wavefront = Wavefront(decoder, "fixed:steps=3", width=3)
     wrote: dict[tuple[int, int], Tensor] = {}
     [memory, *_] = wavefront.memories["2"]
     attend = memory.attend
@@ -160,6 +159,25 @@ def test_a_draft_that_is_not_finite_reaches_no_committed_token(regions: LoopedGP
 
 
 @pytest.mark.parametrize(
+    ("huge", "enough"),
+    [
+        ({"max_new_tokens": 10**20}, {"max_new_tokens": 32}),
+        ({"max_new_tokens": 10**20, "sampler": "wavefront", "width": 10**13}, {"max_new_tokens": 32, "width": 32}),
+        ({"sampler": "speculative", "ahead": 10**20, "max_new_tokens": 10**12}, {"ahead": 32, "max_new_tokens": 32}),
+        ({"layout": "modulo:100000000000000"}, {"layout": "modulo:32"}),
+        ({"total_loops": 10**20}, {"total_loops": 64}),
+        ({"top_k": 10**20}, {"top_k": 512}),
+    ],
+)
+def test_more_than_the_context_or_the_budget_can_take_is_as_much_as_they_can(
+    regions: LoopedGPT, huge: dict[str, Any], enough: dict[str, Any]
+) -> None:
+    assert regions.generate(PROMPTS, "fixed:steps=4", **huge) == regions.generate(
+        PROMPTS, "fixed:steps=4", **{**huge, **enough}
+    )
+
+
+@pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"width": 0}, "width=0"),
@@ -169,6 +187,7 @@ def test_a_draft_that_is_not_finite_reaches_no_committed_token(regions: LoopedGP
         ({"commit": "norm:tau=0.1,granularity=batch"}, "granularity=batch"),
         ({"total_loops": 20}, "total_loops"),
         ({"max_loops": 4, "inner": 5}, "inner=5"),
+        ({"commit": "fixed:steps=1000"}, "at least 1000 steps and max_loops is 32"),
         ({"sampler": "parallel"}, "parallel"),
         ({"sampler": "sequential", "width": 4}, "width"),
         ({"sampler": "sequential", "commit": "norm:tau=0.1"}, "commit"),
