@@ -102,6 +102,14 @@ class LayerCache:
             newest = torch.where(last >= slot, last - (last - slot) % self.layout.slots, last)
             self.kv[slot, :, :length] = torch.take_along_dim(stacked, newest[None, :, :, None], 0)[0]
 
+    def place(self, rows: Sequence[int], other: LayerCache) -> None:
+        """Take the sequences of another cache, which may be shorter, in the place of these rows."""
+        length, index = other.kv.shape[2], list(rows)
+        self.deepen(other.filled, self.kv.shape[2])
+        self.kv[:, index] = 0.0
+        self.kv[: other.filled, index, :length] = other.kv[: other.filled]
+        self.kv[other.filled : self.filled, index, :length] = other.kv[other.filled - 1]
+
     def _grow(self, slots: int) -> None:
         have = len(self.kv)
         if slots > have:

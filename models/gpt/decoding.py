@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haltkit import signals
 from haltkit.loop import Execution
 from haltkit.models.gpt.cache import DecodeRows, LayerCache, NewRows, parse_layout
 from haltkit.models.gpt.chunk import ChunkRows
@@ -40,6 +41,12 @@ class Decoded:
     logits: Tensor
     steps: dict[str, Tensor]
     outcome: dict[str, Tensor]
+
+    def of(self, sequences: Sequence[int]) -> Decoded:
+        """The same of these sequences alone."""
+        index = list(sequences)
+        parts = ({name: value[index] for name, value in part.items()} for part in (self.steps, self.outcome))
+        return Decoded(self.logits[index], *parts)
 
 
 class CacheMemories:
@@ -173,6 +180,35 @@ class Decoder:
             {name: taken[last] for name, taken in seen.steps.items()},
             {name: ended[last] for name, ended in seen.outcome.items()},
         )
+
+    @torch.inference_mode()
+    def admit(self, rows: Sequence[int], tokens: Tensor, lengths: Sequence[int] | None = None) -> Decoded:
+        """Take new prompts in the place of the sequences ``rows``, which are dropped; the others stay as they are.
+
+        Args:
+            rows: which sequence each prompt replaces.
+            tokens, lengths: as for :meth:`prefill`, of the new prompts alone; so is what is returned.
+
+        Raises:
+            GenerationError: as :meth:`prefill`, or rows that are not one sequence per prompt.
+        """
+        if not len(rows) == len(set(rows)) == len(tokens) or not all(0 <= row < len(self.lengths) for row in rows):
+            raise GenerationError(
+                f"rows {list(rows)}: one of the {len(self.lengths)} sequences for each of {len(tokens)} prompts"
+            )
+        new = copy(self)
+        new.capacity = min(self.capacity, tokens.shape[1])
+        seen = new.prefill(tokens, lengths)
+        for name, caches in self._caches.items():
+            for cache, other in zip(caches, new._caches[name], strict=True):
+                cache.place(rows, other)
+        for row, length in zip(rows, new.lengths, strict=True):
+            self.lengths[row] = length
+        if self.guarded:  # what was not finite may have left
+            kept = (cache.kv for caches in self._caches.values() for cache in caches)
+            self.guarded = not all(bool(signals.finite(kv).all()) for kv in kept)
+        self.guarded |= new.guarded
+        return seen
 
     def keep(self, name: str, blocks: Sequence[Sequence[Tensor]], steps: Tensor | None, guarded: bool) -> None:
         """Cache what the prompts' layer ``name`` computed, as the layout says; see ``Keeper`` in ``passes``."""

@@ -11,7 +11,7 @@ Shapes: ``B`` sequences, ``T`` positions, ``D`` model width, ``V`` vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from haltkit.loop import Execution, Keep, LoopObserver
 from haltkit.models.gpt.config import region_span
 from haltkit.models.gpt.draws import EvaluationNoise, truncated_normal_
-from haltkit.models.gpt.generation import Generation, Settings, generate
+from haltkit.models.gpt.generation import Continuation, Generation, Settings, generate, generate_stream
 from haltkit.models.gpt.hub import Shared
 from haltkit.models.gpt.layers import (
     RMS_EPS,
@@ -307,6 +307,46 @@ class LoopedGPT(Shared):
             GenerationError: prompts, settings or policies that do not work; the message says what does.
             ValueError: a bad spec, layout or budget.
         """
-        if settings is not None and values:
-            raise GenerationError(f"give settings= or {', '.join(values)} by name, not both")
-        return generate(self, prompts, policy, settings or Settings.of(**values))
+        return generate(self, prompts, policy, _settings(settings, values))
+
+    def generate_stream(
+        self,
+        prompts: Iterable[Sequence[int]],
+        policy: Policies,
+        settings: Settings | None = None,
+        *,
+        slots: int = 8,
+        ordered: bool = True,
+        ahead: int | None = None,
+        **values: Any,
+    ) -> Iterator[Continuation]:
+        """Continue the prompts of any iterable, also one without an end, ``slots`` at a time.
+
+        The next prompt takes the place of a text that has ended, at once. Prompt ``i`` gets the text, steps and reason
+        that :meth:`generate` gives it alone with ``seed + i``, up to rounding.
+
+        Memory: a cache of ``slots`` sequences that fill the context, and ``slots`` texts; with ``ordered`` finished
+        texts wait for those of earlier prompts, and the prompts are read at most ``ahead`` beyond the last text handed
+        out. Nothing is read before the first text is asked for, or while the caller is busy.
+
+        Args:
+            policy, settings, values: as for :meth:`generate`. The speculative and the wavefront sampler continue one
+                prompt after the other, whatever ``slots`` is.
+            slots: how many prompts are continued at a time.
+            ordered: texts come in the order of the prompts; False: as they end.
+            ahead: see above; ``8 * slots`` unless given.
+
+        A prompt that cannot be continued becomes the ``error`` of its text; errors of the iterable itself end all.
+
+        Raises:
+            GenerationError, ValueError: settings as of :meth:`generate`, ``slots`` below 1, ``ahead`` below ``slots``.
+        """
+        every = _settings(settings, values)
+        return generate_stream(self, prompts, policy, every, slots=slots, ordered=ordered, ahead=ahead)
+
+
+def _settings(settings: Settings | None, values: Mapping[str, Any]) -> Settings:
+    """The settings of a text, given as such or by name."""
+    if settings is not None and values:
+        raise GenerationError(f"give settings= or {', '.join(values)} by name, not both")
+    return settings or Settings.of(**values)
