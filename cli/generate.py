@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
 import time
 import unicodedata
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     import tiktoken
     from rich.console import Console
 
+    from haltkit.models.gpt.generation import Settings
+    from haltkit.models.gpt.model import LoopedGPT
+    from haltkit.specs import Policies
+
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # of Unicode's bidirectional controls
 # Steps up to which a shade is used, coldest first; beyond the last, the hottest.
 _SHADES = (
@@ -50,6 +55,12 @@ def generate(
         str | None, typer.Argument(help="Text to continue. \\[default: standard input]", show_default=False)
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Continue every line of a file; writes a line of JSON for each, in order.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Lines of --prompts at a time.  \\[default: 8]", show_default=False)
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -107,15 +118,14 @@ def generate(
     checkpoint: OldCheckpoint = None,
 ) -> None:
     """Continue a text with the looped model, as it comes. The text ends at an end-of-text token of the model too."""
-    from rich.console import Console
-    from rich.text import Text
-
+    texts = [_read_prompt(prompt, file)] if prompts is None else _read_lines(prompts, prompt, file)
+    if slots is not None and prompts is None:
+        raise ValueError("--slots is how many lines of --prompts run at a time: give --prompts FILE")
+    if json_path is not None and prompts is not None:
+        raise ValueError("--prompts writes a line of JSON per text to standard output: leave out --json")
     json_path = check_writable(json_path)
-    text = _read_prompt(prompt, file)
 
-    from haltkit.files import is_stdout
     from haltkit.models.gpt.generation import Settings
-    from haltkit.models.gpt.generation import stream as generate_stream
     from haltkit.models.gpt.sampling import Sampling
 
     named = chosen_model(model, checkpoint)
@@ -139,7 +149,31 @@ def generate(
     )
     usual = f"fixed:steps={min(gpt.mean_loops, max_loops)}"
     policies = read_policies(policy or usual, gpt, list(gpt.regions), max_loops)
-    stream = generate_stream(gpt, [tokenizer.encode_ordinary(text)], policies, settings)
+    if prompts is None:
+        finite = _write_one(gpt, tokenizer, texts[0], policies, settings, show_depth, json_path)
+    else:
+        finite = _write_each(gpt, tokenizer, texts, policies, settings, slots or 8, show_depth)
+    if not finite:
+        raise typer.Exit(1)
+
+
+def _write_one(
+    gpt: LoopedGPT,
+    tokenizer: tiktoken.Encoding,
+    text: str,
+    policies: Policies,
+    settings: Settings,
+    show_depth: bool,
+    json_path: Path | None,
+) -> bool:
+    """Write the continuation of one text as it comes; whether the logits stayed finite."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from haltkit.files import is_stdout
+    from haltkit.models.gpt.generation import stream as stream_of
+
+    stream = stream_of(gpt, [tokenizer.encode_ordinary(text)], policies, settings)
     console = Console(highlight=False, quiet=json_path is not None and is_stdout(json_path))
     writer = _Writer(console, tokenizer, show_depth)
     if console.is_terminal:
@@ -175,8 +209,46 @@ def generate(
     made = {"prompt": text, "text": tokenizer.decode(writer.tokens), "tokens": writer.tokens, "count": writer.count}
     took = {"steps": writer.steps, "mean_steps": means, "seconds": ended - started, "ms_per_token": ms}
     write_results(console, json_path, {**made, **took, "ended": reason, "context": gpt.block_size})
-    if reason == "nonfinite":
-        raise typer.Exit(1)
+    return reason != "nonfinite"
+
+
+def _write_each(
+    gpt: LoopedGPT,
+    tokenizer: tiktoken.Encoding,
+    texts: Sequence[str],
+    policies: Policies,
+    settings: Settings,
+    slots: int,
+    show_depth: bool,
+) -> bool:
+    """Write a line of JSON for each text, in order; whether all logits stayed finite."""
+    from haltkit.models.gpt.generation import check_prompts, generate_stream
+
+    given = [tokenizer.encode_ordinary(text) for text in texts]
+    check_prompts(gpt, given)
+    count, finite, started = 0, True, time.perf_counter()
+    try:
+        for made in generate_stream(gpt, given, policies, settings, slots=slots):
+            line: dict[str, Any] = {"prompt": texts[made.index], "text": tokenizer.decode(made.tokens)}
+            line |= {"tokens": len(made.tokens), "ended": made.finished}
+            print(json.dumps(line | {"steps": made.steps} if show_depth else line), flush=True)
+            count, finite = count + len(made.tokens), finite and made.finished != "nonfinite"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    seconds = time.perf_counter() - started
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    return finite
+
+
+def _read_lines(path: Path, prompt: str | None, file: Path | None) -> list[str]:
+    if prompt is not None or file is not None:
+        raise ValueError("--prompts contradicts a prompt and --file: give one of them")
+    from haltkit.models.text.data import read_text
+
+    lines = read_text(path, "prompts").removesuffix("\n").split("\n")
+    if "" in lines:
+        raise ValueError(f"line {lines.index('') + 1} of {str(path)!r} is empty: each line is a prompt")
+    return lines
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -79,6 +79,26 @@ def test_generate_writes_the_continuation_and_tells_the_depth(
     assert "steps in region 2, 3-4" in shown
 
 
+def test_generate_continues_every_line_of_a_file(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = [PROMPT, "says", "Document 7 says that", "is a square"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    options = ["--checkpoint", checkpoint, "--policy", "norm:tau=0.1", "-n", 6, "--max-loops", 9]
+    assert run_command("generate", "--prompts", tmp_path / "prompts.txt", "--slots", 2, "--show-depth", *options) == 0
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    assert f"{sum(line['tokens'] for line in lines)} tokens" in shown.err
+    for seed, line in enumerate(lines):
+        assert run_command("generate", line["prompt"], "--seed", seed, *options) == 0
+        assert capsys.readouterr().out == line["text"] + "\n"
+        assert [len(steps) for steps in line["steps"].values()] == [line["tokens"]] * 2
+    (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
+    assert run_command("generate", "--prompts", tmp_path / "prompts.txt", *options) == 2
+    assert "line 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_generated_is_written_as_it_is_but_never_steers_a_terminal(data_folder: Path, terminal: bool) -> None:
     text = "a\tb\u00a0c\u3000d\u200de\r\n\x1b[31m\u202eé"
@@ -119,6 +139,10 @@ def test_generate_says_that_the_context_is_full(checkpoint: Path, capsys: pytest
         (["x", "--stop", "two tokens at least"], "must be one"),
         (["word " * 200], "context 32: shorten it"),
         (["x", "--policy", "fixed:steps=50"], "at least 50 steps and max_loops is 32"),
+        (["x", "--sampler", "wavefront", "--commit", "fixed:steps=50"], "at least 50 steps and max_loops is 32"),
+        (["x", "--prompts", "f"], "contradicts"),
+        (["--prompts", "no-such-file"], "no prompts file"),
+        (["x", "--slots", "2"], "--prompts"),
     ],
 )
 def test_generate_refuses_in_one_line(
