@@ -24,6 +24,7 @@ ARGUMENTS = {
     "gallery.py": ["own loop, for", "own loop, input added at each step"],
     "bench_attach_rows.py": ["--width", "32", "--tokens", "4", "--latents", "1", "--boards", "70", "--repeats", "1"],
     "bench_wavefront.py": ["--tokens", "8", "--prompts", "1", "--repeats", "1"],
+    "bench_refill.py": ["--prompts", "3", "--slots", "2", "--longest", "4", "--repeats", "1"],
     "bench_generate.py": ["--width", "32", "--tokens", "2", "--repeats", "1"],
     "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
     "bench_queue.py": ["--items", "9", "--slots", "4", "--width", "32", "--repeats", "1"],
