@@ -40,9 +40,7 @@ def main() -> None:
     policies = {spec: policy(spec) for spec in SPECS}
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(f"full depth {FULL_DEPTH}, float32, {options.device} ({name}), medians of {options.repeats} repeats")
-    print(
-        f"{'mode':8} {'batch':>5} {'rows':>6} {'policy':14} {'ms/token':>9} {'speed-up':>9} {'bound':>6} {'realised':>9}"
-    )
+    print("mode     batch   rows policy          ms/token  speed-up  bound  realised")
     for batch in options.batches:
         ids = windows[torch.arange(batch) % len(windows), : options.tokens]
         start = max(1, ids.shape[1] // 2)
