@@ -9,19 +9,18 @@ and the next one takes its place.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from haltkit.attachment.axes import TRIALS, Axes, BatchNorms, BodyCall, Proven, close, telling
 from haltkit.attachment.errors import AttachError, RowsMeet
+from haltkit.attachment.lanes import Abandoned, Lane, present_lane, raising
 from haltkit.attachment.outputs import map_tensors, mapped_tensors, structure_of, tensors_in
 from haltkit.loop import LoopResult, Outcome
 
@@ -47,97 +46,6 @@ class QueueOutput:
     error: Exception | None = None
 
 
-class _Abandoned(BaseException):
-    """The queue is closed before this item has ended."""
-
-
-class _Mode(NamedTuple):
-    """What PyTorch keeps for each thread: a call is made as the item's own thread would make it."""
-
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @classmethod
-    def present(cls) -> _Mode:
-        """That of the present thread."""
-        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """The same in another thread."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            yield
-
-
-class _Lane:
-    """One item's run of the model, in a thread that runs only while the queue waits for it."""
-
-    def __init__(self, number: int, work: Callable[[], Any]) -> None:
-        self.number = number
-        self.call: BodyCall | None = None  # what it waits for
-        self.mode: _Mode | None = None
-        self.output: Any = None
-        self.error: BaseException | None = None
-        self.result: LoopResult | None = None
-        self.ended = False
-        self._work, self._reply = work, _nothing
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name=f"haltkit item {number}", daemon=True)
-
-    def begin(self) -> None:
-        """Run to the first call of the body, or to the end."""
-        self._thread.start()
-        self._stopped.acquire()
-
-    def resume(self, reply: Callable[[], Any]) -> None:
-        """Run on to the next call, or to the end; ``reply`` gives what the call returns, or raises."""
-        self._reply = reply
-        self._go.release()
-        self._stopped.acquire()
-
-    def ask(self, call: BodyCall) -> Any:
-        """In the item's own thread: wait for what a call returns."""
-        self.call, self.mode = call, _Mode.present()
-        self._stopped.release()
-        self._go.acquire()
-        self.call, reply = None, self._reply
-        return reply()
-
-    def _run(self) -> None:
-        # What runs here are small operations: a thread pool for each item would only cost its creation.
-        torch.set_num_threads(1)
-        _lane.set(self)
-        try:
-            with torch.no_grad():
-                self.output = self._work()
-        except BaseException as error:  # handed to whoever reads the queue
-            self.error = error
-        finally:
-            self.ended = True
-            self._stopped.release()
-
-
-_lane: ContextVar[_Lane | None] = ContextVar("haltkit_lane", default=None)
-
-
-def _nothing() -> None:
-    return None
-
-
-def _raising(error: BaseException) -> Callable[[], Any]:
-    def reply() -> Any:
-        raise error
-
-    return reply
-
-
 class Joining:
     """The items of one queue: :class:`haltkit.queue.Batch` for :func:`haltkit.queue.in_turn`."""
 
@@ -151,8 +59,8 @@ class Joining:
         """``call`` runs the model on one item. ``trying``: calls inside it are no part of any loop. ``first``: what
         the first item gives alone, for a comparison."""
         self._call, self._norms, self._trying, self._first = call, norms, trying, first
-        self._lanes: list[_Lane] = []
-        self._ended: list[_Lane] = []
+        self._lanes: list[Lane] = []
+        self._ended: list[Lane] = []
         self._known: dict[Any, Proven] = {}
         self._together = False  # the first item has shared a call with another
 
@@ -165,7 +73,7 @@ class Joining:
     def admit(self, items: list[tuple[int, Any]]) -> None:
         threads = torch.get_num_threads()
         for number, item in items:
-            lane = _Lane(number, lambda item=item: self._call(item))  # type: ignore[misc]
+            lane = Lane(number, lambda item=item: self._call(item))  # type: ignore[misc]
             self._lanes.append(lane)
             lane.begin()
         if items:
@@ -182,7 +90,7 @@ class Joining:
     def clear(self) -> None:
         for lane in self._lanes:
             while not lane.ended:  # model code may catch it, and call the body once more
-                lane.resume(_raising(_Abandoned()))
+                lane.resume(raising(Abandoned()))
         self._lanes = []
 
     # --- for the frames
@@ -190,27 +98,27 @@ class Joining:
     @staticmethod
     def active() -> bool:
         """Whether the present thread runs an item of a queue."""
-        return _lane.get() is not None
+        return present_lane() is not None
 
     def compute(self, call: BodyCall) -> Any:
         """What a call gives, made together with those of other items."""
-        lane = _lane.get()
+        lane = present_lane()
         assert lane is not None
         return lane.ask(call)
 
     @staticmethod
     def completed(result: LoopResult) -> None:
         """The present item's loop is over."""
-        lane = _lane.get()
+        lane = present_lane()
         if lane is not None:
             lane.result = result
 
     # --- one turn
 
-    def _turn(self, waiting: list[_Lane]) -> None:
+    def _turn(self, waiting: list[Lane]) -> None:
         """Make the calls that these items wait for, those alike together."""
         self._norms.refuse_training("a queue", "items that run side by side", "run them one by one")
-        alike: dict[Any, list[_Lane]] = defaultdict(list)
+        alike: dict[Any, list[Lane]] = defaultdict(list)
         for lane in waiting:
             assert lane.call is not None
             given = structure_of((lane.call.args, lane.call.kwargs))
@@ -244,7 +152,7 @@ class Joining:
         try:
             output = call.forward(*call.args, **call.kwargs)
         except Exception as error:
-            return _raising(error)
+            return raising(error)
         return lambda: output
 
     def _prove(self, key: Any, calls: list[BodyCall], replies: list[Callable[[], Any]]) -> None:
@@ -285,7 +193,7 @@ class Joining:
         self._ended += [lane for lane in self._lanes if lane.ended]
         self._lanes = [lane for lane in self._lanes if not lane.ended]
 
-    def _result(self, lane: _Lane) -> QueueOutput:
+    def _result(self, lane: Lane) -> QueueOutput:
         """What came of an item.
 
         Raises:
