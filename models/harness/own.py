@@ -141,7 +141,7 @@ class LoopedLM(TemplateLM):
                 count = len(continuation)
                 if not 0 < count <= len(logits):
                     raise ValueError(f"a continuation of {count} tokens does not fit the context of {self.max_length}")
-                log_p = logits[-count:].float().log_softmax(-1)
+                log_p = logits[-count:].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
                 likely = bool((log_p.argmax(-1) == continuation).all())
                 answers[i] = (float(log_p.gather(-1, continuation.unsqueeze(-1)).sum()), likely)
                 pairs[i] = (depths, count)
@@ -185,12 +185,13 @@ class LoopedLM(TemplateLM):
             some = list(alike)
             for start in range(0, len(some), self.batch_size):
                 batch = some[start : start + self.batch_size]
-                texts, parts = self._continued([request.args[0] for request in batch], asked)
+                contexts = [request.args[0] for request in batch]
+                texts, parts = self._continued(contexts, asked, self.seed + len(answers))
                 answers += texts
                 self.report.add((request, [part]) for request, part in zip(batch, parts, strict=True))
         return answers
 
-    def _continued(self, contexts: Sequence[str], asked: Any) -> tuple[list[str], list[tuple[Depths, int]]]:
+    def _continued(self, contexts: Sequence[str], asked: Any, seed: int) -> tuple[list[str], list[tuple[Depths, int]]]:
         """Continuations up to a text of ``until``, each with the steps of its tokens."""
         wanted = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
         until, count = [text for text in wanted.pop("until") if text], wanted.pop("max_gen_toks")
@@ -202,7 +203,7 @@ class LoopedLM(TemplateLM):
                 "--gen_kwargs max_gen_toks=N"
             )
         drawn = {name: wanted.get(name) for name in ("top_k", "top_p")}
-        sampling = Sampling(wanted.get("temperature", 0.0), **drawn, seed=self.seed, vocabulary=self.encoding.n_vocab)
+        sampling = Sampling(wanted.get("temperature", 0.0), **drawn, seed=seed, vocabulary=self.encoding.n_vocab)
         settings = Settings(count, sampling, [self.eot_token_id], max_loops=self.max_steps)
         prompts = [(self.tok_encode(text) or [self.eot_token_id])[-(self.max_length - count) :] for text in contexts]
         made: list[list[int]] = [[] for _ in prompts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,8 +181,10 @@ def documents(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def text() -> Checkpoint:
-    return load_checkpoint()
+def text(monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """What the harness loads, too, in float64: rounding cannot move a step count."""
+    monkeypatch.setattr(own, "load_checkpoint", partial(load_checkpoint, dtype=torch.float64))
+    return load_checkpoint(dtype=torch.float64)
 
 
 def listen(monkeypatch: pytest.MonkeyPatch, method: str) -> list[tuple[Any, Any]]:
@@ -315,6 +318,15 @@ def test_generation_ends_where_the_task_says() -> None:
     assert cut == [one.split(until)[0] for one in free]
     assert cut[0] != free[0]
     assert tokens < all_tokens == 16
+
+
+@pytest.mark.usefixtures("text")
+def test_what_is_drawn_does_not_depend_on_the_batch_size() -> None:
+    asked = {"max_gen_toks": 6, "until": [], "do_sample": True, "temperature": 1.5}
+    requests = [own_request("The question", asked) for _ in range(3)]
+    one, two = (LoopedLM(policy="fixed:steps=2", batch_size=size).generate_until(requests) for size in (1, 2))
+    assert one == two
+    assert len(set(one)) == 3
 
 
 @pytest.mark.parametrize(
