@@ -208,7 +208,8 @@ def _write_one(
     print(summary, file=sys.stderr)
     made = {"prompt": text, "text": tokenizer.decode(writer.tokens), "tokens": writer.tokens, "count": writer.count}
     took = {"steps": writer.steps, "mean_steps": means, "seconds": ended - started, "ms_per_token": ms}
-    write_results(console, json_path, {**made, **took, "ended": reason, "context": gpt.block_size})
+    # Standard output is for what the model wrote alone: the file's name is not said there.
+    write_results(Console(quiet=True), json_path, {**made, **took, "ended": reason, "context": gpt.block_size})
     return reason != "nonfinite"
 
 
