@@ -96,6 +96,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_attach.py
 	$(BIN)/python examples/bench_attach_rows.py
 	$(BIN)/python examples/bench_generate.py
+	$(BIN)/python examples/bench_wavefront.py
+	$(BIN)/python examples/bench_refill.py
 	$(BIN)/python examples/bench_training.py
 	$(BIN)/python examples/bench_calibration.py
 	$(BIN)/python examples/bench_recorded_calibration.py
