@@ -168,7 +168,7 @@ _NO_DEPTH = "no fixed depth is that good for sure"
 
 def _said(finding: Finding, item: str) -> str:
     if finding.best is None:
-        return f"{finding.policy}: no setting is that good for sure on so few {item}s"
+        return f"{finding.policy}: no setting is that good for sure on these {item}s"
     return cost_of(finding.best, item) + (f", {finding.against_fixed}" if finding.against_fixed else "")
 
 

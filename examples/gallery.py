@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
+from haltkit.attachment.verify import ROUNDING
 from haltkit.timing import in_turns, ratio
 
 PAGE = Path(__file__).with_name("gallery.md")
@@ -654,6 +655,14 @@ class Found:
     verdict: str
     exact: list[int] = field(default_factory=list)
     refused: str = ""
+    alone: list[float] = field(default_factory=list)  # what an entry that halts alone gets, beside what it should
+
+    @property
+    def alone_text(self) -> str:
+        """Whether entries of a batch may halt one by one."""
+        if not self.alone or not self.exact:
+            return "not seen" if self.exact else ""
+        return "yes" if max(self.alone) <= ROUNDING else "whole batches"
 
 
 @torch.no_grad()
@@ -664,12 +673,14 @@ def look(entry: Entry) -> Found:
     found = Found(best.call(), best.verdict)
     for k in range(1, case.loops):
         try:
-            report = haltkit.verify(case.model, case.run, k, case.run_at, **best.fields())
+            report = haltkit.verify(case.model, case.run, k, case.run_at, rows=False, **best.fields())
         except Exception as error:  # whatever the model says where the proposal does not fit
             found.refused = found.refused or type(error).__name__
             continue
         if report.ok:
             found.exact.append(k)
+        if report.alone is not None:
+            found.alone.append(report.alone)
     return found
 
 
@@ -700,15 +711,19 @@ HEAD = """# Gallery: looped models of others, and loops as one writes them
 
 Each line is the first proposal of `haltkit.discover(model, run, run_at)` on the package's real code with tiny random
 weights, and what `haltkit.verify` finds for a halt at each step: the model's output, bit for bit, against the model
-run with that many loops. `tests/attachment/test_gallery.py` holds every line. The presets (ALBERT, HRM-text,
-tiny-recursive-model, OpenMythos, Huginn, torchdeq) are in [haltkit/attachment](../haltkit/attachment/README.md).
+run with that many loops. "Entries alone": whether an entry of the batch that halts before the others gets that, too;
+where a loop carries more than its state it does not in masked execution, and whole batches have to halt
+(`granularity=batch`), or entries leave (`execution="compact"`, where their rows do not see each other).
+`tests/attachment/test_gallery.py` holds every line. The
+presets (ALBERT, HRM-text, tiny-recursive-model, OpenMythos, Huginn, torchdeq) are in
+[haltkit/attachment](../haltkit/attachment/README.md).
 
 """
 
 
 def page(repeats: int) -> str:
     """The gallery as Markdown."""
-    lines = ["| model | call | exact at | time of a halt |", "|---|---|---|---|"]
+    lines = ["| model | call | exact at | entries alone | time of a halt |", "|---|---|---|---|---|"]
     notes = []
     for entry in ENTRIES:
         found, case = look(entry), entry.case()
@@ -718,7 +733,8 @@ def page(repeats: int) -> str:
             took = f"{part:.2f} at {k} of {of}"
         if entry.why:
             notes.append(f"- **{entry.name}**: {entry.why}.")
-        lines.append(f"| {entry.name} | `{found.call}` | {steps_text(found, entry, case)} | {took} |")
+        exact = steps_text(found, entry, case)
+        lines.append(f"| {entry.name} | `{found.call}` | {exact} | {found.alone_text} | {took} |")
         print(lines[-1], flush=True)
     width, sequences, tokens = LARGE
     foot = (

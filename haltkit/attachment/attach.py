@@ -152,6 +152,7 @@ def verify(
     loop: Loop | None = None,
     loops: Mapping[str, Loop] | None = None,
     execution: Execution = "masked",
+    rows: bool = True,
     **fields: Any,
 ) -> Report:
     """Prove on a model that attaching is neutral and that a halt at ``k`` is right, before any policy is chosen::
@@ -166,6 +167,8 @@ def verify(
         run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
             settles it.
         loop, loops, execution, fields: as for :func:`attach`.
+        rows: whether rows or entries are to halt one by one. Where the loop carries more than its state they get
+            another output then, and only whole batches can halt (``rows=False``, ``granularity=batch``).
 
     Raises:
         AttachError: the loop cannot be halted as described.
@@ -175,7 +178,7 @@ def verify(
     known = loop is not None or loops is not None or bool(fields)
     policy: Policies = NEVER if known or isinstance(k, int) else dict.fromkeys(k, NEVER)
     with attach(model, policy, loop, loops=loops, execution=execution, **fields) as session:
-        return session.verify(run, k, run_at)
+        return session.verify(run, k, run_at, rows=rows)
 
 
 def _check_execution(execution: Execution, policies: Mapping[str, HaltingPolicy[Any]], kv: KVMode) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haltkit.attachment.attach import verify
+from haltkit.attachment.attach import attach, verify
 from haltkit.attachment.calls import Calls
 from haltkit.attachment.dataflow import Leaf, Reads, leaves
 from haltkit.attachment.description import Action, call_parts, check_model, find_module
-from haltkit.attachment.errors import AttachError
+from haltkit.attachment.errors import AttachError, GlueDrift, VaryingInput
 from haltkit.attachment.outputs import first_tensor, tensors_in
 from haltkit.attachment.verify import ROUNDING, Report
 
@@ -38,6 +38,8 @@ class Candidate:
         halted_at: the step at which a halt was tried on the model; 0: none was.
         problem: why that halt did not hold; empty if it did.
         compared: the halt was compared with the model run with as many steps.
+        together: entries of the batch must halt together, because the loop carries more than its state.
+        check: False where the halt equals that, and yet something that the body is given goes on changing.
     """
 
     body: tuple[str, ...]
@@ -54,6 +56,8 @@ class Candidate:
     halted_at: int = 0
     problem: str = ""
     compared: bool = False
+    check: bool = True
+    together: bool = False
 
     @property
     def verdict(self) -> str:
@@ -65,7 +69,8 @@ class Candidate:
             )
         if self.halted_at:
             how = "equals the model run with as many" if self.compared else "holds; run_at= compares what it gives"
-            return f"A halt at {self.halted_at} of {self.iterations} {how}"
+            rest = "; entries alone need execution='compact', or halt whole batches (granularity=batch)"
+            return f"A halt at {self.halted_at} of {self.iterations} {how}{rest if self.together else ''}"
         return "No halt was tried, for that takes three iterations"
 
     def fields(self) -> dict[str, Any]:
@@ -77,6 +82,8 @@ class Candidate:
         found |= {name: value for name, value in others.items() if value not in (1, "", {})}
         if self.copies:
             found["copies"] = True
+        if not self.check:
+            found["check"] = False
         if self.initial != 0 or self.initial is None:
             found["initial"] = self.initial
         if self.reset_on:
@@ -103,7 +110,8 @@ class Discovery:
         rows = [f"{'iterations':>10}  {'period':>6}  state, body"]
         rows += [f"{c.iterations:10d}  {c.period:6d}  {c.state}, [{', '.join(c.body)}]" for c in self.candidates]
         first = self.candidates[0]
-        return "\n".join([*rows, "", f"{first.verdict}. To copy:", f"  {first.call()}"])
+        what = "Likeliest, and not right yet" if first.problem else "To copy"
+        return "\n".join([*rows, "", f"{first.verdict}. {what}:", f"  {first.call()}"])
 
 
 def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], Any] | None = None) -> Discovery:
@@ -193,12 +201,27 @@ def _with_verdict(
     if candidate.iterations < 3:
         return candidate
     k = 2 if candidate.iterations > 3 else 1
+    together = False
     try:
-        report = verify(model, run, k, run_at, **candidate.fields())
+        report = verify(model, run, k, run_at, rows=False, **candidate.fields())
+        together = report.together
         problem = "" if report.ok or (report.halted and _is_rounding(report.halted, run)) else _wrong(report)
     except Exception as error:  # whatever the model says to outputs that it does not expect
         problem = f"{type(error).__name__}: {error}"
-    return replace(candidate, halted_at=k, problem=problem.rstrip("."), compared=run_at is not None)
+    check = bool(problem) or run_at is None or _passes_check(model, candidate, run, k)
+    return replace(
+        candidate, halted_at=k, problem=problem.rstrip("."), compared=run_at is not None, check=check, together=together
+    )
+
+
+def _passes_check(model: nn.Module, candidate: Candidate, run: Callable[[], Any], k: int) -> bool:
+    """Whether a session lets this halt pass: an embedding of the step number changes what the body is given."""
+    try:
+        with torch.no_grad(), attach(model, f"fixed:steps={k}", **candidate.fields()):
+            run()
+    except (GlueDrift, VaryingInput):
+        return False
+    return True
 
 
 def _is_rounding(difference: float, run: Callable[[], Any]) -> bool:

@@ -12,6 +12,7 @@ __all__ = [
     "GradientLost",
     "KVDepthMismatch",
     "MutatedOutput",
+    "NeverEnds",
     "ReentrantCheckpoint",
     "RowsMeet",
     "ScriptModuleUnsupported",
@@ -25,6 +26,10 @@ __all__ = [
 
 class AttachError(RuntimeError):
     """The loop cannot be halted as described; the message says what to change."""
+
+
+class NeverEnds(AttachError):
+    """The model's loop goes on for ever once its state stands still."""
 
 
 class UnknownModule(AttachError):

@@ -16,6 +16,7 @@ from haltkit.attachment.errors import (
     AttachError,
     GradientLost,
     MutatedOutput,
+    NeverEnds,
     RowsMeet,
     StateShapeChanged,
     TapeMismatch,
@@ -29,6 +30,8 @@ from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
 
 __all__ = ["Frame"]
+
+ENDLESS = 10_000  # iterations given again in one loop, after which it is taken not to end
 
 
 class Frame:
@@ -312,6 +315,13 @@ class Frame:
         if self._position == 0:
             self._ended = True
             self.skipped += 1
+            if self.skipped > ENDLESS:
+                raise NeverEnds(
+                    f"the loop around {self.loop.body[0]!r} has gone on for {ENDLESS} iterations after the halt: it "
+                    "ends by something that stands still now, such as a residual that is computed outside of the "
+                    "body. Give the model a greatest number of iterations, or name in body= the module that computes "
+                    "what it ends by"
+                )
             self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
         if action == "identity":

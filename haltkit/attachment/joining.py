@@ -62,7 +62,7 @@ class Joining:
         self._lanes: list[Lane] = []
         self._ended: list[Lane] = []
         self._known: dict[Any, Proven] = {}
-        self._together = False  # the first item has shared a call with another
+        self._beside = False  # another item has run while the first one did
 
     # --- for the queue
 
@@ -76,6 +76,7 @@ class Joining:
             lane = Lane(number, lambda item=item: self._call(item))  # type: ignore[misc]
             self._lanes.append(lane)
             lane.begin()
+            self._beside = self._beside or (len(self._lanes) > 1 and self._lanes[0].number == 0)
         if items:
             torch.set_num_threads(threads)  # for threads that others start later
         self._sort_out()
@@ -129,7 +130,6 @@ class Joining:
                 replies = self._replies(key, calls)
             for lane, reply in zip(lanes, replies, strict=True):
                 lane.resume(reply)
-            self._together = self._together or (len(lanes) > 1 and any(lane.number == 0 for lane in lanes))
         self._sort_out()
 
     def _replies(self, key: Any, calls: list[BodyCall]) -> list[Callable[[], Any]]:
@@ -207,7 +207,7 @@ class Joining:
         elif lane.error is not None:
             steps, outcome = torch.tensor(0), torch.tensor(Outcome.ABSENT, dtype=torch.int8)
         found = QueueOutput(lane.number, lane.output, steps, outcome, lane.error)
-        if lane.number == 0 and self._first is not None and self._together:
+        if lane.number == 0 and self._first is not None and self._beside:
             _compare(found, self._first)
         return found
 

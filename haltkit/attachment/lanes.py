@@ -49,7 +49,9 @@ class Lane:
     """One item's run of the model, in a thread that runs only while the queue waits for it."""
 
     def __init__(self, number: int, work: Callable[[], Any]) -> None:
+        """The work is done as the present thread would do it, but without gradients."""
         self.number = number
+        self._begun_in = Mode.present()._replace(grad=False)
         self.call: BodyCall | None = None  # what it waits for
         self.mode: Mode | None = None
         self.output: Any = None
@@ -84,7 +86,7 @@ class Lane:
         torch.set_num_threads(1)
         _lane.set(self)
         try:
-            with torch.no_grad():
+            with self._begun_in.again():
                 self.output = self._work()
         except BaseException as error:  # handed to whoever reads the queue
             self.error = error

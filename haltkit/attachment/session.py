@@ -15,7 +15,7 @@ from haltkit.attachment.joining import QueueOutput
 from haltkit.attachment.tally import Tally
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe, Report, verify
 from haltkit.loop import LoopObserver
-from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.protocol import HaltingPolicy, Readout, granularity_of
 from haltkit.recording.recorder import Recorder
 from haltkit.recording.trajectory import Trajectory
 
@@ -154,19 +154,27 @@ class Session(ABC):
         return "\n".join(f"{name}:\n{self.tally[name]}" for name in self.regions)
 
     def verify(
-        self, run: Callable[[], Any], k: int | Mapping[str, int], run_at: Callable[[Any], Any] | None = None
+        self,
+        run: Callable[[], Any],
+        k: int | Mapping[str, int],
+        run_at: Callable[[Any], Any] | None = None,
+        *,
+        rows: bool | None = None,
     ) -> Report:
         """Prove on this model that attaching is neutral and that a halt at ``k`` is right.
 
         The session itself is not used for it: what it counts and remembers stays as it is.
-        See :func:`haltkit.attachment.verify.verify`.
+        See :func:`haltkit.attachment.verify.verify`; ``rows``: whether rows or entries halt one by one, None: as the
+        session's policies do.
 
         Raises:
             ValueError: nothing halts in this session.
         """
         if not self.policies:
             raise ValueError("this session only observes, and halts nothing: attach a policy to verify a halt")
-        return verify(self.regions, self.detached, self._probe, run, k, run_at)
+        if rows is None:
+            rows = any(granularity_of(policy) not in ("batch", "world") for policy in self.policies.values())
+        return verify(self.regions, self.detached, self._probe, run, k, run_at, rows)
 
     def __enter__(self) -> Session:
         return self

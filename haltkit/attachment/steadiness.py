@@ -19,7 +19,7 @@ from haltkit.attachment.outputs import tensors_in
 
 __all__ = ["ENOUGH", "Inputs", "gap"]
 
-ENOUGH = 2  # replayed iterations that are compared where only the first halted loop is checked
+ENOUGH = 2  # replayed iterations in which the first halted loop must be seen to stand still
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -58,7 +58,7 @@ class Inputs:
     Args:
         loop: the loop.
         throughout: watch before the halt too, to tell inputs that stand still since the halt from those that always do;
-            otherwise raise when two replayed iterations differ, and watch no further.
+            otherwise raise when two replayed iterations differ: the same modules may also run in a second loop.
         keep: numbers of iterations, from 1, whose inputs and states are kept.
     """
 
@@ -81,7 +81,7 @@ class Inputs:
 
     def see(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A body module is called."""
-        if self.throughout or (self._halted and self.replayed < ENOUGH):
+        if self.throughout or self._halted:
             self._now.append(_Given(module, [t.detach().clone() for t in self._watched(module, args, kwargs)]))
 
     def _watched(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

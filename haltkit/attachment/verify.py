@@ -44,6 +44,10 @@ class Report:
         constant: modules whose inputs never moved, which proves nothing about them, by region.
         others: how much the other entries of the batch change when only its first one is halted, relative to the
             largest state, by region; None where that could not be seen (a batch of one).
+        alone: difference between the first entry's own output when it alone is halted at ``k``, and that of the model
+            run with ``k`` loops, relative to the largest; None without ``run_at``, of a batch of one, or of several
+            regions.
+        rows: whether rows or entries are to halt one by one, so that ``alone`` counts.
     """
 
     k: dict[str, int]
@@ -55,6 +59,13 @@ class Report:
     constant: dict[str, list[str]] = field(default_factory=dict)
     beside: float | None = None
     others: dict[str, float | None] = field(default_factory=dict)
+    alone: float | None = None
+    rows: bool = True
+
+    @property
+    def together(self) -> bool:
+        """Entries of the batch must halt together: one that halts alone gets another output."""
+        return self.alone is not None and self.alone > ROUNDING
 
     @property
     def ok(self) -> bool:
@@ -67,6 +78,7 @@ class Report:
             or self.halted
             or (self.beside and self.halted != 0)
             or any(seen and seen > ROUNDING for seen in self.others.values())
+            or (self.rows and self.together)
         ):
             return False
         drifts = self.drift.values()
@@ -94,8 +106,16 @@ class Report:
         lines.append(f"what the model keeps of replayed iterations before the last: {verdict(self.beside, unknown)}")
         for name, seen in self.others.items():
             where = "" if len(self.loops) == 1 else f" in {name}"
-            unknown = "not seen, for that takes a batch of two"
+            unknown = "not seen, for that takes a batch of two and rows in each entry"
             lines.append(f"one entry of the batch halted{where}, the others' states: {verdict(seen, unknown)}")
+        if self.alone is not None:
+            said = verdict(self.alone)
+            if self.together:
+                said += (
+                    ": its loop carries more than the state. Halt whole batches (granularity=batch), or let entries "
+                    "leave (execution='compact')"
+                )
+            lines.append(f"one entry of the batch halted, its own output: {said}")
         depths = ", ".join(str(k) if len(self.loops) == 1 else f"{k} in {name}" for name, k in self.k.items())
         unknown = "not compared, no run_at was given: what the model sums up beside the loop is not seen"
         lines.append(f"halted at {depths}, against the model run with that many: {verdict(self.halted, unknown)}")
@@ -133,13 +153,15 @@ class Attaching(Protocol):
 
 @dataclass(frozen=True)
 class _First:
-    """Halts the first entry of the batch at the first step; of a batch of one its first row, and nothing else ever."""
+    """Halts the first entry of the batch at a step; of a batch of one its first row, and nothing else ever."""
+
+    at: int = 1
 
     def init(self, x0: Tensor) -> None:
         return None
 
     def update(self, state: None, step: LoopStep) -> tuple[None, Verdict]:
-        halt = self.rows(step.x)
+        halt = self.rows(step.x) & (step.k >= self.at)
         return None, Verdict((~halt).float(), halt)
 
     @staticmethod
@@ -172,6 +194,7 @@ def verify(
     run: Callable[[], Any],
     k: int | Depths,
     run_at: Callable[[Any], Any] | None = None,
+    rows: bool = True,
 ) -> Report:
     """Compare runs of the user's own model.
 
@@ -184,6 +207,7 @@ def verify(
         k: where to force a halt, below the number of iterations that the model runs: in every region, or by region.
         run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
             settles it.
+        rows: whether rows or entries are to halt one by one.
 
     Raises:
         GlueDrift: the body's input goes on changing after the halt, so state is carried outside the described modules.
@@ -200,8 +224,8 @@ def verify(
     never = dict.fromkeys(regions, NEVER)
     with probe(never, keep=(1, 2, 3)) as unhalted:
         neutral = difference(run(), plain)
-        loops, free, rows = unhalted.iterations(), unhalted.watched(), unhalted.steps
-    if empty := [name for name, steps in rows.items() if not steps.numel()]:
+        loops, free, taken = unhalted.iterations(), unhalted.watched(), unhalted.steps
+    if empty := [name for name, steps in taken.items() if not steps.numel()]:
         raise ValueError(f"the batch of run is empty in {', '.join(empty)}, which proves nothing: run it on some rows")
     if neutral:
         with detached():
@@ -214,10 +238,11 @@ def verify(
     with probe({**never, **{name: Fixed(depth) for name, depth in depths.items()}}) as halting:
         halted = run()
         watched = {name: inputs for name, inputs in halting.watched().items() if name in depths}
-    compared = None
+    compared = reference = None
     if run_at is not None:
         with detached():
-            compared = difference(halted, run_at(k))
+            reference = run_at(k)
+        compared = difference(halted, reference)
     beside = None
     if all(inputs.replayed > 1 for inputs in watched.values()) and watched:
         last = {name: loops[name] for name in depths}
@@ -233,6 +258,11 @@ def verify(
                 "states. Say on_halt={...: 'zero'} for the module whose output is summed, or halt a loop that contains "
                 "the sum"
             )
+    alone = None
+    if reference is not None and len(regions) == 1 and free:
+        (name,) = regions
+        with probe({name: _First(depths[name])}):
+            alone = _alone(run(), reference, free[name].newest)
     others = {}
     for name in (name for name in depths if name in free):
         with probe({**never, name: _First()}, keep=(1, 2, 3)) as some:
@@ -248,7 +278,26 @@ def verify(
         {name: inputs.constant for name, inputs in watched.items()},
         beside,
         others,
+        alone,
+        rows,
     )
+
+
+def _alone(output: Any, reference: Any, state: Tensor | None) -> float | None:
+    """The first entry's own output against that of the model at the same depth, relative to the largest.
+
+    Of outputs whose first dimension is as large as the batch, and no other: which dimension it is must be plain.
+    """
+    if state is None or state.ndim < 2 or len(state) < 2:
+        return None
+    batch, found = len(state), None
+    for one, other in zip(tensors_in(output), tensors_in(reference), strict=False):
+        if one.shape == other.shape and one.ndim and one.is_floating_point() and list(one.shape).count(batch) == 1:
+            if len(one) != batch:
+                continue
+            size = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max())
+            found = max(found or 0.0, gap(one[0], other[0]) / (size or 1.0))
+    return found
 
 
 def _carried(region: str, free: Inputs, some: Inputs) -> float | None:

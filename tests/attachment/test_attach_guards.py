@@ -184,7 +184,7 @@ def test_the_first_halted_pass_of_a_session_is_checked_and_only_that(x: Tensor) 
         for _ in range(3):
             model2(x)
             copies.append(session.watched()["loop"].replayed if session.watched() else 0)
-    assert copies == [2, 0, 0]
+    assert copies == [STEPS - 4, 0, 0]
 
 
 class Indexed(nn.Module):
@@ -334,3 +334,104 @@ def test_what_the_model_sums_up_beside_its_loop_is_seen_without_a_comparison(x: 
         model, lambda: model(x, weighed=True), 4, lambda k: model(x, k, True), on_halt={"weigh": "zero"}, **keys
     )
     assert (report.ok, report.beside, report.halted) == (True, 0, 0)
+
+
+class TwoStates(nn.Module):
+    """Carries a memory beside its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.memory, self.core = nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, n: int = STEPS) -> Tensor:
+        h = torch.zeros_like(x)
+        for _ in range(n):
+            h = self.memory(x, h)
+            x = torch.tanh(0.5 * self.core(x) + 0.5 * h)
+        return h
+
+
+@torch.no_grad()
+def test_entries_of_a_loop_that_carries_more_than_its_state_are_seen_not_to_halt_alone() -> None:
+    model, x = TwoStates().eval(), torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    run, body = lambda: model(x), {"body": ["memory", "core"], "initial": None}
+    report = haltkit.verify(model, run, 4, lambda k: model(x, k), **body)
+    assert report.halted == 0
+    assert report.together
+    assert not report.ok
+    assert "granularity=batch" in str(report)
+    assert haltkit.verify(model, run, 4, lambda k: model(x, k), rows=False, **body).ok
+    assert haltkit.verify(model, run, 4, lambda k: model(x, k), execution="compact", **body).ok
+    for spec, right in (("norm:tau=0.1,granularity=batch", True), ("norm:tau=0.1", False)):
+        with haltkit.attach(model, spec, **body) as session:
+            assert session.verify(run, 4, lambda k: model(x, k)).ok is right
+            run()
+    found = haltkit.discover(model, run, lambda k: model(x, k))
+    assert found.candidates[0].together
+    assert "execution='compact'" in found.candidates[0].verdict
+    one = Refiner().eval()
+    states = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(2))
+    assert haltkit.verify(one, lambda: one(states), 4, lambda k: one(states, k), body=["core"]).alone == 0
+
+
+class UntilSettled(nn.Module):
+    """Ends by a residual that it computes beside its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x
+        while (torch.tanh(0.5 * (z @ self.core.weight.T)) + x - z).norm() > 1e-4:
+            z = torch.tanh(0.5 * self.core(z)) + x
+        return z
+
+
+@torch.no_grad()
+def test_a_loop_that_would_not_end_after_the_halt_is_refused(x: Tensor) -> None:
+    model = UntilSettled().eval()
+    with (
+        haltkit.attach(model, "norm:tau=0.05,granularity=batch", body=["core"], initial=None),
+        pytest.raises(errors.NeverEnds, match="residual"),
+    ):
+        model(x)
+    assert "NeverEnds" in haltkit.discover(model, lambda: model(x)).candidates[0].problem
+
+
+class Siamese(nn.Module):
+    """Runs its loop on two inputs in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core = nn.Linear(WIDTH, WIDTH)
+
+    def refine(self, h: Tensor, n: int) -> Tensor:
+        for _ in range(n):
+            h = torch.tanh(self.core(h))
+        return h
+
+    def forward(self, a: Tensor, b: Tensor, n: int = STEPS) -> Tensor:
+        return self.refine(a, n) * self.refine(b, n)
+
+
+@torch.no_grad()
+def test_a_second_loop_in_the_same_call_is_noticed(x: Tensor) -> None:
+    model, other = Siamese().eval(), torch.randn_like(x)
+    with haltkit.attach(model, "fixed:steps=3", body=["core"]), pytest.raises(errors.AttachError):
+        model(x, other)
+    with haltkit.attach(model, "fixed:steps=3", body=["core"], scope=":refine"):
+        assert torch.equal(model(x, other), model(x, other, 3))
+
+
+@torch.no_grad()
+def test_discover_proposes_what_attach_accepts(x: Tensor) -> None:
+    """An embedding of the step number changes what the body is given, and a halt is right all the same."""
+    model = Indexed().eval()
+    best = haltkit.discover(model, lambda: model(x), lambda k: model(x, k)).candidates[0]
+    assert "check=False" in best.call()
+    with haltkit.attach(model, "fixed:steps=4", **best.fields()):
+        assert torch.equal(model(x), model(x, 4))

@@ -265,6 +265,22 @@ def test_what_a_queue_refuses() -> None:
         run(boards(0, 1)[0])
 
 
+def test_a_first_item_of_its_own_shape_is_compared_too() -> None:
+    """Items whose calls are never made together still take turns in the model's code."""
+    model = Keeps()
+    given = [boards(0, 1, 3)[0], *boards(1, 7, 5)]
+    with haltkit.attach(model, SPEC, **BODY) as session, pytest.raises(RowsMeet, match="on itself"):
+        list(session.queue(given, lambda board: model(board[None]), 4))
+
+
+def test_items_run_in_the_mode_of_whoever_reads_the_queue() -> None:
+    model = Solver(nn.Linear(WIDTH, WIDTH)).float()
+    given = [board.float() for board in boards(2, 5)]
+    with haltkit.attach(model, "fixed:steps=4", **BODY) as session, torch.autocast("cpu", dtype=torch.bfloat16):
+        results = list(session.queue(given, lambda board: model(board[None]), 3))
+    assert {result.output["answer"].dtype for result in results} == {torch.bfloat16}
+
+
 class AutocastSolver(Solver):
     """Loops under autocast, which PyTorch keeps for each thread."""
 

@@ -27,7 +27,7 @@ def _load() -> Any:
 
 gallery = _load()
 ROWS = {
-    row[1]: row[2:4]
+    row[1]: row[2:5]
     for line in (EXAMPLES / "gallery.md").read_text(encoding="utf-8").splitlines()
     if len(row := [cell.strip() for cell in line.split("|")]) > 4
 }
@@ -47,9 +47,10 @@ def test_the_first_proposal_is_exact_where_the_page_says_so(entry: Any) -> None:
     if not entry.installed:
         pytest.skip(f"{entry.needs} is not installed")
     found, case = gallery.look(entry), entry.case()
-    call, where = ROWS[entry.name]
+    call, where, alone = ROWS[entry.name]
     assert f"`{found.call}`" == call
     assert gallery.steps_text(found, entry, case) == where
+    assert found.alone_text == alone
     assert found.exact == list(entry.steps(case))
     assert ("does not hold yet" in found.verdict) == (not found.exact)
 
