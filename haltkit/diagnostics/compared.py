@@ -48,5 +48,7 @@ def read_comparison(document: Any) -> Comparison:
 
 @cache
 def _kinds() -> dict[str, Any]:
-    """What JSON has in each field of a row: a standard error that is infinite is null there."""
-    return get_type_hints(Row) | {"delta_se": float | None, "agreement_se": float | None}
+    """What JSON has in each field of a row: a standard error that is infinite is null there, and no setting is."""
+    kinds = get_type_hints(Row) | {"delta_se": float | None, "agreement_se": float | None}
+    del kinds["setting"]
+    return kinds

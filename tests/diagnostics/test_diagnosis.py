@@ -34,6 +34,7 @@ from haltkit.diagnostics.compared import read_comparison
 from haltkit.diagnostics.diagnosis import FORMAT
 from haltkit.diagnostics.judgement import Judgement
 from haltkit.diagnostics.results import Cell, Control, Snapshot, Survey
+from haltkit.diagnostics.unfolding import Unfolding
 from haltkit.reporting.folder import write_diagnosis
 from haltkit.reporting.report import _data, render_page
 from haltkit.subject import Subject
@@ -49,6 +50,19 @@ PLAIN = st.recursive(
 )
 
 
+@st.composite
+def unfoldings(draw: st.DrawFn) -> Unfolding:
+    """Lists of one entry per cell."""
+    cells = draw(st.integers(0, 2))
+    each = st.tuples(*[TEXT] * cells)
+    asked = draw(st.tuples(*[st.booleans()] * cells))
+    answers = draw(st.lists(each, max_size=2).map(tuple))
+    return Unfolding(draw(TEXT), draw(st.integers(1, 9)), draw(each), asked, answers, draw(each))
+
+
+UNFOLDINGS = unfoldings()
+
+
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of a type of the schema."""
     origin, inner = get_origin(kind), get_args(kind)
@@ -62,6 +76,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(TEXT, values_of(inner[1]), max_size=2)
     if origin is Literal:
         return st.sampled_from(inner)
+    if kind is Unfolding:
+        return UNFOLDINGS
     if dataclasses.is_dataclass(kind):
         return st.deferred(lambda: st.builds(kind, **{name: values_of(k) for name, k in get_type_hints(kind).items()}))
     return {

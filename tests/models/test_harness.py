@@ -263,7 +263,7 @@ def test_the_text_models_steps_are_told_by_request(
 ) -> None:
     steps, spec = folder / "own.jsonl", "norm:tau=0.5"
     keys = {"pretrained": "text", "policy": spec, "max_steps": 9, "steps": steps}
-    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "own", **keys)
+    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "own-steps", **keys)
     lines = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
     assert [(line["doc"], line["request"]) for line in lines] == [(d, choice) for d in range(6) for choice in range(3)]
     encode = text.tokenizer.encode_ordinary
