@@ -66,6 +66,8 @@ class CacheUse:
         self.book, self._given = book, given
         self._storages: set[int] | None = None  # of the tensors that the scope was given
         self._start: int | None = None  # where x_0 is
+        # A cache object tells how deep it was filled: what is handed on as values needs no look (but see ``copy``).
+        self._known = False
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
         self._earlier: int | None = None  # how deep an earlier call filled them
@@ -159,11 +161,6 @@ class CacheUse:
             MEMORY.returned(tensor, self._turn, self._iteration)
 
     @property
-    def _known(self) -> bool:
-        """A cache object tells how deep it was filled: what is handed on as values needs no look (but see ``copy``)."""
-        return bool(self.caches) and self.book.mode != "copy" and is_cache(self.caches[0])
-
-    @property
     def _newest(self) -> int | None:
         return None if self.book.state is None else _newest.get(self.book.state)
 
@@ -189,6 +186,7 @@ class CacheUse:
 
     def _found(self, cache: Any) -> None:
         self.caches.append(cache)
+        self._known = self._known or (self.book.mode != "copy" and is_cache(cache))
         if self._earlier is None:
             self._earlier = MEMORY.depth(cache, self.book.loop)
         if self.book.mode != "copy":
