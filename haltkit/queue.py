@@ -115,7 +115,7 @@ def run_queue(
             "(see haltkit.SlotBody), or pass a function of the state"
         )
     batch = Slots(body, built, max_steps, readout, keep)
-    return in_turn(batch, iter(items), slots, window, _failed, prepare)
+    return in_turn(batch, iter(items), slots, window, prepare, _failed)
 
 
 def _failed(index: int, error: Exception) -> QueueResult:
@@ -142,8 +142,8 @@ def in_turn(
     source: Iterator[Any],
     slots: int,
     ahead: int | None,
-    failed: Callable[[int, Exception], R],
     prepare: Callable[[Any], Any] | None = None,
+    failed: Callable[[int, Exception], R] | None = None,
 ) -> Iterator[R]:
     """Admit, step, hand out, until the source is exhausted; see :func:`run_queue` for the order of results.
 
@@ -152,8 +152,8 @@ def in_turn(
         source: of the items.
         slots: how many run at a time.
         ahead: how far the source is read beyond the last result handed out; None: results come as they complete.
-        failed: the result of an item whose preparation has raised.
         prepare: makes an item from what the source gives.
+        failed: the result of an item whose preparation has raised; None: that ends the queue.
     """
     waiting: dict[int, R] = {}  # completed and not handed out, by the item's number
     read = due = 0  # items read, results handed out
@@ -171,6 +171,8 @@ def in_turn(
                 try:
                     admitted.append((read, item if prepare is None else prepare(item)))
                 except Exception as error:
+                    if failed is None:
+                        raise
                     waiting[read] = failed(read, error)
                 read, room = read + 1, room - 1
             with torch.no_grad():  # never across a yield

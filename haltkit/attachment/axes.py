@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from haltkit.attachment.errors import RowsMeet
-from haltkit.attachment.outputs import map_tensors, mapped_tensors
+from haltkit.attachment.outputs import largest, map_tensors, mapped_tensors
 
 __all__ = [
     "TRIALS",
@@ -134,17 +134,16 @@ def same_rows(few: Tensor, full: Tensor, axis: int, rows: Tensor) -> bool:
     return axis < full.ndim and close(few, full.index_select(axis, rows))
 
 
-def close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to the rounding of products of other sizes, relative to the largest value; NaN equals NaN."""
+def close(one: Tensor, other: Tensor, tolerance: float | None = None) -> bool:
+    """Equal up to a share of the largest value, NaN equals NaN; None: the rounding of products of other sizes."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     one, other = one.detach(), other.detach()
     if not one.is_floating_point():
         return torch.equal(one, other)
-    finite = other[other.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    tolerance = min(128 * torch.finfo(one.dtype).eps, 0.03) * largest
-    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+    if tolerance is None:
+        tolerance = min(128 * torch.finfo(one.dtype).eps, 0.03)
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest(other), equal_nan=True)
 
 
 def telling(output: Any, axes: Axes) -> bool:

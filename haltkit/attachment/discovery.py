@@ -16,7 +16,7 @@ from haltkit.attachment.calls import Calls
 from haltkit.attachment.dataflow import Leaf, Reads, leaves
 from haltkit.attachment.description import Action, call_parts, check_model, find_module
 from haltkit.attachment.errors import AttachError, GlueDrift, VaryingInput
-from haltkit.attachment.outputs import first_tensor, tensors_in
+from haltkit.attachment.outputs import first_tensor, largest, tensors_in
 from haltkit.attachment.verify import ROUNDING, Report
 
 __all__ = ["Candidate", "Discovery", "discover"]
@@ -227,8 +227,8 @@ def _passes_check(model: nn.Module, candidate: Candidate, run: Callable[[], Any]
 def _is_rounding(difference: float, run: Callable[[], Any]) -> bool:
     """Whether two outputs differ no more than products of other sizes do."""
     with torch.no_grad():
-        outputs = [t for t in tensors_in(run()) if t.is_floating_point() and t.numel()]
-    return difference <= ROUNDING * max((float(t.abs().max()) for t in outputs), default=0.0)
+        sizes = [largest(tensor) for tensor in tensors_in(run()) if tensor.is_floating_point()]
+    return difference <= ROUNDING * max(sizes, default=0.0)
 
 
 def _wrong(report: Report) -> str:

@@ -99,8 +99,11 @@ class HaltingSession(Session):
 
     def _retiring(self, loop: Loop) -> Retiring:
         """What rows are retired from: the modules of a loop's body."""
-        modules = {path: find_module(self.model, call_parts(path)[0]) for path in loop.body}
-        return Retiring(modules, self._passing.through)
+        return Retiring(self._bodies(loop), self._passing.through)
+
+    def _bodies(self, loop: Loop) -> dict[str, nn.Module]:
+        """The modules of a loop's body, or whose methods it names, by path."""
+        return {path: find_module(self.model, call_parts(path)[0]) for path in loop.body}
 
     def attach(self, beside: Session | None = None) -> HaltingSession:
         """Override the model's modules. ``beside``: a session that is detached meanwhile.
@@ -214,10 +217,9 @@ class HaltingSession(Session):
             for item in items:
                 items, first = itertools.chain([item], items), self._alone(call, item)
                 break
-        modules = {path: find_module(self.model, call_parts(path)[0]) for path in region.loop.body}
-        region.joining = Joining(call, BatchNorms(modules), self._passing.through, first)
+        region.joining = Joining(call, BatchNorms(self._bodies(region.loop)), self._passing.through, first)
         try:
-            yield from in_turn(region.joining, items, slots, window, _no_failure)
+            yield from in_turn(region.joining, items, slots, window)
         finally:
             region.joining = None
 
@@ -288,7 +290,3 @@ class HaltingSession(Session):
     def watched(self) -> dict[str, Inputs]:
         """What the modules of each region's body were given in its newest loop, where that was watched."""
         return {name: region.watched for name, region in self._parts.items() if region.watched is not None}
-
-
-def _no_failure(index: int, error: Exception) -> QueueOutput:
-    raise error  # nothing is prepared before an item runs

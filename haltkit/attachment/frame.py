@@ -107,8 +107,7 @@ class Frame:
         if self.joining is not None:
             if self.kv.in_use:
                 raise RowsMeet(f"a queue: {name!r} is given a cache, and the items of a queue have none in common")
-            state_of = self.loop.state_of if name == self.loop.state_module else None
-            return self.joining.compute(BodyCall(name, len(self._tape), forward, args, kwargs, state_of))
+            return self.joining.compute(BodyCall(name, len(self._tape), forward, args, kwargs))
         if self.retiring is None:
             return forward(*args, **kwargs)
         if self.kv.in_use:

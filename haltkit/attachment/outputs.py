@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "disturbed",
     "first_tensor",
+    "largest",
     "map_tensors",
     "mapped_tensors",
     "structure_of",
@@ -41,6 +42,12 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
         parts = (tensor, *output[1:])
         return type(output)(*parts) if hasattr(output, "_fields") else parts
     return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: tensor})
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest finite number of a tensor in absolute terms, 0 without one: what a difference is held against."""
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def disturbed(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from haltkit.attachment.errors import GlueDrift, StateNotCarried
-from haltkit.attachment.outputs import tensors_in
+from haltkit.attachment.outputs import largest, tensors_in
 from haltkit.attachment.steadiness import Inputs, gap
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, LoopStep, Verdict
@@ -295,8 +295,7 @@ def _alone(output: Any, reference: Any, state: Tensor | None) -> float | None:
         if one.shape == other.shape and one.ndim and one.is_floating_point() and list(one.shape).count(batch) == 1:
             if len(one) != batch:
                 continue
-            size = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max())
-            found = max(found or 0.0, gap(one[0], other[0]) / (size or 1.0))
+            found = max(found or 0.0, gap(one[0], other[0]) / (largest(other) or 1.0))
     return found
 
 
@@ -319,5 +318,4 @@ def _carried(region: str, free: Inputs, some: Inputs) -> float | None:
         )
     if rows.ndim < 2 or len(rows) < 2:
         return None
-    size = float(free.newest.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return gap(free.newest[~rows], some.newest[~rows]) / (size or 1.0)
+    return gap(free.newest[~rows], some.newest[~rows]) / (largest(free.newest) or 1.0)

@@ -376,4 +376,4 @@ def generate_stream(
         return Continuation(index, [], {name: [] for name in model.regions}, None, error)
 
     slots = slots if settings.sampler == "sequential" else 1
-    return in_turn(texts, iter(prompts), slots, window, failed, prepare)
+    return in_turn(texts, iter(prompts), slots, window, prepare, failed)
