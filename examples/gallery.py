@@ -108,14 +108,14 @@ def changed(thing: Any, **values: Any) -> Iterator[None]:
             setattr(thing, name, value)
 
 
-def depth_in(thing: Any, name: str, run: Callable[[], Any]) -> Callable[[int], Any]:
-    """``run`` with k as an attribute: how most models are told their depth."""
+def told(model: nn.Module, thing: Any, name: str, run: Callable[[], Any], loops: int) -> Case:
+    """A model whose depth is an attribute of ``thing``, as that of most is."""
 
     def run_at(k: int) -> Any:
         with changed(thing, **{name: k}):
             return run()
 
-    return run_at
+    return Case(model, run, run_at, loops)
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -148,7 +148,7 @@ def iterative_bert(size: Size) -> Case:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
         return hidden
 
-    return Case(model, run, depth_in(model.config, "h_cycles", run), 6)
+    return told(model, model.config, "h_cycles", run, 6)
 
 
 def bdh(size: Size) -> Case:
@@ -158,7 +158,7 @@ def bdh(size: Size) -> Case:
         dim=size.width, num_tokens=VOCABULARY, depth=8, heads=2, dim_qk_heads=4 * size.width, rotary_dim=8
     ).eval()
     ids = size.ids
-    return Case(model, lambda: model(ids), depth_in(model, "depth", lambda: model(ids)), 8)
+    return told(model, model, "depth", lambda: model(ids), 8)
 
 
 def bdh_reasoning(size: Size) -> Case:
@@ -178,8 +178,7 @@ def ponder_transformer(size: Size) -> Case:
     with torch.no_grad():
         model.block.to_halt_logits[0].bias.fill_(-1e4)  # its own halting draws random numbers: never
     ids = size.ids
-    run = lambda: model(ids)[0]  # noqa: E731
-    return Case(model, run, depth_in(model, "train_max_steps", run), model.train_max_steps)
+    return told(model, model, "train_max_steps", lambda: model(ids)[0], model.train_max_steps)
 
 
 def _hrm_networks(size: Size) -> list[dict[str, Any]]:
@@ -222,7 +221,7 @@ def _slots(kind: str) -> Callable[[Size], Case]:
                 out: Tensor = model(states)
                 return out
 
-        return Case(model, run, depth_in(model, "iters", run), 6)
+        return told(model, model, "iters", run, 6)
 
     return build
 
@@ -271,8 +270,7 @@ def perceiver_transformers(size: Size) -> Case:
         num_cross_attention_heads=2,
     )
     model, states = PerceiverModel(config).eval(), size.states
-    run = lambda: model(inputs=states).last_hidden_state  # noqa: E731
-    return Case(model, run, depth_in(model.config, "num_blocks", run), 6)
+    return told(model, model.config, "num_blocks", lambda: model(inputs=states).last_hidden_state, 6)
 
 
 def inkling2_loop(size: Size) -> Case:
@@ -301,8 +299,7 @@ def inkling2_loop(size: Size) -> Case:
         eos_token_id=None,
     )
     model, ids = randomized(Inkling2LoopTextModel(config)), size.ids
-    run = lambda: model(ids, use_cache=False).last_hidden_state  # noqa: E731
-    return Case(model, run, depth_in(model.config, "loop_num_passes", run), 5)
+    return told(model, model.config, "loop_num_passes", lambda: model(ids, use_cache=False).last_hidden_state, 5)
 
 
 def esmfold_trunk(size: Size) -> Case:
@@ -378,8 +375,7 @@ def gated_graph(size: Size) -> Case:
         model.weight.copy_(model.weight[:1].expand_as(model.weight))
     nodes = size.states.flatten(0, 1)
     edges = torch.stack([torch.arange(len(nodes) - 1), torch.arange(1, len(nodes))])
-    run = lambda: model(nodes, edges)  # noqa: E731
-    return Case(model, run, depth_in(model, "num_layers", run), 6)
+    return told(model, model, "num_layers", lambda: model(nodes, edges), 6)
 
 
 def spiral(size: Size) -> Case:
@@ -410,8 +406,7 @@ def plato_mythos(size: Size) -> Case:
     model: Any = PlatoMythos(config).eval()
     model.deadband.should_continue = lambda x, step: True  # its own halting: never
     ids = size.ids
-    run = lambda: model(ids)  # noqa: E731
-    return Case(model, run, depth_in(model.config, "max_loop_depth", run), 6)
+    return told(model, model.config, "max_loop_depth", lambda: model(ids), 6)
 
 
 class Flow(nn.Module):
@@ -432,8 +427,7 @@ class Flow(nn.Module):
 
 def torchdiffeq_euler(size: Size) -> Case:
     model, states = Flow(size.width).eval(), size.states
-    run = lambda: model(states)  # noqa: E731
-    return Case(model, run, depth_in(model, "steps", run), 6)
+    return told(model, model, "steps", lambda: model(states), 6)
 
 
 def silva_deq(size: Size) -> Case:
@@ -457,8 +451,7 @@ def act_cell(size: Size) -> Case:
 
     model = AdaptiveGRUCell(size.width, size.width, time_penalty=1e-3, time_limit=7, initial_halting_bias=-8.0).eval()
     x, hidden = size.states[:, 0], torch.zeros(size.sequences, size.width)
-    run = lambda: model(x, hidden)[0]  # noqa: E731
-    return Case(model, run, depth_in(model, "time_limit", run), 7)
+    return told(model, model, "time_limit", lambda: model(x, hidden)[0], 7)
 
 
 def coconut(size: Size) -> Case:
@@ -565,10 +558,12 @@ class Method(Own):
 def _own(kind: type[Own]) -> Callable[[Size], Case]:
     def build(size: Size) -> Case:
         model, states = kind(size.width).eval(), size.states
-        run = lambda: model(states)  # noqa: E731
-        if isinstance(model, Method):
-            run = lambda: model.refine(states)  # noqa: E731
-        return Case(model, run, depth_in(model, "steps", run), 6)
+
+        def run() -> Tensor:
+            out: Tensor = model.refine(states) if isinstance(model, Method) else model(states)
+            return out
+
+        return told(model, model, "steps", run, 6)
 
     return build
 
