@@ -118,10 +118,10 @@ def check_policies(text: str | None) -> bool:
         return False
     from haltkit.attachment.saved import load_card
     from haltkit.card import is_card
-    from haltkit.specs import Spec, parse_choice, parse_choices
+    from haltkit.specs import files_of, parse_choice, parse_choices
 
     found = [load_card(item).choice if is_card(item) else parse_choice(item) for item in parse_choices(text)]
-    return any(spec.files for one in found for spec in ([one] if isinstance(one, Spec) else one.values()))
+    return any(map(files_of, found))
 
 
 def read_policies(

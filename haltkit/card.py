@@ -19,7 +19,7 @@ from haltkit.folders import atomic_folder, leftovers
 from haltkit.identity import Identity
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import known_names
-from haltkit.specs import Choice, Spec, parse_choice, policy_for_regions
+from haltkit.specs import Choice, Spec, files_of, parse_choice, policy_for_regions
 from haltkit.trust import reading
 from haltkit.weights import Weights
 
@@ -159,7 +159,7 @@ class Card:
         """
         if weights is None:
             weights = {name: Weights.load((self.folder or Path()) / name) for name in self.weights}
-        named = _files(parse_choice(self.policy))
+        named = files_of(parse_choice(self.policy))
         if set(named) != set(weights) or not all(map(_OWN.fullmatch, named)):
             raise ValueError(
                 f"the policy names the weights {', '.join(named) or 'of no file'}, and a card has its own beside it: "
@@ -293,16 +293,10 @@ def _with(regions: Sequence[str]) -> str:
     return f" with regions {', '.join(regions)}" if regions else ""
 
 
-def _files(choice: Choice) -> list[str]:
-    """The files of weights that are named."""
-    specs = [choice] if isinstance(choice, Spec) else choice.values()
-    return list(dict.fromkeys(name for spec in specs for name in spec.files))
-
-
 def _weights(card: Path, choice: Choice, known: Any) -> dict[str, str]:
     """The files of weights that a card's policy names, and the SHA-256 of each, which the card knows."""
     found = {}
-    for name in _files(choice):
+    for name in files_of(choice):
         if not isinstance(known, dict) or not isinstance(known.get(name), str):
             raise ValueError(
                 f"the card does not say which weights are its own, by the SHA-256 of {name!r} under 'weights': run "

@@ -12,7 +12,7 @@ A spec is ``name:key=value,key=value``::
 """
 
 from haltkit.specs.build import WRAPPER_KEYS, Spec
-from haltkit.specs.parse import Choice, parse_choice, parse_choices, parse_spec, parse_spec_list
+from haltkit.specs.parse import Choice, files_of, parse_choice, parse_choices, parse_spec, parse_spec_list
 from haltkit.specs.regions import Policies, PolicyLike, policy, policy_for_regions, policy_of, regions_named
 from haltkit.specs.show import UnprintablePolicy, packed, spec_of, text_of
 
@@ -23,6 +23,7 @@ __all__ = [
     "PolicyLike",
     "Spec",
     "UnprintablePolicy",
+    "files_of",
     "packed",
     "parse_choice",
     "parse_choices",

@@ -8,7 +8,7 @@ from itertools import accumulate
 from haltkit.registry import given_names, known_names, record_of
 from haltkit.specs.build import COMBINED, Spec
 
-__all__ = ["Choice", "parse_choice", "parse_choices", "parse_spec", "parse_spec_list"]
+__all__ = ["Choice", "files_of", "parse_choice", "parse_choices", "parse_spec", "parse_spec_list"]
 
 # What can be asked for at one place: a policy for all regions, or one for each.
 Choice = Spec | dict[str, Spec]
@@ -140,3 +140,9 @@ def _split(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += letter
     return parts
+
+
+def files_of(choice: Choice) -> list[str]:
+    """The files of weights that a choice names, as written, each once."""
+    specs = [choice] if isinstance(choice, Spec) else choice.values()
+    return list(dict.fromkeys(name for spec in specs for name in spec.files))
