@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from haltkit.attachment.strides import Strides
 
-__all__ = ["MEMORY", "Memory", "Turn", "candidates", "contents", "grown", "is_cache"]
+__all__ = ["LEAST_DIMENSIONS", "MEMORY", "Memory", "Turn", "candidates", "contents", "grown", "is_cache"]
 
+LEAST_DIMENSIONS = 4  # of a tensor that is a cache, with those for heads or layers: a state has fewer
 REMEMBERED = 64  # dictionaries and lists, which this keeps in memory
 DEPTH = 5  # how far objects inside objects are looked into
 
@@ -39,7 +40,7 @@ def candidates(given: list[Any]) -> Iterator[Any]:
     """The values among a module's arguments, also inside tuples and lists of them, that might be a cache."""
     for value in given:
         if isinstance(value, Tensor):
-            if value.ndim > 3:  # with dimensions for heads or layers: a state has fewer
+            if value.ndim >= LEAST_DIMENSIONS:
                 yield value
         elif isinstance(value, (dict, list)) or is_cache(value) or (hasattr(value, "__dict__") and not _passive(value)):
             yield value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from haltkit.attachment.caches import MEMORY, Turn, candidates, contents, grown, is_cache
+from haltkit.attachment.caches import LEAST_DIMENSIONS, MEMORY, Turn, candidates, contents, grown, is_cache
 from haltkit.attachment.errors import KVDepthMismatch
 from haltkit.attachment.kv_copy import Copying
 from haltkit.attachment.outputs import tensors_in
@@ -70,6 +70,7 @@ class CacheUse:
         self._known = False
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
+        self._harmless: dict[int, Any] = {}  # what holds no cache and cannot come to, by identity
         self._earlier: int | None = None  # how deep an earlier call filled them
         self._looked: list[tuple[Any, dict[Any, Any]]] = []  # what may be a cache, and what it held at first
         self._returned = self._read = False  # keys and values as values
@@ -103,14 +104,24 @@ class CacheUse:
         """A body module is about to be called: look for a cache among its arguments."""
         if self._copying is not None:
             self._copying.call_begins()
-        given = [*args, *kwargs.values()]
-        for value in candidates(given):
-            if any(value is found for found in self.caches):
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Tensor) and given.ndim < LEAST_DIMENSIONS:
                 continue
-            if is_cache(value) or MEMORY.depth(value, self.book.loop) is not None:
-                self._found(value)
-            elif self._iteration <= 1 and not any(value is known for known, _ in self._looked):
-                self._looked.append((value, contents(value)))
+            if self._harmless.get(id(given), self) is given or any(given is found for found in self.caches):
+                continue
+            inside = list(candidates([given]))
+            for value in inside:
+                self._look_at(value)
+            if not inside:  # most arguments are the same in every call
+                self._harmless[id(given)] = given
+
+    def _look_at(self, value: Any) -> None:
+        if any(value is found for found in self.caches):
+            return
+        if is_cache(value) or MEMORY.depth(value, self.book.loop) is not None:
+            self._found(value)
+        elif self._iteration <= 1 and not any(value is known for known, _ in self._looked):
+            self._looked.append((value, contents(value)))
 
     def starts_at(self, x0: Tensor | None) -> None:
         """The loop begins at ``x0``, which the scope may have been given, and which is no cache."""

@@ -14,6 +14,8 @@ from haltkit.loop import Outcome
 
 __all__ = ["Tally"]
 
+FEW = 64
+
 
 class Tally:
     """Counts over completed loops; safe to add to from several threads.
@@ -86,6 +88,8 @@ class Tally:
 
 
 def _counts(values: Tensor) -> dict[int, int]:
-    """How often each number is in a tensor; counted without a look at each row, for there may be many."""
+    """How often each number is in a tensor. Where there are many they are counted without a look at each."""
+    if values.numel() <= FEW:
+        return Counter(values.flatten().tolist())
     found, counts = torch.unique(values, return_counts=True)
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
