@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +70,7 @@ def bench(
 
     import torch
 
+    from haltkit import timing
     from haltkit.comparison.settings import candidates
     from haltkit.models.gpt import bench as benching
     from haltkit.models.gpt.subject import SAMPLE, gpt_subject, text_windows
@@ -141,7 +141,7 @@ def bench(
     about = {
         "model": named or "bundled",
         "text": str(text) if text else "bundled sample",
-        "machine": machine(),
+        "machine": timing.machine(),
         "device": describe_device(where),
         "torch": torch.__version__,
         "dtype": str(next(gpt.parameters()).dtype).removeprefix("torch."),
@@ -163,22 +163,6 @@ def bench(
             results[part] = measure[part]()
         _print(console, part, results[part])
     write_results(console, json_path, {**about, **results})
-
-
-def machine() -> str:
-    """The processor's name and how many cores may be used."""
-    import os
-    import platform
-
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-        name += " with AMX" if "amx_bf16" in flags else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def _print(console: Console, part: str, result: Any) -> None:

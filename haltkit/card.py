@@ -17,6 +17,7 @@ from haltkit.calibration.certificate import Certificate
 from haltkit.files import check_room, read_yaml, write_text
 from haltkit.folders import atomic_folder, leftovers
 from haltkit.identity import Identity
+from haltkit.measured import Measured
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import known_names
 from haltkit.specs import Choice, Spec, files_of, parse_choice, policy_for_regions
@@ -25,7 +26,7 @@ from haltkit.weights import Weights
 
 __all__ = ["Card", "is_card"]
 
-_KEYS = ("policy", "model", "regions", "loop", "loops", "weights", "identity", "certified", "about")
+_KEYS = ("policy", "model", "regions", "loop", "loops", "weights", "identity", "certified", "measured", "about")
 # In a card's folder; the weights are called as haltkit.specs.packed does.
 _CARD, _CERTIFICATE = "card.yaml", "certificate.json"
 _OWN = re.compile(r"\.?(card\.yaml|certificate\.json|weights(-\d+)?\.safetensors)(\.partial)?")
@@ -59,6 +60,7 @@ class Card:
         certificate: what is promised of the policy on that model.
         folder: where files of weights are that the policy names; None: where the process runs.
         weights: those files, and the SHA-256 of each.
+        measured: what it cost when it was chosen, for a reader of the card; None: not known.
 
     Raises:
         ValueError: a certificate about another policy, or about no model.
@@ -73,6 +75,7 @@ class Card:
     certificate: Certificate | None = None
     folder: Path | None = field(default=None, compare=False)
     weights: Mapping[str, str] = field(default_factory=dict)
+    measured: Measured | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.certificate is not None and self.certificate.setting != self.policy:
@@ -187,6 +190,8 @@ class Card:
             lines.append(f"- Weights (SHA-256): `{known.weights}`, {known.dtype}, full depth {known.full_depth} steps")
         if self.about:
             lines.append(f"- How it was chosen: {' '.join(self.about.split())}")
+        if self.measured is not None:
+            lines.append(f"- Measured: {self.measured}")
         if self.certificate is None:
             lines.append("- Certificate: none, so nothing is promised")
         else:
@@ -235,6 +240,8 @@ class Card:
             values["identity"] = self.identity.fields()
         if self.certificate is not None:
             values["certified"] = True
+        if self.measured is not None:
+            values["measured"] = self.measured.fields()
         if self.about:
             values["about"] = self.about
         write_text(path, yaml.safe_dump(values, sort_keys=False, width=120))
@@ -284,7 +291,8 @@ class Card:
         try:
             identity, certificate = _certified(path, values.get("identity"), values.get("certified", False))
             weights = _weights(path, choice, values.get("weights"))
-            return cls(policy, model, named, by_region, about, identity, certificate, path.parent, weights)
+            measured = None if values.get("measured") is None else Measured.of_fields(values["measured"])
+            return cls(policy, model, named, by_region, about, identity, certificate, path.parent, weights, measured)
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from None
 

@@ -6,14 +6,17 @@ medians over the repeats of the ratio within one.
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Times", "clock", "in_turns", "milliseconds", "ratio", "settled", "turns"]
+__all__ = ["Times", "clock", "in_turns", "machine", "milliseconds", "ratio", "settled", "turns"]
 
 T = TypeVar("T")
 Times = dict[str, list[float]]
@@ -69,3 +72,16 @@ def ratio(times: Times, above: str, below: str) -> float:
 def milliseconds(seconds: Sequence[float], items: int = 1) -> float:
     """Median time per item."""
     return 1e3 * statistics.median(seconds) / items
+
+
+def machine() -> str:
+    """What figures were measured on: the processor's name and how many cores may be used."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name += " with AMX" if "amx_bf16" in flags else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"

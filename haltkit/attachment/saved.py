@@ -14,6 +14,7 @@ from haltkit.attachment.regions import ONE
 from haltkit.calibration.certificate import Certificate
 from haltkit.card import Card
 from haltkit.identity import Identity
+from haltkit.measured import Measured
 from haltkit.weights import Weights
 
 __all__ = ["check_savable", "load", "load_card", "save"]
@@ -46,6 +47,7 @@ def save(
     identity: Identity | None = None,
     certificate: Certificate | None = None,
     weights: Mapping[str, Weights] | None = None,
+    measured: Measured | None = None,
 ) -> None:
     """Write a policy's spec, and the description, of one loop or of several by region, unless a preset finds it (None).
 
@@ -57,6 +59,7 @@ def save(
         model, regions: the name of the model's class and its regions, by which another model is refused.
         identity, certificate: of the very model, and what is promised of the policy on it.
         weights: in the files that the spec names (see :func:`haltkit.specs.packed`).
+        measured: what the policy cost when it was chosen, for a reader of the file.
 
     Raises:
         ValueError: the description has functions, which a file cannot contain.
@@ -64,7 +67,8 @@ def save(
     loops: Mapping[str, Loop] = {ONE: loop} if isinstance(loop, Loop) else loop or {}
     check_savable(loops)
     by_region = {name: _written(one) for name, one in loops.items()}
-    Card(spec, model, tuple(regions), by_region, about, identity, certificate).save(path, weights)
+    card = Card(spec, model, tuple(regions), by_region, about, identity, certificate, measured=measured)
+    card.save(path, weights)
 
 
 def _written(loop: Loop) -> dict[str, Any]:

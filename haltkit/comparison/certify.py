@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from haltkit import timing
 from haltkit.calibration import Certificate, calibrate
 from haltkit.calibration.certificate import Method
+from haltkit.comparison.possible import Possible, possible
 from haltkit.comparison.settings import Given, Sweeps, candidates
 from haltkit.driving import Pass
 from haltkit.protocol import granularity_of
@@ -40,14 +41,23 @@ class Certified:
         setting: the certified one; None where nothing is certified.
         steps: mean steps of the certified setting by region, on the calibration units.
         full_depth: steps of full depth.
-        time: its wall-clock time on the calibration units over full depth's, one run each; None without a setting.
+        ms: its wall-clock milliseconds per item of the subject on the calibration units, one run; None without one.
+        full_ms: the same at full depth.
+        headroom: of the sample that chose the thresholds, by region; empty where the subject has no readout.
     """
 
     certificate: Certificate
     setting: Setting | None
     steps: dict[str, float]
     full_depth: int
-    time: float | None = None
+    ms: float | None = None
+    full_ms: float | None = None
+    headroom: Mapping[str, Possible] = field(default_factory=dict)
+
+    @property
+    def time(self) -> float | None:
+        """The certified setting's time over full depth's; None without a setting."""
+        return None if self.ms is None or self.full_ms is None else self.ms / self.full_ms
 
 
 @torch.no_grad()
@@ -127,7 +137,7 @@ def certify(
         if on_setting is not None:
             on_setting(setting)
         seconds, passes = timing.clock(partial(run, setting))
-        times.append(seconds / full_seconds)
+        times.append(seconds)
         columns.append(lost(passes))
         steps.append(_mean_steps(setting, passes))
         tried = [_named(one) for one in settings[: len(columns)]]
@@ -137,7 +147,10 @@ def certify(
     chosen = certificate.chosen
     if chosen is None:
         return Certified(certificate, None, {}, look.full_depth)
-    return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, times[chosen])
+    headroom = {} if subject.readout is None else possible(replace(subject, samples=chosen_on))
+    items = sum(losses.numel() for _, losses, _ in full)
+    ms, full_ms = (1e3 * seconds / items for seconds in (times[chosen], full_seconds))
+    return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, ms, full_ms, headroom)
 
 
 def check_asked(risk: str, method: str, seed: int) -> None:

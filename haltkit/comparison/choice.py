@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Mapping
 from pathlib import Path
 
+from haltkit import timing
 from haltkit.attachment.saved import save
 from haltkit.comparison.certify import Certified
 from haltkit.comparison.fitting import Fitted
+from haltkit.comparison.possible import Possible
 from haltkit.comparison.table import Comparison
 from haltkit.identity import Identity
+from haltkit.measured import Measured
 from haltkit.setting import Setting
 from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
@@ -52,6 +55,7 @@ def save_winner(path: Path, result: Comparison, subject: Subject, title: str) ->
         regions=subject.regions,
         identity=Identity.of(subject.model, full_depth) if bound else None,
         weights=weights,
+        measured=_measured(result.item, winner.ms, result.rows[0].ms, winner.steps, result.headroom),
     )
 
 
@@ -82,6 +86,7 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
         weights=weights,
+        measured=_measured(subject.item, found.ms, found.full_ms, found.steps, found.headroom),
     )
 
 
@@ -95,8 +100,32 @@ def _packed(setting: Setting, path: Path) -> tuple[str, dict[str, Weights]]:
 
 def _cost(found: Certified) -> str:
     steps = " ".join(f"{taken:.2f}" for taken in found.steps.values())
-    time = "" if found.time is None else f", {found.time:.2f} of its wall-clock time on {platform.machine()}"
+    time = "" if found.time is None else f", {found.time:.2f} of its wall-clock time on {timing.machine()}"
     return f"{steps} of full depth's {found.full_depth} steps{time}"
+
+
+def _measured(
+    item: str,
+    ms: float | None,
+    full_ms: float | None,
+    steps: Mapping[str, float],
+    headroom: Mapping[str, Possible],
+    level: float = 0.99,
+) -> Measured | None:
+    """What a card says of speed and headroom; None where no time is known."""
+    if ms is None or full_ms is None:
+        return None
+    known = {name: one.headroom for name, one in headroom.items()}
+    return Measured(
+        timing.machine(),
+        item,
+        ms,
+        full_ms,
+        steps,
+        {name: one.mean_depth for name, one in known.items()},
+        {name: one.fixed_depth(level) for name, one in known.items()},
+        level if known else None,
+    )
 
 
 def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None:
@@ -122,4 +151,7 @@ def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         weights=weights,
+        measured=_measured(
+            subject.item, found.row.ms, found.row.ms * found.row.speedup, found.row.steps, found.headroom
+        ),
     )

@@ -147,3 +147,20 @@ def test_standard_output_is_json_alone_and_a_terminal_sees_progress(
     shown = capsys.readouterr()
     assert json.loads(shown.out)
     assert ("\x1b[?25l" in shown.err) is (command not in QUICK)  # the cursor is hidden while a line moves
+
+
+def test_a_certified_card_is_what_other_commands_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = tmp_path / "card"
+    assert run_command(*LINES["calibrate"], "--save", card) == 0
+    certified = Card.load(card)
+    assert certified.certificate is not None
+    assert certified.measured is not None
+    capsys.readouterr()
+    assert run_command("card", card) == 0
+    assert certified.certificate.promise in capsys.readouterr().out
+    compare = ["compare", "chase", "--policies", card, "--repeats", "1", "--json", "-"]
+    assert run_command(*compare, *SMALL) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["promise"] for row in rows if row["spec"] == certified.policy] == [certified.certificate.promise]
+    assert run_command(*compare, "--max-loops", "7") == 2  # another full depth
+    assert "certificate is not about this model" in capsys.readouterr().err

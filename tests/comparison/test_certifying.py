@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import haltkit
 from cases import run_command
+from haltkit import timing
 from haltkit.card import Card, is_card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified
@@ -166,6 +167,39 @@ def test_a_card_gives_back_what_was_certified(certified: tuple[Subject, Path]) -
     assert session.tally["loop"].computed == 5
 
 
+def test_a_card_says_what_was_measured_on_which_machine(tmp_path: Path) -> None:
+    subject = replace(_subject(_hops(151, 1)), readout=_logits)
+    found = certify(subject, "norm", epsilon=0.05, delta=0.1, taus=TAUS)
+    save_certified(tmp_path / "card", found, subject, "made up rows")
+    measured = Card.load(tmp_path / "card").measured
+    assert measured is not None
+    assert (measured.machine, measured.item) == (timing.machine(), subject.item)
+    assert found.ms is not None
+    assert found.full_ms is not None
+    assert measured.ms == pytest.approx(found.ms, rel=1e-3)
+    assert found.time == found.ms / found.full_ms
+    assert measured.steps == {"loop": 5.0}
+    assert measured.oracle_steps == {"loop": pytest.approx(2.3)}  # nine rows settle at step 2, one at step 5
+    assert (measured.fixed_depths, measured.level) == ({"loop": 5}, 0.99)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        {"machine": "m", "item": "row", "ms": 1.0, "full_ms": 2.0},
+        {"machine": "m", "item": "row", "ms": 0, "full_ms": 2.0, "steps": {}},
+        {"machine": "m", "item": "row", "ms": 1.0, "full_ms": "fast", "steps": {}},
+        {"machine": "m", "item": "row", "ms": 1.0, "full_ms": 2.0, "steps": {"loop": "few"}},
+        {"machine": "m", "item": "row", "ms": 1.0, "full_ms": 2.0, "steps": {}, "certified": 1},
+    ],
+)
+def test_a_card_with_other_figures_than_a_card_has_is_refused(tmp_path: Path, wrong: Any) -> None:
+    (tmp_path / "card.yaml").write_text(json.dumps({"policy": "norm:tau=1", "measured": wrong}))
+    with pytest.raises(ValueError, match=r"measured has|positive"):
+        Card.load(tmp_path / "card.yaml")
+
+
 def test_another_model_is_refused(certified: tuple[Subject, Path]) -> None:
     subject, folder = certified
     card = Card.load(folder)
@@ -286,6 +320,8 @@ def test_a_card_prints_as_a_section_that_says_what_is_promised(
     for said in (card.policy, card.certificate.promise, card.identity.weights, card.certificate.data_hash, card.about):
         assert said in out
     assert "of its wall-clock time" in card.about
+    assert card.measured is not None
+    assert str(card.measured) in out
     plain = folder.parent / "plain.yaml"
     Card("norm:tau=1").save(plain)
     assert run_command("card", plain) == 0
