@@ -59,7 +59,8 @@ def bench(
     """Measure, side by side in one run, what halting costs and saves on this machine.
 
     The bound is the speed-up that counted floating-point operations allow for the steps that occurred, layers that do
-    not loop included; realised is the measured speed-up over it. Takes some minutes; run nothing else meanwhile.
+    not loop included; realised is the measured speed-up over it. "Over bare loop" is the time above that of a loop of
+    as many steps that decides nothing. Takes some minutes; run nothing else meanwhile.
     """
     named = chosen_model(model, checkpoint)
     parts = [part.strip() for part in only.split(",")]
@@ -191,7 +192,8 @@ def _print(console: Console, part: str, result: Any) -> None:
         for name in ("compact", "compact, accel"):
             grid.add_row(f"{name}, {result['rows']:,} rows, {result['loops']} loops", f"{100 * result[name]:+.1f}%")
     elif part in ("forward", "decode"):
-        grid = table("batch x tokens", "policy", "steps", "full ms/token", "ms/token", "bound", "speed-up", "realised")
+        headings = ("batch x tokens", "policy", "steps", "full ms/token", "ms/token")
+        grid = table(*headings, "bound", "speed-up", "realised", "over bare loop")
         for row in result:
             grid.add_row(
                 f"{row['batch']} x {row['length']}",
@@ -202,6 +204,7 @@ def _print(console: Console, part: str, result: Any) -> None:
                 f"{row['bound']:.2f}x",
                 f"{row['speedup']:.2f}x",
                 f"{row['realised']:.2f}",
+                f"{100 * row['over_bare_loop']:+.1f}%",
             )
     elif part == "slowest":
         grid = table("policy", "batch", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s")

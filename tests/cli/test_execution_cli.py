@@ -186,6 +186,7 @@ def test_bench_measures_every_part(
     for row in measured["forward"] + measured["decode"]:
         assert row["realised"] == pytest.approx(row["speedup"] / row["bound"])
         assert row["bound"] > 1
+        assert row["over_bare_loop"] > -1
         assert all(1 <= mean <= 8 for mean in row["steps"].values())
     scripted = measured["slowest"][-1]
     assert scripted["slowest"] == {"2": 8, "3-4": 8}

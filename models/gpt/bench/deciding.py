@@ -1,0 +1,89 @@
+"""What deciding costs: one update of each policy, and the choice of policies that a benchmark runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltkit.comparison.settings import Candidate, Sweeps
+from haltkit.models.gpt.model import Block
+from haltkit.protocol import HaltingPolicy, LoopStep, Readout, judge
+from haltkit.registry import records
+from haltkit.specs import Policies
+from haltkit.specs import policy as build_policy
+from haltkit.subject import Subject
+from haltkit.timing import in_turns, milliseconds, ratio
+
+__all__ = ["choose_policies", "policy_cost"]
+
+TARGET_STEP = 6  # where thresholds are put when none is given: deep enough for depths to differ
+
+
+def choose_policies(subject: Subject, wanted: Sequence[Candidate]) -> dict[str, Policies]:
+    """Policies ready to run, by name; one without a tau gets that at which a typical token takes ``TARGET_STEP`` steps.
+
+    Raises:
+        ValueError: a policy that does not decide token by token, or one whose scores give no threshold.
+    """
+    sweeps = Sweeps.on(replace(subject, target_steps=(TARGET_STEP,)), subject.look(), "auto")
+    chosen: dict[str, Policies] = {}
+    for candidate in wanted:
+        for setting in sweeps.settings(candidate):
+            if not setting.causal:
+                raise ValueError(f"{setting.label!r} does not decide token by token, which is what is measured here")
+            chosen[setting.text or setting.label] = setting.policies
+    return chosen
+
+
+def _update(policy: HaltingPolicy[Any], state: Any, x: Tensor, x_prev: Tensor, active: Tensor, head: Readout) -> None:
+    judge(policy, state, LoopStep(2, x, x_prev, active, head))
+
+
+@torch.inference_mode()
+def policy_cost(
+    widths: Sequence[int],
+    rows: Sequence[int],
+    vocabulary: int,
+    *,
+    seconds: float,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Any]]:
+    """One update of each policy over one step of a body, a transformer layer, by width, rows and dtype."""
+    results = []
+    for dtype in dtypes:
+        for width in widths:
+            torch.manual_seed(0)
+            body = Block(width, max(1, width // 64), 4, "branch").to(device, dtype)
+            head = torch.nn.Linear(width, vocabulary, bias=False).to(device, dtype)
+            for count in rows:
+                # Sequences of 256: attention over thousands of keys would flatter every policy.
+                shape = (max(1, count // 256), min(count, 256), width)
+                x_prev = torch.randn(shape).to(device, dtype)
+                x = body(x_prev)
+                active = torch.ones(shape[:2], dtype=torch.bool, device=device)
+                runs: dict[str, Callable[[], object]] = {"body": partial(body, x_prev)}
+                for record in records():
+                    if record.cost is None:
+                        continue
+                    name, policy = record.name, build_policy(f"{record.name}:{record.cost}")
+                    # A state from the middle of a loop.
+                    state, _ = judge(policy, policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
+                    runs[name] = partial(_update, policy, state, x, x_prev, active, head)
+                once = sum(in_turns(runs, 1)[name][0] for name in runs)  # warms up, too
+                times = in_turns(runs, max(3, min(50, int(seconds / once))))
+                results.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "width": width,
+                        "rows": count,
+                        "body_ms": milliseconds(times["body"]),
+                        "relative": {name: ratio(times, name, "body") for name in runs if name != "body"},
+                    }
+                )
+    return results
