@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,13 @@ def test_nothing_inside_goes_through_the_front_door() -> None:
     """``import haltkit`` from inside would hide what a module depends on."""
     through = {module for module in HOUSE if "haltkit" in imports(module)}
     assert through <= {"haltkit.cli.main", "haltkit.models.training.logs"}  # these ask for the version
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """A package that pyproject does not list is there in a clone and missing once installed."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^packages = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r'"(.+?)"', listed)) == {name for name, path in HOUSE.items() if path.name == "__init__.py"}
 
 
 def level_of(module: str, package: str, order: list[set[str]]) -> tuple[int, str] | None:
