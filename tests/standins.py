@@ -25,6 +25,52 @@ def with_config(config: Any, run: Callable[[], Tensor], **values: int) -> Tensor
             setattr(config, name, value)
 
 
+class Counting(nn.Module):
+    """A module, and the sizes of the first dimension that it was given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, list[int]()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append(len(args[0]))
+        return self.inner(*args, **kwargs)
+
+
+class InARow(nn.Module):
+    """Two loops, one after the other, with a layer between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core, self.between, self.refine = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor, first: int = 9, second: int = 7) -> Tensor:
+        for _ in range(first):
+            x = torch.tanh(self.core(x))
+        x = self.between(x)
+        for _ in range(second):
+            x = torch.tanh(self.refine(x))
+        return x
+
+
+class Nested(nn.Module):
+    """An inner loop within each step of an outer one, as HRM's; both are carried from step to step."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.high = (nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor, high: int = 5, low: int = 4) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(high):
+            for _ in range(low):
+                z = torch.tanh(self.low(z + x))
+            x = torch.tanh(self.high(z + x))
+        return x
+
+
 class AtDepths:
     """Halts the n-th loop that it is asked about at the n-th depth."""
 

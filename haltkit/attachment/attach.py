@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -14,7 +14,7 @@ from haltkit.attachment.kv import KVMode
 from haltkit.attachment.native import HaltsItself, NativeSession
 from haltkit.attachment.observing import ObservingSession
 from haltkit.attachment.presets import preset_for
-from haltkit.attachment.regions import ONE, checked
+from haltkit.attachment.regions import ONE, around, checked
 from haltkit.attachment.saved import load
 from haltkit.attachment.session import Session
 from haltkit.attachment.verify import NEVER, Report
@@ -39,7 +39,8 @@ def attach(
     kv_stride: int | None = None,
     check: bool = True,
     execution: Execution = "masked",
-    max_steps: int | None = None,
+    max_steps: int | Mapping[str, int] | None = None,
+    total_steps: int | None = None,
     **fields: Any,
 ) -> Session:
     """Halt the loops inside a model, without editing it::
@@ -90,8 +91,15 @@ def attach(
             entries of the batch whose rows have all halted are retired from the body's modules, so time falls with
             the mean depth. For models whose entries do not see each other and that have no cache. Which dimension is
             the batch is found, and proved, in the first loop of the session.
-        max_steps: the most steps that any loop takes, at least 1; rows still active then end as ``BUDGET``. None: as
-            many as the model takes by itself, which it never exceeds either way.
+        max_steps: the most steps that any loop takes, at least 1, or those of each region, as a mapping (a region that
+            it does not name has no budget of its own). A loop that starts over has them again. Rows still active then
+            end as ``BUDGET``. None: as many as the model takes by itself, which it never exceeds either way.
+        total_steps: the most steps that all loops of one call of the model take together, for each entry of the batch
+            (the first dimension of a state), at least one per region. Every step of every loop counts one, an outer
+            step beside the inner ones that run in it; an entry takes a step while any of its rows is active. A loop
+            goes on only if there is also room for one step of every loop that must run then: those that ran inside its
+            last step, and regions that have not begun. Rows still active end as ``BUDGET``. A loop that begins takes at
+            least one step, so only a region that runs several times one after the other can exceed the total.
         fields: the description of a single loop by the fields of :class:`Loop`, in place of ``loop``.
 
     Returns:
@@ -103,8 +111,8 @@ def attach(
             itself.
     """
     check_model(model)
-    if max_steps is not None:
-        check_count("max_steps", max_steps)
+    for name, count in _counts(max_steps, total_steps):
+        check_count(name, count)
     policy, described, card = _loaded(model, policy, loop, loops, fields)
     found: Mapping[str, Loop] | HaltsItself
     if described is None:
@@ -114,10 +122,11 @@ def attach(
     if isinstance(found, HaltsItself):
         if policy is None:
             raise ValueError(f"to observe a {type(model).__name__} use haltkit.record(model), or give it a policy")
-        if kv != "refuse" or kv_stride is not None or allow_grad or execution != "masked" or max_steps is not None:
+        budgets = max_steps is not None or total_steps is not None
+        if kv != "refuse" or kv_stride is not None or allow_grad or execution != "masked" or budgets:
             raise ValueError(
-                f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution and max_steps do not "
-                "apply"
+                f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution, max_steps and "
+                "total_steps do not apply"
             )
         native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card)
         return _attached(native.attach, native.detach)
@@ -127,6 +136,8 @@ def attach(
         return _attached(observing.attach, observing.detach)
     policies = policy_for_regions(policy, tuple(regions))
     _check_execution(execution, policies, kv)
+    _check_observer(execution, observer, regions)
+    _check_total(total_steps, policies)
     how = Halting(
         regions,
         policies,
@@ -137,7 +148,8 @@ def attach(
         kv_stride,
         check,
         execution,
-        max_steps,
+        _by_region(max_steps, policies),
+        total_steps,
     )
     halting = HaltingSession(model, how)
     return _attached(halting.attach, halting.detach)
@@ -191,11 +203,6 @@ def _check_execution(execution: Execution, policies: Mapping[str, HaltingPolicy[
         return
     if execution != "compact":
         raise ValueError(f"execution={execution!r}: allowed are 'masked' and 'compact'")
-    if len(policies) > 1:
-        raise ValueError(
-            f"execution='compact' takes one loop, not {', '.join(policies)}: describe the one whose rows "
-            "are to be retired"
-        )
     if kv != "refuse":
         raise ValueError(f"kv={kv!r} is for models with a cache, and execution='compact' for models without one")
     for policy in policies.values():
@@ -204,6 +211,59 @@ def _check_execution(execution: Execution, policies: Mapping[str, HaltingPolicy[
                 f"execution='compact': with granularity={granularity} all rows halt together, so none is retired "
                 "before the others. Use granularity=sequence or token"
             )
+
+
+def _check_observer(execution: Execution, observer: LoopObserver | None, loops: Mapping[str, Loop]) -> None:
+    """Check that an observer is shown whole batches.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if execution != "compact" or observer is None:
+        return
+    if outer := [name for name, modules in around(loops).items() if modules]:
+        raise ValueError(
+            f"execution='compact': entries that halt in {', '.join(outer)} leave the loops inside it, so an observer "
+            "would be shown other entries from loop to loop. Attach without one, or use execution='masked'"
+        )
+
+
+def _counts(max_steps: int | Mapping[str, int] | None, total_steps: int | None) -> Iterator[tuple[str, Any]]:
+    """The numbers of steps that were given, with the names that an error calls them by."""
+    if isinstance(max_steps, Mapping):
+        yield from ((f"max_steps[{name!r}]", count) for name, count in max_steps.items())
+    elif max_steps is not None:
+        yield "max_steps", max_steps
+    if total_steps is not None:
+        yield "total_steps", total_steps
+
+
+def _by_region(max_steps: int | Mapping[str, int] | None, policies: Mapping[str, Any]) -> dict[str, int]:
+    """The budget of each region that has one.
+
+    Raises:
+        ValueError: one for a region that is not there.
+    """
+    if max_steps is None:
+        return {}
+    if not isinstance(max_steps, Mapping):
+        return dict.fromkeys(policies, max_steps)
+    if unknown := [str(name) for name in max_steps if name not in policies]:
+        raise ValueError(f"max_steps for regions {', '.join(unknown)}; the regions are {', '.join(policies)}")
+    return dict(max_steps)
+
+
+def _check_total(total_steps: int | None, policies: Mapping[str, Any]) -> None:
+    """Check that a joint budget has a step for each region.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if total_steps is not None and total_steps < len(policies):
+        raise ValueError(
+            f"total_steps={total_steps}: every loop takes at least one step, so the regions {', '.join(policies)} take "
+            f"at least {len(policies)} in all"
+        )
 
 
 def _attached(begin: Callable[[], Session], undo: Callable[[], None]) -> Session:

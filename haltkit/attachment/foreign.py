@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +16,10 @@ from haltkit.attachment.description import Loop, call_parts, find_call, find_mod
 from haltkit.attachment.errors import AlreadyAttached, AttachError, DetachOrder
 from haltkit.attachment.joining import Joining, QueueOutput
 from haltkit.attachment.kv import CacheBook, KVMode
+from haltkit.attachment.onecall import ModelCalls
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
-from haltkit.attachment.regions import nesting
+from haltkit.attachment.regions import around, nesting
 from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
@@ -40,7 +41,8 @@ class Halting:
         policies: one a region.
         readouts: from the state to logits, for regions that have one.
         observer: is called at every loop.
-        allow_grad, kv, kv_stride, execution, max_steps: see :func:`haltkit.attach`.
+        allow_grad, kv, kv_stride, execution, total_steps: see :func:`haltkit.attach`.
+        max_steps: of each loop, for regions that have such a budget.
         check: look, in the first loop of each region that halts, whether the body's inputs stand still after the halt.
         throughout: watch all loops from the first iteration on, and keep what these iterations were given (verify).
         disturb_before: give disturbed outputs in replayed iterations before this one, by region (verify).
@@ -55,7 +57,8 @@ class Halting:
     kv_stride: int | None = None
     check: bool = True
     execution: Execution = "masked"
-    max_steps: int | None = None
+    max_steps: Mapping[str, int] = field(default_factory=dict)
+    total_steps: int | None = None
     throughout: tuple[int, ...] | None = None
     disturb_before: Mapping[str, int] = field(default_factory=dict)
 
@@ -69,7 +72,8 @@ class HaltingSession(Session):
         self.regions = tuple(how.loops)
         self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
         self.number = next_number()
-        self._passing = Passing()
+        self._passing, self._calls = Passing(), ModelCalls(self.regions, how.total_steps)
+        inside = around(how.loops)
         self._overrides: list[Overrides] = []
         self._parts = {
             name: Region(
@@ -77,15 +81,16 @@ class HaltingSession(Session):
                 loop,
                 how.policies[name],
                 passing=self._passing,
+                calls=self._calls,
                 caches=CacheBook(how.kv, how.kv_stride, self._state(loop), loop.scope),
                 readout=how.readouts.get(name),
                 observer=how.observer,
                 allow_grad=how.allow_grad,
                 check=how.check,
-                max_steps=how.max_steps,
+                max_steps=how.max_steps.get(name),
                 throughout=how.throughout,
                 disturb_before=how.disturb_before.get(name, 0),
-                retiring=self._retiring(loop) if how.execution == "compact" else None,
+                retiring=self._retiring(loop, inside[name]) if how.execution == "compact" else None,
             )
             for name, loop in how.loops.items()
         }
@@ -97,9 +102,9 @@ class HaltingSession(Session):
         """The module whose output is a loop's state."""
         return find_module(self.model, call_parts(loop.state_module)[0])
 
-    def _retiring(self, loop: Loop) -> Retiring:
-        """What rows are retired from: the modules of a loop's body."""
-        return Retiring(self._bodies(loop), self._passing.through)
+    def _retiring(self, loop: Loop, inside: Collection[str]) -> Retiring:
+        """What rows are retired from: the modules of a loop's body, ``inside`` which of them other loops run."""
+        return Retiring(self._bodies(loop), self._passing.through, inside)
 
     def _bodies(self, loop: Loop) -> dict[str, nn.Module]:
         """The modules of a loop's body, or whose methods it names, by path."""
@@ -115,6 +120,8 @@ class HaltingSession(Session):
         try:
             self._check_free(beside)
             depth = nesting(self.loops)
+            if self.how.total_steps is not None:
+                self._intercept("", self._calls.intercept, -1)
             for name, region in self._parts.items():
                 loop = region.loop
                 for path in loop.body:
@@ -237,7 +244,7 @@ class HaltingSession(Session):
         done = region.newest
         if done is None or done is before:
             return None
-        return QueueOutput(0, output, done.result.steps, done.result.outcome)
+        return QueueOutput(0, output, done.steps, done.outcome)
 
     # --- what came of it
 
@@ -255,11 +262,11 @@ class HaltingSession(Session):
 
     @property
     def steps(self) -> dict[str, Tensor]:
-        return {name: done.result.steps for name, done in self.newest.items()}
+        return {name: done.steps for name, done in self.newest.items()}
 
     @property
     def outcome(self) -> dict[str, Tensor]:
-        return {name: done.result.outcome for name, done in self.newest.items()}
+        return {name: done.outcome for name, done in self.newest.items()}
 
     @property
     def trajectory(self) -> Trajectory:
@@ -275,7 +282,15 @@ class HaltingSession(Session):
     def _probe(
         self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
     ) -> AbstractContextManager[Probe]:
-        how = replace(self.how, policies=policies, observer=None, throughout=keep, disturb_before=disturb_before)
+        how = replace(
+            self.how,
+            policies=policies,
+            observer=None,
+            max_steps={},
+            total_steps=None,
+            throughout=keep,
+            disturb_before=disturb_before,
+        )
         return self._beside(HaltingSession(self.model, how))
 
     @contextmanager

@@ -23,11 +23,13 @@ from haltkit.attachment.errors import (
 )
 from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
+from haltkit.attachment.onecall import OneCall, by_entry
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
 from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
+from haltkit.protocol import MOST
 
 __all__ = ["Frame"]
 
@@ -45,10 +47,12 @@ class Frame:
 
     def __init__(
         self,
+        region: str,
         loop: Loop,
         start: Callable[[Tensor], LoopRun],
         judging: Callable[[], AbstractContextManager[None]],
         kv: CacheUse,
+        whole: OneCall,
         *,
         allow_grad: bool,
         inputs: Inputs | None,
@@ -56,7 +60,8 @@ class Frame:
         retiring: Retiring | None = None,
         joining: Joining | None = None,
     ) -> None:
-        self.loop, self._start, self._judging, self.kv = loop, start, judging, kv
+        self.region, self.loop, self._start, self._judging, self.kv = region, loop, start, judging, kv
+        self.whole = whole
         self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
         self.retiring, self.joining = retiring, joining
         self.run: LoopRun | None = None
@@ -73,6 +78,9 @@ class Frame:
         self._seen: tuple[Tensor, int] | None = None  # the newest state as it was when it was judged
         self._present: Tensor | None = None  # entries of the batch that have rows active in this iteration
         self._stopped: Tensor | None = None  # rows that had halted when this iteration began
+        self._leaves = False  # the entries without active rows are not computed in this iteration
+        self._begun = 0  # loops of this call of the model when this iteration began
+        self._budget: Tensor | None = None  # the budget of this loop alone
 
     def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A body module is called: run it, or give its output of the last complete iteration."""
@@ -121,10 +129,14 @@ class Frame:
         place = len(self._tape)
         self._expect(name, self._last[place].name if place < len(self._last) else "")
         state_of = self.loop.state_of if name == self.loop.state_module else None
-        everybody = len(self._present) == len(self.run.active)
-        before = None if everybody else self._last[place].again(self.allow_grad)
+        present, batch = self._present, len(self.run.active)
         call = BodyCall(name, place, forward, args, kwargs, state_of)
-        return self.retiring.call(call, self._present, len(self.run.active), before)
+        if len(present) == batch:
+            return self.retiring.call(call, present, batch)
+        before, whole = self._last[place].again(self.allow_grad), self.whole
+        return self.retiring.call(
+            call, present, batch, before, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
+        )
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
@@ -137,6 +149,9 @@ class Frame:
             self.kv.begins()
             if self.inputs is not None:
                 self.inputs.begins(halted=False)
+            if self.whole.spending is not None:
+                self.whole.spending.begins(self.region)
+                self._spend(None)
             x0 = self.loop.initial_state(args, kwargs)
             self.kv.starts_at(x0)
             if x0 is not None and self._unwatched(x0):
@@ -158,9 +173,29 @@ class Frame:
             return
         if self.run.running < self.run.active.numel():
             self._stopped = ~self.run.active
+        self._spend(by_entry(self.run.active))
         if self.retiring is not None and self.run.active.ndim:
-            entries = self.run.active.flatten(1).any(1) if self.run.active.ndim > 1 else self.run.active
-            self._present = entries.nonzero().squeeze(-1)
+            self._present = by_entry(self.run.active).nonzero().squeeze(-1)
+            self._leaves = self.retiring.proven([entry.name for entry in self._last])
+
+    def _spend(self, entries: Tensor | None) -> None:
+        """Entries begin a step of the joint budget; None: all of them."""
+        spending = self.whole.spending
+        if spending is not None:
+            spending.step(entries, self.whole.part)
+            self._begun = spending.begun
+
+    def _limit(self, run: LoopRun) -> None:
+        """Rows whose entry has no room in the joint budget for one more step end with the present one."""
+        spending = self.whole.spending
+        if spending is None:
+            return
+        if self.computed == 1:
+            self._budget = run.rows.budget
+        inside = spending.begun - self._begun
+        room = spending.room(len(by_entry(run.active)), inside, self.whole.part, run.x.device)
+        limit = torch.where(room, MOST, run.k + 1).view(-1, *[1] * (run.active.ndim - 1)).expand_as(run.active)
+        run.rows.budget = limit if self._budget is None else torch.minimum(limit, self._budget)
 
     def _judge(self, output: Any) -> Any:
         x = self.loop.state_of(output)
@@ -196,6 +231,7 @@ class Frame:
         if self.inputs is not None:
             self.inputs.stated(x.detach())
         if self.run.running:  # an empty batch has no rows to judge
+            self._limit(self.run)
             with torch.no_grad(), self._judging():
                 if not self.run.advance_if_sound(x.detach()):
                     self.run.advance(x.detach())

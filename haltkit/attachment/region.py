@@ -18,6 +18,7 @@ from haltkit.attachment.frame import Frame
 from haltkit.attachment.joining import Joining
 from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse
+from haltkit.attachment.onecall import ModelCalls, OneCall, Part
 from haltkit.attachment.override import Interceptor
 from haltkit.attachment.retiring import Retiring
 from haltkit.attachment.steadiness import ENOUGH, Inputs
@@ -30,9 +31,13 @@ __all__ = ["Completed", "Passing", "Region"]
 
 @dataclass(frozen=True)
 class Completed:
-    """One completed loop: its result, and the iterations that were computed and skipped."""
+    """One completed loop: steps and outcome of its rows, and the iterations that were computed and skipped.
 
-    result: LoopResult
+    Where an enclosing loop has retired entries of the batch, theirs are of the newest loop that was run for them.
+    """
+
+    steps: Tensor
+    outcome: Tensor
     computed: int
     skipped: int
     seconds: float = 0.0
@@ -74,6 +79,7 @@ class Region:
         policy: HaltingPolicy[Any],
         *,
         passing: Passing,
+        calls: ModelCalls,
         caches: CacheBook,
         readout: Readout | None = None,
         observer: LoopObserver | None = None,
@@ -85,7 +91,8 @@ class Region:
         retiring: Retiring | None = None,
     ) -> None:
         self.name, self.loop, self.policy = name, loop, policy
-        self.passing, self.caches, self.readout, self.observer = passing, caches, readout, observer
+        self.passing, self.calls, self.caches = passing, calls, caches
+        self.readout, self.observer = readout, observer
         self.allow_grad, self.max_steps, self.throughout = allow_grad, max_steps, throughout
         self.disturb_before, self.retiring = disturb_before, retiring
         self.joining: Joining | None = None  # the queue in progress
@@ -106,20 +113,21 @@ class Region:
             return forward(*args, **kwargs)
         if self.loop.refuse is not None:
             self.loop.refuse(args, kwargs)
-        call = _ScopeCall(self, [*args, *kwargs.values()])
-        token = self._calls.set((*self._calls.get(), call))
-        finished = False
-        try:
-            output = forward(*args, **kwargs)
-            finished = True
-            self._returned += 1
-            return output
-        finally:
-            self._calls.reset(token)
+        with self.calls.inside() as whole:
+            call = _ScopeCall(self, whole, [*args, *kwargs.values()])
+            token = self._calls.set((*self._calls.get(), call))
+            finished = False
             try:
-                call.close(finished)
+                output = forward(*args, **kwargs)
+                finished = True
+                self._returned += 1
+                return output
             finally:
-                call.kv.release()
+                self._calls.reset(token)
+                try:
+                    call.close(finished)
+                finally:
+                    call.kv.release()
 
     def body(self, path: str) -> Interceptor:
         """What is put around a module of the body."""
@@ -158,12 +166,12 @@ class Region:
         budget = None if self.max_steps is None else torch.full(x0.shape[:-1], self.max_steps, device=x0.device)
         return LoopRun(policy, x0, readout=self.readout, observer=observer, name=self.name, budget=budget)
 
-    def completed(self, done: Completed, kept: Kept, inputs: Inputs | None) -> None:
-        """A loop is over."""
+    def completed(self, result: LoopResult, done: Completed, kept: Kept, inputs: Inputs | None) -> None:
+        """A loop is over. ``result``: of the rows that it was run for."""
         self.newest, self.kept, self.watched = done, kept, inputs
         self._check = self._check and (inputs is None or inputs.replayed < ENOUGH)
-        self.tally.add(done.result.steps, done.result.outcome, done.computed, done.skipped, done.seconds)
-        Joining.completed(done.result)
+        self.tally.add(result.steps, result.outcome, done.computed, done.skipped, done.seconds)
+        Joining.completed(result)
 
     def check_ran(self) -> None:
         """After the session: was there anything to halt?
@@ -206,26 +214,32 @@ class _Settled:
 class _ScopeCall:
     """One call of the scope: the frame of the loop in progress, a new one whenever the loop starts over."""
 
-    def __init__(self, region: Region, given: list[Any]) -> None:
-        self.region = region
+    def __init__(self, region: Region, whole: OneCall, given: list[Any]) -> None:
+        self.region, self.whole = region, whole
+        self.part: Part | None = None  # the entries of the batch that the loop in progress is run for
         self.kv = CacheUse(region.caches, given)
         self._new()
 
     def _new(self) -> None:
         region = self.region
         self.kept, self.inputs = Kept(), region.watch()
-        kept, kv = self.kept, self.kv
         self.frame = Frame(
+            region.name,
             region.loop,
-            lambda x0: region.start(x0, kv, kept),
+            self._start,
             region.passing.through,
-            kv,
+            self.kv,
+            self.whole,
             allow_grad=region.allow_grad,
             inputs=self.inputs,
             disturb_before=region.disturb_before,
             retiring=region.retiring,
             joining=region.joining if Joining.active() else None,
         )
+
+    def _start(self, x0: Tensor) -> LoopRun:
+        self.part = self.whole.part
+        return self.region.start(x0, self.kv, self.kept)
 
     def close(self, finished: bool) -> None:
         """The loop is over. Unless the model raised, keep its result and be ready for the next."""
@@ -238,8 +252,9 @@ class _ScopeCall:
         self.kv.ends(frame.computed)
         if self.inputs is not None:
             self.inputs.ends()
-        done = Completed(frame.run.finish(), frame.computed, frame.skipped, frame.seconds)
-        self.region.completed(done, self.kept, self.inputs)
+        result, steps, outcome = self.whole.ended(self.region.name, frame.run.finish(), self.part)
+        done = Completed(steps, outcome, frame.computed, frame.skipped, frame.seconds)
+        self.region.completed(result, done, self.kept, self.inputs)
         self._new()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from haltkit.attachment.description import Loop, call_parts
 
-__all__ = ["ONE", "checked", "nesting"]
+__all__ = ["ONE", "around", "checked", "nesting"]
 
 ONE = "loop"  # the region's name where a model has a single loop
 _NAME = re.compile(r"[\w.-]+")  # what "region=spec" can name
@@ -40,6 +40,21 @@ def nesting(loops: Mapping[str, Loop]) -> dict[str, int]:
     """How many loops enclose each region's, at least 1 if it starts over inside a loop that is not described."""
     return {
         name: max(bool(loop.reset_on), sum(_encloses(other, loop) for other in loops.values() if other is not loop))
+        for name, loop in loops.items()
+    }
+
+
+def around(loops: Mapping[str, Loop]) -> dict[str, frozenset[str]]:
+    """The modules of each region's body inside whose calls a loop of another region runs, or a part of it."""
+    return {
+        name: frozenset(
+            of
+            for of in loop.body
+            for other in loops.values()
+            if other is not loop and _encloses(loop, other)
+            for path in (other.scope_module, *other.body)
+            if path and (path == of or _is_part(path, of))
+        )
         for name, loop in loops.items()
     }
 

@@ -8,8 +8,8 @@ entries, and must give the same two rows that it gives of the whole batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,15 +31,28 @@ from haltkit.attachment.outputs import mapped_tensors
 
 __all__ = ["Retiring"]
 
+Within = Callable[[bool], AbstractContextManager[None]]
+
 
 class Retiring:
     """What is known about the batch dimensions of one loop's modules. It lasts as long as the session."""
 
-    def __init__(self, modules: dict[str, nn.Module], trying: Callable[[], AbstractContextManager[None]]) -> None:
-        """``modules``: of the body, by path. ``trying``: calls inside it are no part of any loop."""
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        trying: Callable[[], AbstractContextManager[None]],
+        around: Collection[str] = (),
+    ) -> None:
+        """``modules``: of the body, by path. ``trying``: calls inside it are no part of any loop. ``around``: modules
+        inside whose calls other loops run, which must be given the same entries in all calls of one iteration."""
         self._norms = BatchNorms(modules)
-        self._trying = trying
+        self._trying, self._around = trying, frozenset(around)
         self._proven: dict[tuple[str, int, tuple[int, ...]], Proven] = {}
+        self._known: set[tuple[str, int]] = set()  # calls (module, place) of which something is proven
+
+    def proven(self, names: Sequence[str]) -> bool:
+        """Whether an iteration that calls these modules can leave entries out of all calls that other loops run in."""
+        return all((name, place) in self._known for place, name in enumerate(names) if name in self._around)
 
     def refuse_training(self) -> None:
         """See that no batch norm takes its statistics from the batch.
@@ -49,7 +62,15 @@ class Retiring:
         """
         self._norms.refuse_training("execution='compact'", "rows that leave", "use execution='masked'")
 
-    def call(self, call: BodyCall, present: Tensor, batch: int, before: Any) -> Any:
+    def call(
+        self,
+        call: BodyCall,
+        present: Tensor,
+        batch: int,
+        before: Any = None,
+        leaves: bool = True,
+        within: Within = lambda gathered: nullcontext(),
+    ) -> Any:
         """The output for the whole batch, of which only the entries ``present`` are computed.
 
         Args:
@@ -57,26 +78,37 @@ class Retiring:
             present: indices of the entries that are still running, ascending.
             batch: entries in all.
             before: this call's output in the iteration before, which retired entries keep; unused if none is retired.
+            leaves: whether this iteration leaves entries out of calls that other loops run in; see :meth:`proven`.
+            within: is entered around the call, and told whether only the entries present are computed.
 
         Raises:
             BatchNotFound: no argument has a dimension as large as the batch.
             RowsMeet: the module gives entries other rows when it is given others beside them.
         """
         key = (call.name, call.place, call.shape)
-        proven = self._proven.get(key)
-        if proven is not None:
-            computed = (
-                call.on(present, proven.given) if len(present) < batch else call.forward(*call.args, **call.kwargs)
-            )
-        else:
+        proven, everybody = self._proven.get(key), len(present) == batch
+        if proven is not None and not everybody and (leaves or call.name not in self._around):
+            with within(True):
+                computed = call.on(present, proven.given)
+            return scattered(computed, proven.returned, present, before)
+        with within(False):
             output = call.forward(*call.args, **call.kwargs)
-            if batch == 1:
-                return output
-            proven = self._prove(call, output, batch)
-            if telling(output, proven.returned):  # equal rows prove nothing
+        if batch == 1:
+            return output
+        if proven is None:
+            plain = self._plain(call) if call.name in self._around else output
+            proven = self._prove(call, plain, batch)
+            if telling(plain, proven.returned):  # equal rows prove nothing
                 self._proven[key] = proven
-            computed = output if len(present) == batch else gathered(output, proven.returned, present)
-        return computed if len(present) == batch else scattered(computed, proven.returned, present, before)
+                self._known.add((call.name, call.place))
+        if everybody:
+            return output
+        return scattered(gathered(output, proven.returned, present), proven.returned, present, before)
+
+    def _plain(self, call: BodyCall) -> Any:
+        """What the module gives by itself: a loop that runs inside it keeps the states of rows that have halted."""
+        with torch.no_grad(), self._trying():
+            return call.forward(*call.args, **call.kwargs)
 
     def _prove(self, call: BodyCall, output: Any, batch: int) -> Proven:
         """Find the batch dimensions by running the module on the last and the first entry."""

@@ -44,9 +44,9 @@ class Report:
         constant: modules whose inputs never moved, which proves nothing about them, by region.
         others: how much the other entries of the batch change when only its first one is halted, relative to the
             largest state, by region; None where that could not be seen (a batch of one).
-        alone: difference between the first entry's own output when it alone is halted at ``k``, and that of the model
-            run with ``k`` loops, relative to the largest; None without ``run_at``, of a batch of one, or of several
-            regions.
+        alone: difference between the first entry's own output when it alone is halted at ``k``, in each region that
+            ``k`` names, and that of the model run with ``k`` loops, relative to the largest; None without ``run_at``,
+            or of a batch of one.
         rows: whether rows or entries are to halt one by one, so that ``alone`` counts.
     """
 
@@ -259,12 +259,12 @@ def verify(
                 "the sum"
             )
     alone = None
-    if reference is not None and len(regions) == 1 and free:
-        (name,) = regions
-        with probe({name: _First(depths[name])}):
-            alone = _alone(run(), reference, free[name].newest)
+    seen = [name for name in depths if name in free]
+    if reference is not None and seen:
+        with probe({**never, **{name: _First(depths[name]) for name in seen}}):
+            alone = _alone(run(), reference, free[seen[0]].newest)
     others = {}
-    for name in (name for name in depths if name in free):
+    for name in seen:
         with probe({**never, name: _First()}, keep=(1, 2, 3)) as some:
             run()
             others[name] = _carried(name, free[name], some.watched()[name])

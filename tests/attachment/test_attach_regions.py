@@ -17,47 +17,13 @@ from haltkit.attachment import errors
 from haltkit.attachment.description import Loop
 from haltkit.attachment.saved import load, save
 from haltkit.specs import parse_choice
-from standins import with_config
+from standins import InARow, Nested, with_config
 
 IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 FIRST, SECOND = 9, 7
 
 
-class InARow(nn.Module):
-    """Two loops, one after the other, with a layer between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.core, self.between, self.refine = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def forward(self, x: Tensor, first: int = FIRST, second: int = SECOND) -> Tensor:
-        for _ in range(first):
-            x = torch.tanh(self.core(x))
-        x = self.between(x)
-        for _ in range(second):
-            x = torch.tanh(self.refine(x))
-        return x
-
-
 LOOPS = {"core": Loop(("core",)), "refine": Loop(("refine",))}
-
-
-class Nested(nn.Module):
-    """An inner loop within each step of an outer one, as HRM's; both are carried from step to step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.low, self.high = (nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-    def forward(self, x: Tensor, high: int = 5, low: int = 4) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(high):
-            for _ in range(low):
-                z = torch.tanh(self.low(z + x))
-            x = torch.tanh(self.high(z + x))
-        return x
 
 
 INSIDE = {
@@ -75,7 +41,7 @@ def x() -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(("first", "second"), list(itertools.product((1, 4, FIRST), (1, 3, SECOND))))
 def test_loops_in_a_row_each_halt_at_their_own_depth(x: Tensor, first: int, second: int) -> None:
-    model = InARow().eval()
+    model = InARow(WIDTH).eval()
     with haltkit.attach(model, f"core=fixed:steps={first};refine=fixed:steps={second}", loops=LOOPS) as session:
         halted = model(x)
     assert torch.equal(halted, model(x, first, second))
@@ -88,7 +54,7 @@ def test_loops_in_a_row_each_halt_at_their_own_depth(x: Tensor, first: int, seco
 @torch.no_grad()
 @pytest.mark.parametrize(("high", "low"), list(itertools.product((1, 3, 5), (1, 2, 4))))
 def test_nested_loops_each_halt_at_their_own_depth(x: Tensor, high: int, low: int) -> None:
-    model = Nested().eval()
+    model = Nested(WIDTH).eval()
     policies = {"high": f"fixed:steps={high}", "low": haltkit.policy("fixed", steps=low)}
     with haltkit.attach(model, policies, loops=INSIDE) as session:
         halted = model(x)
@@ -100,7 +66,7 @@ def test_nested_loops_each_halt_at_their_own_depth(x: Tensor, high: int, low: in
 
 @torch.no_grad()
 def test_each_region_is_judged_by_its_own_policy_as_in_loops_of_haltkit(x: Tensor) -> None:
-    model, specs = InARow().eval(), {"core": "norm:tau=0.3", "refine": "accel:tau=0.02,granularity=sequence"}
+    model, specs = InARow(WIDTH).eval(), {"core": "norm:tau=0.3", "refine": "accel:tau=0.02,granularity=sequence"}
     recorder = haltkit.Recorder()
     with haltkit.attach(model, specs, loops=LOOPS, observer=recorder) as session:
         out = model(x)
@@ -134,7 +100,7 @@ def _with_glue(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def test_verify_is_exact_for_each_region_and_for_all_together(x: Tensor) -> None:
-    model = Nested().eval()
+    model = Nested(WIDTH).eval()
 
     def run_at(k: dict[str, int]) -> Tensor:
         return model(x, **k)
@@ -178,7 +144,7 @@ def test_both_loops_of_hrm_text_by_name() -> None:
 
 
 def test_regions_that_are_not_there_are_named() -> None:
-    model = InARow().eval()
+    model = InARow(WIDTH).eval()
     before = state_of(model)
     for policy in ("core=norm:tau=1;middle=norm:tau=1", {"core": "norm:tau=1"}, {"loop": "norm:tau=1"}):
         with pytest.raises(ValueError, match="core, refine"):
@@ -201,7 +167,7 @@ def test_regions_that_are_not_there_are_named() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_all_regions_are_taken_back(x: Tensor, error: type[BaseException] | None) -> None:
-    model = Nested().eval()
+    model = Nested(WIDTH).eval()
     before, plain = state_of(model), model(x)
     broken = [error]
 
@@ -222,7 +188,7 @@ def test_all_regions_are_taken_back(x: Tensor, error: type[BaseException] | None
 
 @torch.no_grad()
 def test_observing_and_recording_nested_loops_keeps_the_newest_turn_of_the_inner_one(x: Tensor) -> None:
-    model, recorder = Nested().eval(), haltkit.Recorder()
+    model, recorder = Nested(WIDTH).eval(), haltkit.Recorder()
     seen: dict[str, list[Tensor]] = {"low": [], "high": []}
     hooks = [
         getattr(model, name).register_forward_hook(lambda _m, _a, out, name=name: seen[name].append(out))
@@ -244,7 +210,7 @@ def test_observing_and_recording_nested_loops_keeps_the_newest_turn_of_the_inner
 
 @torch.no_grad()
 def test_a_saved_choice_holds_several_loops(x: Tensor, tmp_path: Path) -> None:
-    model, spec = InARow().eval(), "core=fixed:steps=3;refine=fixed:steps=2"
+    model, spec = InARow(WIDTH).eval(), "core=fixed:steps=3;refine=fixed:steps=2"
     save(tmp_path / "choice.yaml", spec, LOOPS)
     card, loops = load(tmp_path / "choice.yaml")
     assert (card.choice, loops) == (parse_choice(spec), LOOPS)

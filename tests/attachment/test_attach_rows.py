@@ -14,7 +14,7 @@ import haltkit
 from cases import WIDTH, Refiner, needs
 from haltkit.attachment import retiring
 from haltkit.attachment.errors import AttachError, BatchNotFound, RowsMeet
-from standins import SlotCache
+from standins import Counting, SlotCache
 
 DEPTHS = [3, 1, 6, 2, 6, 4]  # of the entries of a batch; the model below runs at most 8
 LOOPS = 8
@@ -33,18 +33,6 @@ class Drawn:
         depths = torch.tensor(self.depths).view(-1, *[1] * (step.x.ndim - 2))
         left = (depths - step.k).expand(step.x.shape[:-1])
         return None, haltkit.Verdict(left.float(), left <= 0)
-
-
-class Counting(nn.Module):
-    """A module, and the sizes of the first dimension that it was given."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.seen = inner, list[int]()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append(len(args[0]))
-        return self.inner(*args, **kwargs)
 
 
 class Looped(nn.Module):
