@@ -147,6 +147,8 @@ class Frame:
         self._last, self._tape = self._tape, []
         if self.run is None:
             self.kv.begins()
+            if self.whole.part is not None and not self.whole.part.apart:
+                self.inputs = None  # what an enclosing loop has halted is handed on from another step
             if self.inputs is not None:
                 self.inputs.begins(halted=False)
             if self.whole.spending is not None:

@@ -32,11 +32,13 @@ class Part:
         batch: entries of the model's batch.
         given: the entries that are computed, ascending indices ``(n,)`` into the model's batch.
         running: those of them that no enclosing loop has halted, ``(n,)`` bool.
+        apart: they are all of them, so the halted ones are not computed.
     """
 
     batch: int
     given: Tensor
     running: Tensor
+    apart: bool = True
 
     @classmethod
     def whole(cls, batch: int, device: torch.device) -> Part:
@@ -45,9 +47,9 @@ class Part:
     def narrowed(self, present: Tensor, gathered: bool) -> Part:
         """The entries ``present`` (indices into those given) go on; ``gathered``: the others are not computed."""
         if gathered:
-            return Part(self.batch, self.given[present], self.running[present])
+            return Part(self.batch, self.given[present], self.running[present], self.apart)
         going = torch.zeros_like(self.running).index_fill(0, present, True)
-        return Part(self.batch, self.given, self.running & going)
+        return Part(self.batch, self.given, self.running & going, apart=False)
 
 
 class Spending:

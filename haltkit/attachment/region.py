@@ -222,7 +222,7 @@ class _ScopeCall:
 
     def _new(self) -> None:
         region = self.region
-        self.kept, self.inputs = Kept(), region.watch()
+        self.kept = Kept()
         self.frame = Frame(
             region.name,
             region.loop,
@@ -231,7 +231,7 @@ class _ScopeCall:
             self.kv,
             self.whole,
             allow_grad=region.allow_grad,
-            inputs=self.inputs,
+            inputs=region.watch(),
             disturb_before=region.disturb_before,
             retiring=region.retiring,
             joining=region.joining if Joining.active() else None,
@@ -250,11 +250,11 @@ class _ScopeCall:
             frame.run.finish()  # for the observer, which would wait for the end otherwise
             return
         self.kv.ends(frame.computed)
-        if self.inputs is not None:
-            self.inputs.ends()
+        if frame.inputs is not None:
+            frame.inputs.ends()
         result, steps, outcome = self.whole.ended(self.region.name, frame.run.finish(), self.part)
         done = Completed(steps, outcome, frame.computed, frame.skipped, frame.seconds)
-        self.region.completed(result, done, self.kept, self.inputs)
+        self.region.completed(result, done, self.kept, frame.inputs)
         self._new()
 
 

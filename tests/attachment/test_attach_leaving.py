@@ -232,6 +232,44 @@ def test_verify_holds_an_entry_that_leaves_against_the_model_at_these_depths(
     assert all(report.others[name] is not None for name in k)
 
 
+class Restarting(nn.Module):
+    """An inner loop that begins at zero: the rows of its first step are equal, and prove nothing about the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.high = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(6):
+            z = torch.zeros_like(x)
+            for _ in range(4):
+                z = torch.tanh(self.low(z)) + x
+            x = torch.tanh(self.high(z))
+        return x
+
+
+@torch.no_grad()
+def test_an_inner_loop_of_which_not_every_call_is_proven_is_given_whole_batches() -> None:
+    _, loops, policies = made("nested")
+    model = Restarting()
+    x = inputs("nested")
+    alone = []
+    for entry in x.split(1):
+        with haltkit.attach(model, policies, loops=loops):
+            alone.append(model(entry))
+    counts = counted(model, loops)
+    with haltkit.attach(model, policies, loops=loops, execution="compact") as session:
+        for _ in range(2):
+            torch.testing.assert_close(model(x), torch.cat(alone), rtol=0, atol=1e-12)
+        assert len(session.steps["high"].unique()) > 2
+        counts["low"].seen.clear()
+        counts["high"].seen.clear()
+        model(x)
+    assert set(counts["low"].seen) == {2, BATCH}  # two entries for a proof
+    assert min(counts["high"].seen) < BATCH
+
+
 class Leaking(nn.Module):
     """As :class:`Nested`, but between its loops glue tells every entry of the batch about the others."""
 
