@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,23 @@ def with_config(config: Any, run: Callable[[], Tensor], **values: int) -> Tensor
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@dataclass(frozen=True)
+class DrawnFromState:
+    """Halts each entry at a depth from 1 to ``most`` that follows from its own first state alone."""
+
+    most: int
+
+    def init(self, x0: Tensor) -> Tensor:
+        return x0.new_zeros(x0.shape[:-1])
+
+    def update(self, state: Tensor, step: haltkit.LoopStep) -> tuple[Tensor, haltkit.Verdict]:
+        if step.k == 1:
+            sums = step.x.double().flatten(1).sum(1).mul(1e3).floor().long().remainder(self.most) + 1
+            state = sums.view(-1, *[1] * (state.ndim - 1)).expand_as(state).to(state)
+        left = state - step.k
+        return state, haltkit.Verdict(left, left <= 0)
 
 
 class Counting(nn.Module):

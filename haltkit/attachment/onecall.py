@@ -1,4 +1,4 @@
-"""One call of the model, and what its loops have in common: a joint budget, and the entries that inner loops run for."""
+"""One call of the model, and what its loops share: a joint budget, and which entries an inner loop runs for."""
 
 from __future__ import annotations
 

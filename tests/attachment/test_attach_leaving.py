@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,26 +13,9 @@ import haltkit
 from cases import hrm_model
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import RowsMeet
-from standins import Counting, InARow, Nested, with_config
+from standins import Counting, DrawnFromState, InARow, Nested, with_config
 
 WIDTH, BATCH = 8, 7
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Halts each entry at a depth from 1 to ``most`` that follows from its own first state alone."""
-
-    most: int
-
-    def init(self, x0: Tensor) -> Tensor:
-        return x0.new_zeros(x0.shape[:-1])
-
-    def update(self, state: Tensor, step: haltkit.LoopStep) -> tuple[Tensor, haltkit.Verdict]:
-        if step.k == 1:
-            sums = step.x.double().flatten(1).sum(1).mul(1e3).floor().long().remainder(self.most) + 1
-            state = sums.view(-1, *[1] * (state.ndim - 1)).expand_as(state).to(state)
-        left = state - step.k
-        return state, haltkit.Verdict(left, left <= 0)
 
 
 class Stacked(nn.Module):
@@ -135,10 +117,10 @@ def inputs(case: str) -> Tensor:
     return torch.randn(BATCH, 3, WIDTH, dtype=torch.float64, generator=generator)
 
 
-def made(case: str) -> tuple[nn.Module, dict[str, Loop], dict[str, Drawn]]:
+def made(case: str) -> tuple[nn.Module, dict[str, Loop], dict[str, DrawnFromState]]:
     torch.manual_seed(0)
     make, loops, most = CASES[case]
-    return make().eval(), loops, {name: Drawn(steps) for name, steps in most.items()}
+    return make().eval(), loops, {name: DrawnFromState(steps) for name, steps in most.items()}
 
 
 def counted(model: nn.Module, loops: dict[str, Loop]) -> dict[str, Counting]:
