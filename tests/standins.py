@@ -37,7 +37,7 @@ class DrawnFromState:
 
     def update(self, state: Tensor, step: haltkit.LoopStep) -> tuple[Tensor, haltkit.Verdict]:
         if step.k == 1:
-            sums = step.x.double().flatten(1).sum(1).mul(1e3).floor().long().remainder(self.most) + 1
+            sums = step.x.double().abs().flatten(1).sum(1).mul(1e3).floor().long().remainder(self.most) + 1
             state = sums.view(-1, *[1] * (state.ndim - 1)).expand_as(state).to(state)
         left = state - step.k
         return state, haltkit.Verdict(left, left <= 0)

@@ -26,7 +26,8 @@ SUPPORTED = ("greedy_search", "sample")
 def generation(
     policy: Policies | PathLike[str],
     *,
-    max_steps: int | None = None,
+    max_steps: int | Mapping[str, int] | None = None,
+    total_steps: int | None = None,
     loop: Loop | None = None,
     loops: Mapping[str, Loop] | None = None,
     readout: Readout | Mapping[str, Readout] | None = None,
@@ -53,7 +54,7 @@ def generation(
     ``regions``: their names, in that order. Entries that have ended go on as padding, and are counted.
 
     Args:
-        policy, max_steps, loop, loops, readout, kv, kv_stride, check, fields: as for :func:`haltkit.attach`. A cache
+        policy, max_steps, total_steps, loop, loops, readout, kv, kv_stride, check, fields: as for :func:`haltkit.attach`. A cache
             whose slots belong to iterations needs a ``kv`` other than ``refuse`` where the depth varies from token to
             token. Without one (``use_cache=False``) every token is exact at its own depth.
 
@@ -64,7 +65,7 @@ def generation(
         AttachError: from ``generate``: the model's loop cannot be halted as described.
         ValueError: from ``generate``: beam search, assisted generation or an encoder-decoder; a bad policy.
     """
-    how = dict(fields, max_steps=max_steps, loop=loop, loops=loops, readout=readout)
+    how = dict(fields, max_steps=max_steps, total_steps=total_steps, loop=loop, loops=loops, readout=readout)
     return Generation(policy, {**how, "kv": kv, "kv_stride": kv_stride, "check": check})
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
-from cases import hrm_model
+from cases import hrm_model, needs
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import RowsMeet
 from standins import Counting, DrawnFromState, InARow, Nested, with_config
@@ -77,6 +77,26 @@ class Hrm(nn.Module):
         return logits
 
 
+class Supervised(nn.Module):
+    """A tiny-recursive-model that is called again on what it gave, as its deep supervision does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        needs("tiny_recursive_model")
+        from tiny_recursive_model import MLPMixer1D, TinyRecursiveModel
+
+        network = MLPMixer1D(dim=16, depth=1, seq_len=5)
+        self.trm = TinyRecursiveModel(
+            dim=16, num_tokens=50, network=network, num_refinement_blocks=4, num_latent_refinements=2
+        ).double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        outputs, latents = self.trm.get_initial()
+        for _ in range(5):
+            outputs, latents, answer, _ = self.trm(ids, outputs, latents)
+        return answer
+
+
 HRM = {
     "high": Loop(("inner.model.L_module", "inner.model.H_module"), initial=None, scope="inner.model"),
     "low": Loop(("inner.model.L_module",), initial=None, scope="inner.model", reset_on=("inner.model.H_module",)),
@@ -107,12 +127,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Loop], dict[str, int]]
         {"a": 5, "b": 5, "c": 5},
     ),
     "hrm-text": (Hrm, HRM, {"high": 6, "low": 5}),
+    "tiny-recursive-model": (
+        Supervised,
+        {"high": Loop(("trm",), initial=None), "low": Loop(("trm.network",), period=3, initial=None, scope="trm")},
+        {"high": 6, "low": 5},
+    ),
 }
 
 
 def inputs(case: str) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    if case == "hrm-text":
+    if case in ("hrm-text", "tiny-recursive-model"):
         return torch.randint(0, 50, (BATCH, 5), generator=generator)
     return torch.randn(BATCH, 3, WIDTH, dtype=torch.float64, generator=generator)
 
@@ -158,7 +183,7 @@ def test_each_entry_gets_what_it_gets_alone_in_every_loop(case: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in CASES if case != "inside a step"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("inside a step", "tiny-recursive-model")])
 def test_modules_compute_each_entry_as_often_as_alone(case: str) -> None:
     model, loops, policies = made(case)
     x = inputs(case)
@@ -174,6 +199,18 @@ def test_modules_compute_each_entry_as_often_as_alone(case: str) -> None:
         model(x)
     assert {path: sum(count.seen) for path, count in counts.items()} == needed
     assert all(len(set(count.seen)) > 2 for count in counts.values())
+
+
+def test_gradients_are_those_of_each_entry_alone() -> None:
+    model, loops, policies = made("nested")
+    x, weights = inputs("nested"), list(model.parameters())
+    with haltkit.attach(model, policies, loops=loops):
+        alone = torch.cat([model(entry) for entry in x.split(1)])
+    expected = torch.autograd.grad(alone.square().sum(), weights)
+    with haltkit.attach(model, policies, loops=loops, execution="compact"):
+        for _ in range(2):
+            found = torch.autograd.grad(model(x).square().sum(), weights)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
