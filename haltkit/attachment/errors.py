@@ -49,7 +49,7 @@ class BodyOutsideScope(AttachError):
 
 
 class BatchNotFound(AttachError):
-    """Rows cannot be retired from a module: no argument of it has the batch as a dimension."""
+    """The batch is not where it must be: a module is given no such dimension, or loops disagree about its size."""
 
 
 class RowsMeet(AttachError):

@@ -54,9 +54,10 @@ def generation(
     ``regions``: their names, in that order. Entries that have ended go on as padding, and are counted.
 
     Args:
-        policy, max_steps, total_steps, loop, loops, readout, kv, kv_stride, check, fields: as for :func:`haltkit.attach`. A cache
-            whose slots belong to iterations needs a ``kv`` other than ``refuse`` where the depth varies from token to
-            token. Without one (``use_cache=False``) every token is exact at its own depth.
+        policy, max_steps, total_steps, loop, loops, readout, kv, kv_stride, check, fields: as for
+            :func:`haltkit.attach`. A cache whose slots belong to iterations needs a ``kv`` other than ``refuse`` where
+            the depth varies from token to token. Without one (``use_cache=False``) every token is exact at its own
+            depth.
 
     Returns:
         a callable, to be used in as many calls, and on as many models, as it fits.
