@@ -707,8 +707,8 @@ HEAD = """# Gallery: looped models of others, and loops as one writes them
 Each line is the first proposal of `haltkit.discover(model, run, run_at)` on the package's real code with tiny random
 weights, and what `haltkit.verify` finds for a halt at each step: the model's output, bit for bit, against the model
 run with that many loops. "Entries alone": whether an entry of the batch that halts before the others gets that, too;
-where a loop carries more than its state it does not in masked execution, and whole batches have to halt
-(`granularity=batch`), or entries leave (`execution="compact"`, where their rows do not see each other).
+where a loop carries more than its state in modules whose batch dimension is not found, it does not, and whole batches
+have to halt (`granularity=batch`).
 `tests/attachment/test_gallery.py` holds every line. The
 presets (ALBERT, HRM-text, tiny-recursive-model, OpenMythos, Huginn, torchdeq) are in
 [haltkit/attachment](../haltkit/attachment/README.md).

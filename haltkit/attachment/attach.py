@@ -87,7 +87,9 @@ def attach(
         check: in the first loop of each region that halts, see whether what the body's modules are given stands still
             after the halt, and raise if it does not: the model would carry state past them. It costs a copy of these
             inputs in two iterations that are not computed, and one comparison.
-        execution: ``masked``: rows that have halted keep their state and are still computed. ``compact``:
+        execution: ``masked``: rows that have halted keep their state and are still computed; entries of the batch
+            whose rows have all halted also keep what else the body's modules gave them, wherever the batch dimension is
+            found, which takes calls of these modules on two entries beside the loop. ``compact``:
             entries of the batch whose rows have all halted are retired from the body's modules, so time falls with
             the mean depth. For models whose entries do not see each other and that have no cache. Which dimension is
             the batch is found, and proved, in the first loop of the session.
@@ -179,8 +181,9 @@ def verify(
         run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
             settles it.
         loop, loops, execution, fields: as for :func:`attach`.
-        rows: whether rows or entries are to halt one by one. Where the loop carries more than its state they get
-            another output then, and only whole batches can halt (``rows=False``, ``granularity=batch``).
+        rows: whether rows or entries are to halt one by one. Where the loop carries more than its state, in modules
+            whose batch dimension is not found, entries get another output then, and only whole batches can halt
+            (``rows=False``, ``granularity=batch``).
 
     Raises:
         AttachError: the loop cannot be halted as described.

@@ -19,8 +19,10 @@ __all__ = [
     "BatchNorms",
     "BodyCall",
     "Proven",
+    "alike",
     "close",
     "gathered",
+    "held",
     "matching",
     "same_rows",
     "scattered",
@@ -68,6 +70,11 @@ class Proven:
     given: Axes
     returned: Axes
 
+    def fits(self, call: BodyCall, batch: int) -> bool:
+        """Whether a call's arguments have the batch where it was proven to be."""
+        tensors = mapped_tensors((call.args, call.kwargs))
+        return all(axis is None or t.shape[axis] == batch for axis, t in zip(self.given, tensors, strict=True))
+
 
 class BatchNorms:
     """The batch norms inside a body's modules, which let rows see each other in training."""
@@ -80,18 +87,22 @@ class BatchNorms:
             if isinstance(module, _BatchNorm)
         ]
 
+    @property
+    def training(self) -> str:
+        """The path of one that takes its statistics from the batch, or nothing."""
+        return next((path for path, m in self._found if m.training or not m.track_running_stats), "")
+
     def refuse_training(self, where: str, who: str, instead: str) -> None:
         """See that none takes its statistics from the batch.
 
         Raises:
             RowsMeet: one does.
         """
-        for path, module in self._found:
-            if module.training or not module.track_running_stats:
-                raise RowsMeet(
-                    f"{where}: {path!r} is a batch norm that takes its statistics from the batch, so {who} would "
-                    f"change the others. Call model.eval(), or {instead}"
-                )
+        if path := self.training:
+            raise RowsMeet(
+                f"{where}: {path!r} is a batch norm that takes its statistics from the batch, so {who} would "
+                f"change the others. Call model.eval(), or {instead}"
+            )
 
 
 def gathered(value: Any, axes: Sequence[int | None], rows: Tensor) -> Any:
@@ -114,6 +125,17 @@ def scattered(value: Any, axes: Sequence[int | None], rows: Tensor, whole: Any) 
         return tensor if axis is None else old.index_copy(axis, rows, tensor)
 
     return map_tensors(all_rows, value)
+
+
+def held(value: Any, axes: Sequence[int | None], rows: Tensor, before: Any) -> Any:
+    """``value`` for the entries ``rows`` of the batch, and ``before`` for the others."""
+    return scattered(gathered(value, axes, rows), axes, rows, before)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values have tensors of the same shapes and types in the same places."""
+    a, b = mapped_tensors(one), mapped_tensors(other)
+    return [(t.shape, t.dtype) for t in a] == [(t.shape, t.dtype) for t in b]
 
 
 def matching(some: Any, output: Any, rows: Tensor, batch: int) -> Axes | None:

@@ -69,7 +69,7 @@ class Candidate:
             )
         if self.halted_at:
             how = "equals the model run with as many" if self.compared else "holds; run_at= compares what it gives"
-            rest = "; entries alone need execution='compact', or halt whole batches (granularity=batch)"
+            rest = "; entries of a batch cannot halt alone, so halt whole batches (granularity=batch)"
             return f"A halt at {self.halted_at} of {self.iterations} {how}{rest if self.together else ''}"
         return "No halt was tried, for that takes three iterations"
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from haltkit.attachment.onecall import ModelCalls
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
 from haltkit.attachment.regions import around, nesting
-from haltkit.attachment.retiring import Retiring
+from haltkit.attachment.retiring import Holding, Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
@@ -30,6 +30,8 @@ from haltkit.queue import check_slots, in_turn
 from haltkit.recording.trajectory import Trajectory
 
 __all__ = ["Halting", "HaltingSession"]
+
+R = TypeVar("R", bound=Retiring)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Halting:
         check: look, in the first loop of each region that halts, whether the body's inputs stand still after the halt.
         throughout: watch all loops from the first iteration on, and keep what these iterations were given (verify).
         disturb_before: give disturbed outputs in replayed iterations before this one, by region (verify).
+        state_only: in masked execution halted entries keep the state and nothing beside it (verify).
     """
 
     loops: Mapping[str, Loop]
@@ -61,6 +64,7 @@ class Halting:
     total_steps: int | None = None
     throughout: tuple[int, ...] | None = None
     disturb_before: Mapping[str, int] = field(default_factory=dict)
+    state_only: bool = False
 
 
 class HaltingSession(Session):
@@ -73,7 +77,7 @@ class HaltingSession(Session):
         self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
         self.number = next_number()
         self._passing, self._calls = Passing(), ModelCalls(self.regions, how.total_steps)
-        inside = around(how.loops)
+        inside, compact = around(how.loops), how.execution == "compact"
         self._overrides: list[Overrides] = []
         self._parts = {
             name: Region(
@@ -90,7 +94,8 @@ class HaltingSession(Session):
                 max_steps=how.max_steps.get(name),
                 throughout=how.throughout,
                 disturb_before=how.disturb_before.get(name, 0),
-                retiring=self._retiring(loop, inside[name]) if how.execution == "compact" else None,
+                retiring=self._retiring(Retiring, loop, inside[name]) if compact else None,
+                holding=self._retiring(Holding, loop, inside[name]) if not compact and not how.state_only else None,
             )
             for name, loop in how.loops.items()
         }
@@ -102,9 +107,9 @@ class HaltingSession(Session):
         """The module whose output is a loop's state."""
         return find_module(self.model, call_parts(loop.state_module)[0])
 
-    def _retiring(self, loop: Loop, inside: Collection[str]) -> Retiring:
-        """What rows are retired from: the modules of a loop's body, ``inside`` which of them other loops run."""
-        return Retiring(self._bodies(loop), self._passing.through, inside)
+    def _retiring(self, kind: type[R], loop: Loop, inside: Collection[str]) -> R:
+        """What halted entries leave: the modules of a loop's body, ``inside`` which of them other loops run."""
+        return kind(self._bodies(loop), self._passing.through, inside)
 
     def _bodies(self, loop: Loop) -> dict[str, nn.Module]:
         """The modules of a loop's body, or whose methods it names, by path."""
@@ -280,7 +285,11 @@ class HaltingSession(Session):
     # --- for verify
 
     def _probe(
-        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+        self,
+        policies: ByRegion,
+        keep: tuple[int, ...] = (),
+        disturb_before: Mapping[str, int] = NOTHING,
+        state_only: bool = False,
     ) -> AbstractContextManager[Probe]:
         how = replace(
             self.how,
@@ -290,6 +299,7 @@ class HaltingSession(Session):
             total_steps=None,
             throughout=keep,
             disturb_before=disturb_before,
+            state_only=state_only,
         )
         return self._beside(HaltingSession(self.model, how))
 

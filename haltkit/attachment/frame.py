@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haltkit.attachment.axes import BodyCall
+from haltkit.attachment.axes import Axes, BodyCall
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import (
     AttachError,
@@ -25,7 +25,7 @@ from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
 from haltkit.attachment.onecall import OneCall, by_entry
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
-from haltkit.attachment.retiring import Retiring
+from haltkit.attachment.retiring import Holding, Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
@@ -58,12 +58,13 @@ class Frame:
         inputs: Inputs | None,
         disturb_before: int = 0,
         retiring: Retiring | None = None,
+        holding: Holding | None = None,
         joining: Joining | None = None,
     ) -> None:
         self.region, self.loop, self._start, self._judging, self.kv = region, loop, start, judging, kv
         self.whole = whole
         self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
-        self.retiring, self.joining = retiring, joining
+        self.retiring, self.holding, self.joining = retiring, holding, joining
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
@@ -79,6 +80,7 @@ class Frame:
         self._present: Tensor | None = None  # entries of the batch that have rows active in this iteration
         self._stopped: Tensor | None = None  # rows that had halted when this iteration began
         self._leaves = False  # the entries without active rows are not computed in this iteration
+        self._returned: Axes | None = None  # the batch dimensions of the newest output, where they are proven
         self._begun = 0  # loops of this call of the model when this iteration began
         self._budget: Tensor | None = None  # the budget of this loop alone
 
@@ -116,8 +118,11 @@ class Frame:
             if self.kv.in_use:
                 raise RowsMeet(f"a queue: {name!r} is given a cache, and the items of a queue have none in common")
             return self.joining.compute(BodyCall(name, len(self._tape), forward, args, kwargs))
+        place = len(self._tape)
+        state_of = self.loop.state_of if name == self.loop.state_module else None
+        call = BodyCall(name, place, forward, args, kwargs, state_of)
         if self.retiring is None:
-            return forward(*args, **kwargs)
+            return self._computed_whole(call)
         if self.kv.in_use:
             raise RowsMeet(
                 f"execution='compact': {name!r} is given a cache, whose entries would have to be retired with the "
@@ -126,17 +131,34 @@ class Frame:
         self.retiring.refuse_training()
         if self.run is None or self._present is None:
             return forward(*args, **kwargs)
-        place = len(self._tape)
         self._expect(name, self._last[place].name if place < len(self._last) else "")
-        state_of = self.loop.state_of if name == self.loop.state_module else None
-        present, batch = self._present, len(self.run.active)
-        call = BodyCall(name, place, forward, args, kwargs, state_of)
+        return self._without_halted(self.retiring, call, self._present, len(self.run.active))
+
+    def _without_halted(self, retiring: Retiring, call: BodyCall, present: Tensor, batch: int) -> Any:
+        """What a call gives the entries that go on; the others have what it gave them in the iteration before."""
         if len(present) == batch:
-            return self.retiring.call(call, present, batch)
-        before, whole = self._last[place].again(self.allow_grad), self.whole
-        return self.retiring.call(
-            call, present, batch, before, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
-        )
+            output = retiring.call(call, present, batch)
+        else:
+            before, whole = self._last[call.place].again(self.allow_grad), self.whole
+            output = retiring.call(
+                call, present, batch, before, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
+            )
+        self._returned = retiring.axes(call)
+        return output
+
+    def _computed_whole(self, call: BodyCall) -> Any:
+        """Masked execution: what a call gives. Entries that have halted keep what it gave them, the state and all else
+        that the loop may carry."""
+        self._returned = None
+        holding, stopped = self.holding, self._stopped
+        if holding is None or stopped is None or not stopped.ndim or self.kv.in_use or self.kv.runs_on:
+            return call.forward(*call.args, **call.kwargs)
+        before = self._last[call.place] if call.place < len(self._last) else None
+        if before is None or before.name != call.name:
+            return call.forward(*call.args, **call.kwargs)
+        if len(self._last) == 1 == len(mapped_tensors(before.output)) and not holding.encloses(call.name):
+            return call.forward(*call.args, **call.kwargs)  # the state is all there is
+        return self._without_halted(holding, call, by_entry(~stopped).nonzero().squeeze(-1), len(stopped))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
@@ -259,10 +281,11 @@ class Frame:
                         "nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
                     )
         before = iter(old)
+        axes = iter(self._returned if self._returned is not None else [0] * len(new))
 
         def rows(tensor: Tensor) -> Tensor:
             kept = next(before)
-            if tensor.shape[: took.ndim] != took.shape or kept.shape != tensor.shape:
+            if next(axes) != 0 or tensor.shape[: took.ndim] != took.shape or kept.shape != tensor.shape:
                 return tensor
             return torch.where(took.view(*took.shape, *[1] * (tensor.ndim - took.ndim)), tensor, kept)
 

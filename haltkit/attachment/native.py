@@ -166,7 +166,11 @@ class NativeSession(Session):
     # --- for verify
 
     def _probe(
-        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+        self,
+        policies: ByRegion,
+        keep: tuple[int, ...] = (),
+        disturb_before: Mapping[str, int] = NOTHING,
+        state_only: bool = False,
     ) -> AbstractContextManager[Probe]:
         return self._beside(NativeSession(self.model, self.native, policies))
 

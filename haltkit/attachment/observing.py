@@ -106,6 +106,10 @@ class ObservingSession(Session):
         return trajectory_of(self.observer)
 
     def _probe(
-        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+        self,
+        policies: ByRegion,
+        keep: tuple[int, ...] = (),
+        disturb_before: Mapping[str, int] = NOTHING,
+        state_only: bool = False,
     ) -> AbstractContextManager[Probe]:
         raise NotImplementedError("verify refuses a session without policies")

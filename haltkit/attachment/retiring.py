@@ -8,8 +8,8 @@ entries, and must give the same two rows that it gives of the whole batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from haltkit.attachment.axes import (
     TRIALS,
+    Axes,
     BatchNorms,
     BodyCall,
     Proven,
+    alike,
     gathered,
+    held,
     matching,
     same_rows,
     scattered,
@@ -29,7 +32,7 @@ from haltkit.attachment.axes import (
 from haltkit.attachment.errors import BatchNotFound, RowsMeet
 from haltkit.attachment.outputs import mapped_tensors
 
-__all__ = ["Retiring"]
+__all__ = ["Holding", "Retiring"]
 
 Within = Callable[[bool], AbstractContextManager[None]]
 
@@ -45,7 +48,7 @@ class Retiring:
     ) -> None:
         """``modules``: of the body, by path. ``trying``: calls inside it are no part of any loop. ``around``: modules
         inside whose calls other loops run, which must be given the same entries in all calls of one iteration."""
-        self._norms = BatchNorms(modules)
+        self._modules, self._norms = tuple(modules.values()), BatchNorms(modules)
         self._trying, self._around = trying, frozenset(around)
         self._proven: dict[tuple[str, int, tuple[int, ...]], Proven] = {}
         self._known: set[tuple[str, int]] = set()  # calls (module, place) of which something is proven
@@ -53,6 +56,15 @@ class Retiring:
     def proven(self, names: Sequence[str]) -> bool:
         """Whether an iteration that calls these modules can leave entries out of all calls that other loops run in."""
         return all((name, place) in self._known for place, name in enumerate(names) if name in self._around)
+
+    def encloses(self, name: str) -> bool:
+        """Whether other loops run inside the calls of a module."""
+        return name in self._around
+
+    def axes(self, call: BodyCall) -> Axes | None:
+        """The batch dimension of each tensor that a call returns; None if it is not known."""
+        proven = self._proven.get((call.name, call.place, call.shape))
+        return None if proven is None else proven.returned
 
     def refuse_training(self) -> None:
         """See that no batch norm takes its statistics from the batch.
@@ -85,8 +97,7 @@ class Retiring:
             BatchNotFound: no argument has a dimension as large as the batch.
             RowsMeet: the module gives entries other rows when it is given others beside them.
         """
-        key = (call.name, call.place, call.shape)
-        proven, everybody = self._proven.get(key), len(present) == batch
+        proven, everybody = self._found(call, batch), len(present) == batch
         if proven is not None and not everybody and (leaves or call.name not in self._around):
             with within(True):
                 computed = call.on(present, proven.given)
@@ -96,19 +107,43 @@ class Retiring:
         if batch == 1:
             return output
         if proven is None:
-            plain = self._plain(call) if call.name in self._around else output
-            proven = self._prove(call, plain, batch)
-            if telling(plain, proven.returned):  # equal rows prove nothing
-                self._proven[key] = proven
-                self._known.add((call.name, call.place))
-        if everybody:
-            return output
-        return scattered(gathered(output, proven.returned, present), proven.returned, present, before)
+            proven = self._look(call, output, batch)
+        return output if everybody else held(output, proven.returned, present, before)
 
-    def _plain(self, call: BodyCall) -> Any:
-        """What the module gives by itself: a loop that runs inside it keeps the states of rows that have halted."""
-        with torch.no_grad(), self._trying():
-            return call.forward(*call.args, **call.kwargs)
+    def _found(self, call: BodyCall, batch: int) -> Proven | None:
+        """What is proven of a call."""
+        proven = self._proven.get((call.name, call.place, call.shape))
+        return proven if proven is not None and proven.fits(call, batch) else None
+
+    def _look(self, call: BodyCall, output: Any, batch: int) -> Proven:
+        """Prove what can be of a call, and note it.
+
+        Raises:
+            BatchNotFound, RowsMeet: see :meth:`call`.
+        """
+        with self._aside(call):
+            # A loop that runs inside the module keeps the states of rows that have halted: what the module gives alone.
+            plain = call.forward(*call.args, **call.kwargs) if call.name in self._around else output
+            proven = self._prove(call, plain, batch)
+        if telling(plain, proven.returned):  # equal rows prove nothing
+            self._proven[call.name, call.place, call.shape] = proven
+            self._known.add((call.name, call.place))
+        return proven
+
+    @contextmanager
+    def _aside(self, call: BodyCall) -> Iterator[None]:
+        """Calls made inside leave no trace: not in a loop, in the random numbers to come, or in a module's attributes,
+        such as a counter of its calls."""
+        kept = [(m, dict(vars(m)), dict(m._buffers)) for body in self._modules for m in body.modules()]
+        given = mapped_tensors((call.args, call.kwargs))
+        devices = {t.device.index for t in given if t.is_cuda}
+        with torch.no_grad(), self._trying(), torch.random.fork_rng(devices=devices):
+            try:
+                yield
+            finally:
+                for module, attributes, buffers in kept:
+                    _restore(vars(module), attributes)
+                    _restore(module._buffers, buffers)
 
     def _prove(self, call: BodyCall, output: Any, batch: int) -> Proven:
         """Find the batch dimensions by running the module on the last and the first entry."""
@@ -119,8 +154,7 @@ class Retiring:
         for axes in itertools.islice(itertools.product(*options), TRIALS):
             args, kwargs = gathered((call.args, call.kwargs), axes, rows)
             try:
-                with torch.no_grad(), self._trying():
-                    some = call.forward(*args, **kwargs)
+                some = call.forward(*args, **kwargs)
             except Exception:  # whatever a module says to shapes that do not fit together: these axes are not it
                 continue
             returned = matching(some, output, rows, batch)
@@ -139,3 +173,47 @@ class Retiring:
             "rows see each other there (attention or a norm across the batch), the batch is not the state's first "
             "dimension, or the module is random (call model.eval()). Use execution='masked'"
         )
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [name for name in now if name not in before]:
+        del now[name]
+    now.update(before)
+
+
+class Holding(Retiring):
+    """What is known of the batch dimensions in masked execution, where halted entries are computed with the others.
+
+    They keep what their modules gave them last, the state and all that a loop carries beside it. A call whose batch
+    dimension cannot be proven gives what it gives: of its halted entries, the state alone is kept.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._unproven: set[tuple[str, int, tuple[int, ...]]] = set()
+
+    def call(
+        self,
+        call: BodyCall,
+        present: Tensor,
+        batch: int,
+        before: Any = None,
+        leaves: bool = False,
+        within: Within = lambda gathered: nullcontext(),
+    ) -> Any:
+        with within(False):
+            output = call.forward(*call.args, **call.kwargs)
+        proven = self._found(call, batch) or self._tried(call, output, batch)
+        if proven is None or len(present) == batch or not alike(output, before):
+            return output
+        return held(output, proven.returned, present, before)
+
+    def _tried(self, call: BodyCall, output: Any, batch: int) -> Proven | None:
+        key = (call.name, call.place, call.shape)
+        if batch == 1 or key in self._unproven or self._norms.training:
+            return None
+        try:
+            return self._look(call, output, batch)
+        except (BatchNotFound, RowsMeet):
+            self._unproven.add(key)
+            return None

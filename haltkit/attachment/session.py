@@ -94,7 +94,11 @@ class Session(ABC):
 
     @abstractmethod
     def _probe(
-        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Mapping[str, int] = NOTHING
+        self,
+        policies: ByRegion,
+        keep: tuple[int, ...] = (),
+        disturb_before: Mapping[str, int] = NOTHING,
+        state_only: bool = False,
     ) -> AbstractContextManager[Probe]:
         """Another session beside this one, with other policies; see :func:`haltkit.attachment.verify.verify`."""
 

@@ -112,8 +112,8 @@ class Report:
             said = verdict(self.alone)
             if self.together:
                 said += (
-                    ": its loop carries more than the state. Halt whole batches (granularity=batch), or let entries "
-                    "leave (execution='compact')"
+                    ": its loop carries more than the state, in modules whose batch dimension is not found. Halt whole "
+                    "batches (granularity=batch)"
                 )
             lines.append(f"one entry of the batch halted, its own output: {said}")
         depths = ", ".join(str(k) if len(self.loops) == 1 else f"{k} in {name}" for name, k in self.k.items())
@@ -143,11 +143,15 @@ class Attaching(Protocol):
     """Attaches a session of verify's own.
 
     It has policies by region, keeps the inputs of some iterations, and gives disturbed outputs in replayed iterations
-    before one.
+    before one. ``state_only``: in masked execution, entries that halt before others keep the state alone.
     """
 
     def __call__(
-        self, policies: ByRegion, keep: tuple[int, ...] = (), disturb_before: Depths = NOTHING
+        self,
+        policies: ByRegion,
+        keep: tuple[int, ...] = (),
+        disturb_before: Depths = NOTHING,
+        state_only: bool = False,
     ) -> AbstractContextManager[Probe]: ...
 
 
@@ -265,7 +269,7 @@ def verify(
             alone = _alone(run(), reference, free[seen[0]].newest)
     others = {}
     for name in seen:
-        with probe({**never, name: _First()}, keep=(1, 2, 3)) as some:
+        with probe({**never, name: _First()}, keep=(1, 2, 3), state_only=True) as some:
             run()
             others[name] = _carried(name, free[name], some.watched()[name])
     return Report(

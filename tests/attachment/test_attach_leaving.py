@@ -1,4 +1,4 @@
-"""Entries that leave several loops of one model: in a row, nested, and on the real HRM-text class."""
+"""Entries that halt alone in several loops of one model, and leave them: in a row, nested, and on real models."""
 
 from __future__ import annotations
 
@@ -160,8 +160,9 @@ def counted(model: nn.Module, loops: dict[str, Loop]) -> dict[str, Counting]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("execution", ["masked", "compact"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_entry_gets_what_it_gets_alone_in_every_loop(case: str) -> None:
+def test_each_entry_gets_what_it_gets_alone_in_every_loop(case: str, execution: Any) -> None:
     model, loops, policies = made(case)
     x = inputs(case)
     alone, steps, outcomes = [], dict[str, list[Tensor]](), dict[str, list[Tensor]]()
@@ -171,7 +172,7 @@ def test_each_entry_gets_what_it_gets_alone_in_every_loop(case: str) -> None:
         for name in loops:
             steps.setdefault(name, []).append(session.steps[name])
             outcomes.setdefault(name, []).append(session.outcome[name])
-    with haltkit.attach(model, policies, loops=loops, execution="compact") as session:
+    with haltkit.attach(model, policies, loops=loops, execution=execution) as session:
         for _ in range(3):
             out = model(x)
             torch.testing.assert_close(out, torch.cat(alone), rtol=0, atol=1e-12)

@@ -273,3 +273,82 @@ def test_a_tiny_recursive_model_gives_each_board_what_it_gets_alone() -> None:
             for part in range(3):  # outputs, latents, predictions
                 expected = torch.cat([single[part] for single in alone])
                 torch.testing.assert_close(together[part], expected, rtol=0, atol=1e-5)
+
+
+class Transposing(nn.Module):
+    """Carries its state and, sequence first, a second one; counts its calls, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.other, self.calls = encoder(), nn.Linear(WIDTH, WIDTH, dtype=torch.float64), 0
+
+    def forward(self, x: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        torch.rand(3)
+        new = torch.tanh(self.map(x) + beside.transpose(0, 1))
+        return new, torch.tanh(self.other(new)).transpose(0, 1) + 0.5 * beside
+
+
+class Carrying(nn.Module):
+    """A loop around :class:`Transposing`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = Transposing()
+
+    def forward(self, x: Tensor, n: int = LOOPS) -> Tensor:
+        beside = torch.zeros_like(x.transpose(0, 1))
+        for _ in range(n):
+            x, beside = self.body(x, beside)
+        return x + beside.transpose(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+@pytest.mark.parametrize("tokens", [5, len(DEPTHS)])
+def test_a_second_state_is_kept_along_its_own_dimension(tokens: int, execution: Any) -> None:
+    model, x = Carrying(), values(len(DEPTHS), tokens, WIDTH)
+    alone = at_their_depths(model, x)
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution=execution):
+        for _ in range(2):
+            torch.testing.assert_close(model(x), alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_trials_leave_random_numbers_and_counters_as_they_were(execution: Any) -> None:
+    model, x = Carrying(), values(len(DEPTHS), 5, WIDTH)
+    torch.manual_seed(1)
+    model(x, max(DEPTHS))
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    model.body.calls = 0
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution=execution):
+        model(x)
+    assert model.body.calls == max(DEPTHS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@torch.no_grad()
+def test_rows_that_meet_keep_their_state_alone_in_masked_execution() -> None:
+    """Attention across the batch: no entry can be computed apart, so nothing but the state is known to be its own."""
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, dtype=torch.float64).eval()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            new: Tensor = self.layer(x)
+            return new, new.mean(1)
+
+    model, x = Looped(Both()), values(len(DEPTHS), 5, WIDTH)
+    h = x
+    depths = torch.tensor(DEPTHS).view(-1, 1, 1)
+    for k in range(max(DEPTHS)):
+        h = torch.where(depths > k, model.body(h)[0], h)
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"]):
+        for _ in range(2):
+            assert torch.equal(model(x), h)
