@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +21,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cases import hrm_model
+from cases import hrm_model, run_command
+from haltkit.calibration.certificate import Certificate
+from haltkit.card import Card
 from haltkit.cli.main import app
+from haltkit.identity import Identity
 from haltkit.models.checkpoint import BUNDLED, Checkpoint, load_checkpoint
 
 own = pytest.importorskip("haltkit.models.harness.own", reason="lm_eval is not installed")
+registry = pytest.importorskip("lm_eval.api.registry")
 LoopedLM = own.LoopedLM
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # the harness warns as it likes
@@ -79,14 +90,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def arguments_for(folder: Path, model: str, tasks: str, **keys: Any) -> list[str]:
+    """Of the harness, in batches of 3; what has a comma is written as JSON."""
+    given = {name: str(value) for name, value in {"pretrained": folder / "model", **keys}.items()}
+    plain = ",".join(f"{name}={value}" for name, value in given.items())
+    told = json.dumps(given) if any("," in value for value in given.values()) else plain
+    arguments = ["run", "--model", model, "--tasks", tasks, "--device", "cpu", "--batch_size", "3"]
+    return [*arguments, "--model_args", told, "--include_path", str(folder)]
+
+
 def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, tasks: str, out: str, **keys: Any) -> Any:
     """The results JSON that the harness writes."""
     monkeypatch.setattr(sys, "argv", ["haltkit"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    given = {"pretrained": folder / "model", **keys}
-    arguments = ["lm-eval", "run", "--model", model, "--tasks", tasks, "--device", "cpu", "--batch_size", "3"]
-    arguments += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
-    arguments += ["--include_path", str(folder), "--output_path", str(folder / out)]
+    arguments = ["lm-eval", *arguments_for(folder, model, tasks, **keys), "--output_path", str(folder / out)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     (written,) = (folder / out).rglob("results_*.json")
@@ -149,10 +166,48 @@ def test_steps_of_a_request_are_those_of_a_pass_of_its_own(folder: Path, monkeyp
         assert line["context"]["loop"] + line["continuation"]["loop"] == session.steps["loop"][0].tolist()
 
 
+@pytest.fixture(scope="module")
+def mute(folder: Path) -> Path:
+    """The folder of a model that predicts tokens and cannot generate."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+    class MuteConfig(PretrainedConfig):
+        model_type = "mute"
+
+    class Mute(PreTrainedModel):
+        config_class = MuteConfig
+
+        def __init__(self, config: MuteConfig) -> None:
+            super().__init__(config)
+            self.table = torch.nn.Embedding(50, 50)
+            self.post_init()
+
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+            return SimpleNamespace(logits=self.table(input_ids))
+
+    AutoConfig.register("mute", MuteConfig)
+    AutoModelForCausalLM.register(MuteConfig, Mute)
+    Mute(MuteConfig()).save_pretrained(folder / "mute")
+    for path in (folder / "model").glob("tokenizer*"):
+        shutil.copy(path, folder / "mute")
+    return folder / "mute"
+
+
+def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, tasks: str, **keys: Any) -> str:
+    """The last line on standard error of a run that ends with exit code 2 and writes no results."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = run_command("lm-eval", *arguments_for(folder, "haltkit", tasks, **keys), "--output_path", folder / "bad")
+    assert code == 2
+    assert not list((folder / "bad").rglob("results_*.json"))
+    return told.getvalue().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("keys", "token"),
     [
-        ({"policy": "norm:tau=0.1;granularity=batch"}, "norm"),
+        ({"policy": "norm:tau=0.1,granularity=batch"}, "batch_size=3"),
+        ({"policy": "norm:tau=0.5,granularity=sequence", "pretrained": "text"}, "batch_size=3"),
         ({"max_steps": 3}, "policy="),
         ({"policy": "nonsense:tau=1"}, "nonsense"),
     ],
@@ -160,8 +215,17 @@ def test_steps_of_a_request_are_those_of_a_pass_of_its_own(folder: Path, monkeyp
 def test_bad_arguments_are_one_clear_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], token: str
 ) -> None:
-    with pytest.raises(ValueError, match=token):
-        evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "bad", **keys)
+    line = refusal(folder, monkeypatch, "tiny_choice", **keys)
+    assert line.startswith("haltkit: ")
+    assert token in line
+
+
+def test_tasks_that_generate_are_refused_on_a_model_that_cannot(
+    folder: Path, mute: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refusal(folder, monkeypatch, "tiny_generating", pretrained=mute)
+    assert line.startswith("haltkit: tiny_generating")
+    assert "Mute cannot" in line
 
 
 def test_pooled_policies_are_refused_at_batches(folder: Path) -> None:
@@ -171,6 +235,83 @@ def test_pooled_policies_are_refused_at_batches(folder: Path) -> None:
     with pytest.raises(ValueError, match="batch_size=2"):
         HaltedLM(pretrained=str(folder / "model"), device="cpu", policy=policy, batch_size=2)
     HaltedLM(pretrained=str(folder / "model"), device="cpu", policy=policy, batch_size=1)
+
+
+def test_a_cards_certificate_is_in_the_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    spec = "norm:tau=0.05"
+    certificate = Certificate(
+        risk="disagreement",
+        epsilon=0.05,
+        delta=0.1,
+        method="betting",
+        correction="fixed-sequence",
+        promise="with probability 0.9 over the draw of the sequences, at most 5% of tokens disagree",
+        unit="sequence",
+        units=100,
+        units_needed=60,
+        settings=(spec,),
+        chosen=0,
+        empirical_risk=0.01,
+        p_value=0.02,
+        bound=0.04,
+        loss_bound=1.0,
+        data_hash="0" * 64,
+        seed=0,
+        reason="it passed",
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    identity = Identity.of(model, 3)
+    Card(spec, type(model).__name__, ("loop",), identity=identity, certificate=certificate).save(folder / "card")
+    keys = {"policy": folder / "card", "max_steps": 3}
+    told = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "card", **keys)["config"]["haltkit"]["card"]
+    assert told["policy"] == spec
+    assert told["identity"] == asdict(identity)
+    assert told["certificate"] == {**asdict(certificate), "settings": [spec]}
+    assert "full depth" in refusal(folder, monkeypatch, "tiny_choice", policy=folder / "card", max_steps=2)
+
+
+# --- how lm-eval finds the model
+
+
+def entry_point() -> EntryPoint:
+    """The one that haltkit declares."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    return EntryPoint(name, value, "lm_eval.models")
+
+
+def test_the_entry_point_is_the_class_that_the_command_registers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = entry_point()
+    evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "registered")
+    assert registry.model_registry.get(found.name) is found.load()
+
+
+def test_the_harness_runs_the_model_through_its_entry_point(folder: Path) -> None:
+    """As versions of lm-eval do that read entry points: the registry keeps one unloaded until it is asked for."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    registered = registry.Registry("model", base_cls=LM)
+    registered.register("haltkit", target=entry_point())
+    model = registered.get("haltkit").create_from_arg_obj(
+        {"pretrained": str(folder / "model"), "policy": "fixed:steps=2"}, {"batch_size": 1, "device": "cpu"}
+    )
+    found = simple_evaluate(model, tasks=["tiny_choice"], task_manager=TaskManager(include_path=str(folder)))
+    assert found["config"]["haltkit"]["context"]["loop"]["histogram"].keys() == {"2"}
+
+
+@pytest.mark.skipif(not hasattr(registry, "load_plugins"), reason="this lm-eval reads no entry points")
+def test_lm_evals_own_command_finds_the_model(folder: Path) -> None:
+    arguments = arguments_for(folder, "haltkit", "tiny_choice", policy="fixed:steps=2")
+    command = [sys.executable, "-m", "lm_eval", *arguments, "--output_path", str(folder / "command")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    (written,) = (folder / "command").rglob("results_*.json")
+    counted = json.loads(written.read_text(encoding="utf-8"))["config"]["haltkit"]["context"]
+    assert counted["loop"]["histogram"].keys() == {"2"}
 
 
 # --- haltkit's own text model
