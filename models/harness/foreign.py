@@ -6,10 +6,12 @@ from collections import defaultdict
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor, nn
+from torch import Tensor
 
 from haltkit.attachment.attach import attach
 from haltkit.attachment.generating import generation
+from haltkit.attachment.saved import load_card
+from haltkit.card import is_card
 from haltkit.models.harness.report import Depths, Report, check_batch, rolling_windows
 
 __all__ = ["HaltedLM"]
@@ -53,7 +55,8 @@ class HaltedLM(HFLM):
         arguments: those of ``HFLM``: ``pretrained``, ``batch_size``, ``dtype``, ...
 
     Raises:
-        ValueError: a policy that pools tokens, at another batch size than 1: padding would change scores.
+        ValueError: a policy that pools tokens, at another batch size than 1: padding would change scores; a card for
+            another model, or for another full depth than ``max_steps``.
         FileError: ``steps`` cannot be written.
     """
 
@@ -70,6 +73,8 @@ class HaltedLM(HFLM):
         self.how: dict[str, Any] = {} if policy is None else {"max_steps": max_steps, "kv": kv}
         if policy is None and (max_steps is not None or kv != "refuse"):
             raise ValueError("max_steps and kv say how a policy halts: give policy= too, such as policy=fixed:steps=8")
+        if policy is not None and is_card(policy) and max_steps is not None:
+            load_card(policy).check_depth(max_steps)
         super().__init__(*arguments, **named)
         self._check_batch(named.get("batch_size", 1))
         self._seen: dict[tuple[int, ...], Depths] = {}  # by what the model was given
@@ -147,6 +152,17 @@ class HaltedLM(HFLM):
         return answers
 
     def generate_until(self, requests: Any, *arguments: Any, **named: Any) -> Any:
+        """The harness's own continuations.
+
+        Raises:
+            ValueError: the model cannot generate.
+        """
+        if not self.model.can_generate():
+            raise ValueError(
+                f"{requests[0].task_name} is a task that generates, and {type(self.model).__name__} cannot: it is no "
+                "GenerationMixin of transformers. Choose tasks that score texts (output_type multiple_choice, "
+                "loglikelihood or loglikelihood_rolling)"
+            )
         self._generated.clear()
         answers = super().generate_until(requests, *arguments, **named)
         found = ((request, self._generated.get(request.args[0])) for request in requests)
@@ -158,6 +174,5 @@ class HaltedLM(HFLM):
         return {**super().get_model_info(), "haltkit": self.report.summary(self.policy, self.how)}
 
     @property
-    def model(self) -> nn.Module:
-        found: nn.Module = super().model
-        return found
+    def model(self) -> Any:
+        return super().model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -128,15 +128,15 @@ class Report:
         self._lines.append(json.dumps(line))
 
     def summary(self, policy: str | None, how: Mapping[str, Any]) -> dict[str, Any]:
-        """For the results: policy, card, and the steps of context and continuation by region.
+        """For the results: policy, card with its certificate, and the steps of context and continuation by region.
 
         Args:
             how: what else was asked for; None of it is left out.
         """
         card = None
         if policy is not None and is_card(policy):
-            found = Card.load(policy)
-            card = {"policy": found.policy, "model": found.model, "regions": list(found.regions), "about": found.about}
+            card = asdict(replace(Card.load(policy), folder=None))
+            del card["folder"]
         counts = {
             name: {region: histogram.summary() for region, histogram in regions.items()}
             for name, regions in self._counts.items()
