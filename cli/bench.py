@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haltkit.cli.device import Device, describe_device
+from haltkit.cli.grid import Column, print_grid
 from haltkit.cli.options import (
     JsonPath,
     MaxLoops,
@@ -167,76 +168,74 @@ def bench(
 
 
 def _print(console: Console, part: str, result: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    def table(*headings: str) -> Table:
-        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for i, heading in enumerate(headings):
-            grid.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
-        return grid
-
-    def steps_of(row: dict[str, Any]) -> str:
-        return " ".join(f"{mean:.1f}" for mean in row["steps"].values())
-
+    rows = [_cells(part, row) for row in _rows(part, result)]
+    columns = [Column(name, [row[name] for row in rows], left=i == 0) for i, name in enumerate(rows[0])]
     console.print()
-    console.print(Text(_MEANING[part], style="bold"))
+    print_grid(console, columns, title=_MEANING[part])
+
+
+def _rows(part: str, result: Any) -> list[dict[str, Any]]:
+    if part == "overhead":
+        return [{**result, "name": name, "overhead": result[name]} for name in ("compact", "compact, accel")]
+    return list(result)
+
+
+def _cells(part: str, row: dict[str, Any]) -> dict[str, str]:
+    """What a row of one part shows, by heading."""
     if part == "policies":
-        grid = table("width, rows", "body ms", *result[0]["relative"])
-        for row in result:
-            note = "" if row["dtype"] == "float32" else f" {row['dtype']}"
-            relative = (f"{100 * value:.1f}%" for value in row["relative"].values())
-            grid.add_row(f"{row['width']}, {row['rows']:,}{note}", f"{row['body_ms']:.3f}", *relative)
-    elif part == "overhead":
-        grid = table("", "overhead")
-        for name in ("compact", "compact, accel"):
-            grid.add_row(f"{name}, {result['rows']:,} rows, {result['loops']} loops", f"{100 * result[name]:+.1f}%")
-    elif part in ("forward", "decode"):
-        headings = ("batch x tokens", "policy", "steps", "full ms/token", "ms/token")
-        grid = table(*headings, "bound", "speed-up", "realised", "over bare loop")
-        for row in result:
-            grid.add_row(
-                f"{row['batch']} x {row['length']}",
-                row["spec"],
-                steps_of(row),
-                f"{row['full_ms_per_token']:.3f}",
-                f"{row['ms_per_token']:.3f}",
-                f"{row['bound']:.2f}x",
-                f"{row['speedup']:.2f}x",
-                f"{row['realised']:.2f}",
-                f"{100 * row['over_bare_loop']:+.1f}%",
-            )
-    elif part == "slowest":
-        grid = table("policy", "batch", "mean steps", "slowest", "bound", "over bare", "over masked", "tokens/s")
-        for row in result:
-            grid.add_row(
-                row["spec"],
-                f"{row['batch']} x {row['length']}",
-                steps_of(row),
-                " ".join(map(str, row["slowest"].values())),
-                f"{row['bound']:.2f}x",
-                f"{row['over_bare']:.2f}x",
-                f"{row['over_masked']:.2f}x",
-                f"{row['tokens_per_second']:,.0f}",
-            )
-    elif part == "break-even":
-        grid = table("rows computed", "share halted")
-        for row in result:
-            grid.add_row(f"{row['rows']:,}", "never" if row["at"] is None else f"{row['at']:.1%}")
-    elif part == "position":
-        grid = table("position", "ms/token", "of it attention")
-        for row in result:
-            grid.add_row(f"{row['position']}", f"{row['ms_per_token']:.2f}", f"{row['attention_ms']:.2f}")
-    else:
-        grid = table("layout", "KiB/token", "CE change", "largest logit error", "mean", "agreement", "steps")
-        for row in result:
-            grid.add_row(
-                row["layout"],
-                f"{row['bytes_per_token'] / 1024:.1f}",
-                f"{row['ce_change']:+.5f}",
-                f"{row['max_logit_error']:.4f}",
-                f"{row['mean_logit_error']:.4f}",
-                f"{row['agreement']:.1%}",
-                steps_of(row),
-            )
-    console.print(grid)
+        note = "" if row["dtype"] == "float32" else f" {row['dtype']}"
+        relative = {name: f"{100 * value:.1f}%" for name, value in row["relative"].items()}
+        return {
+            "width, rows": f"{row['width']}, {row['rows']:,}{note}",
+            "body ms": f"{row['body_ms']:.3f}",
+            **relative,
+        }
+    if part == "overhead":
+        return {
+            "execution": f"{row['name']}, {row['rows']:,} rows, {row['loops']} loops",
+            "overhead": f"{100 * row['overhead']:+.1f}%",
+        }
+    if part == "break-even":
+        return {
+            "rows computed": f"{row['rows']:,}",
+            "share halted": "never" if row["at"] is None else f"{row['at']:.1%}",
+        }
+    if part == "position":
+        return {
+            "position": f"{row['position']}",
+            "ms/token": f"{row['ms_per_token']:.2f}",
+            "of it attention": f"{row['attention_ms']:.2f}",
+        }
+    steps = " ".join(f"{mean:.1f}" for mean in row["steps"].values())
+    if part in ("forward", "decode"):
+        return {
+            "batch x tokens": f"{row['batch']} x {row['length']}",
+            "policy": row["spec"],
+            "steps": steps,
+            "full ms/token": f"{row['full_ms_per_token']:.3f}",
+            "ms/token": f"{row['ms_per_token']:.3f}",
+            "bound": f"{row['bound']:.2f}x",
+            "speed-up": f"{row['speedup']:.2f}x",
+            "realised": f"{row['realised']:.2f}",
+            "over bare loop": f"{100 * row['over_bare_loop']:+.1f}%",
+        }
+    if part == "slowest":
+        return {
+            "policy": row["spec"],
+            "batch": f"{row['batch']} x {row['length']}",
+            "mean steps": steps,
+            "slowest": " ".join(map(str, row["slowest"].values())),
+            "bound": f"{row['bound']:.2f}x",
+            "over bare": f"{row['over_bare']:.2f}x",
+            "over masked": f"{row['over_masked']:.2f}x",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        }
+    return {
+        "layout": row["layout"],
+        "KiB/token": f"{row['bytes_per_token'] / 1024:.1f}",
+        "CE change": f"{row['ce_change']:+.5f}",
+        "largest logit error": f"{row['max_logit_error']:.4f}",
+        "mean": f"{row['mean_logit_error']:.4f}",
+        "agreement": f"{row['agreement']:.1%}",
+        "steps": steps,
+    }

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from haltkit.cli.device import Device
+from haltkit.cli.grid import Column, print_grid
 from haltkit.cli.options import MOST_STEPS, Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, write_results
@@ -38,9 +39,6 @@ def evaluate(
     checkpoint: OldCheckpoint = None,
 ) -> None:
     """The loss of a model at fixed numbers of steps and under halting policies."""
-    from rich.table import Table
-    from rich.text import Text as Line
-
     from haltkit.comparison.evaluate import Evaluated
     from haltkit.comparison.evaluate import evaluate as measure
     from haltkit.setting import Setting
@@ -80,23 +78,20 @@ def evaluate(
     items = next(iter(found.values())).items
     about = subject.about
     shown = "bundled checkpoint" if str(about["model"]).startswith("bundled") else str(named)
-    table = Table(
-        title=f"{shown}, {items:,} {subject.item}s of {about['text']}",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        title_justify="left",
-    )
-    table.add_column("setting", overflow="fold")
     nats = subject.unit == "nats"
-    headings = [f"{subject.metric} ({subject.unit})" if nats else subject.metric, *(["PPL"] if nats else [])]
-    for heading in (*headings, *(f"steps {name}" for name in regions)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for label, one in found.items():
-        cells = [f"{one.loss:.4f}", f"{math.exp(one.loss):.1f}"] if nats else [f"{one.loss:.4g}"]
-        table.add_row(Line(label), *cells, *(f"{n:.1f}" for n in one.steps.values()))
+    losses = [one.loss for one in found.values()]
+    columns = [
+        Column("setting", list(found), left=True),
+        Column(
+            f"{subject.metric} ({subject.unit})" if nats else subject.metric,
+            [f"{loss:.4f}" if nats else f"{loss:.4g}" for loss in losses],
+        ),
+    ]
+    if nats:
+        columns.append(Column("PPL", [f"{math.exp(loss):.1f}" for loss in losses]))
+    columns += [Column(f"steps {name}", [f"{one.steps[name]:.1f}" for one in found.values()]) for name in regions]
     console = make_console(json_path)
-    console.print(table)
+    print_grid(console, columns, title=f"{shown}, {items:,} {subject.item}s of {about['text']}")
     results = [{"setting": label, "loss": one.loss, "steps": one.steps} for label, one in found.items()]
     kept = {"checkpoint": named or "bundled", "text": about["text"], f"{subject.item}s": items, "max_loops": max_loops}
     extra = {"trained": about.get("trained"), "metric": subject.metric, "unit": subject.unit}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from haltkit.cli.grid import Column, print_grid, print_wrapped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,51 +46,46 @@ def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list
 
 def print_headroom(console: Console, result: Comparison) -> None:
     """What halting could save at best, before any policy."""
-    from rich.text import Text
-
-    console.print(Text("Headroom: what an oracle would save that halts every row once its prediction is final"))
+    print_wrapped(console, "Headroom: what an oracle would save that halts every row once its prediction is final")
     if not result.headroom:
-        console.print(Text(f"  not known: {result.no_headroom}"))
+        print_wrapped(console, f"  not known: {result.no_headroom}")
     for name, region in result.headroom.items():
         for line in describe_headroom(name, region):
-            console.print(Text(f"  {line}"))
+            print_wrapped(console, f"  {line}")
     console.print()
 
 
 def print_regret(console: Console, result: Comparison) -> None:
     """Each policy's fastest setting of the winner's quality against the oracle, and what is promised of settings."""
-    from rich.table import Table
-    from rich.text import Text
-
     concluded = result.conclusion()
     chosen = [f.best for f in concluded.findings if f.kind == "loss" and f.level == concluded.level and f.best]
-    if any(row.regret for row in chosen):
+    found = [(row.label, name, cells) for row in chosen for name, cells in _against(result, row)]
+    if found:
         unit = result.unit if result.unit != "loss" else result.metric
-        table = Table(
-            title=f"Against the oracle, within {concluded.level:g} {unit}",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-            padding=(0, 1),
-        )
-        table.add_column("setting", overflow="fold")
-        for heading in ("region", "steps", "oracle", "wasted", "early", "realised"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row in chosen:
-            for name, cells in _against(result, row):
-                table.add_row(Text(row.label), name, *cells)
+        numbers = zip(*(cells for _, _, cells in found), strict=True)
         console.print()
-        console.print(table)
-        console.print(Text(_NOTE))
+        print_grid(
+            console,
+            [
+                Column("setting", [label for label, _, _ in found], left=True),
+                Column("region", [name for _, name, _ in found]),
+                *(Column(name, cells, note) for (name, note), cells in zip(_NUMBERS.items(), numbers, strict=True)),
+            ],
+            title=f"Against the oracle, within {concluded.level:g} {unit}",
+        )
     for row in result.rows:
         if row.promise:
-            console.print(Text(f"Certified: {row.label}: {row.promise}"))
+            print_wrapped(console, f"Certified: {row.label}: {row.promise}")
 
 
-_NOTE = (
-    "  wasted: mean steps after the prediction was final; early: rows halted before that; realised: share saved of the "
-    "steps between the best fixed depth and the oracle"
-)
+# What is told of a policy against the oracle, and what it means.
+_NUMBERS = {
+    "steps": "",
+    "oracle": "",
+    "wasted": "wasted: mean steps after the prediction was final",
+    "early": "early: rows halted before that",
+    "realised": "realised: share saved of the steps between the best fixed depth and the oracle",
+}
 
 
 def _against(result: Comparison, row: Row) -> list[tuple[str, list[str]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from haltkit.cli.grid import Column, print_grid, print_wrapped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,83 +38,75 @@ def _unit(result: Comparison) -> str:
 
 
 def print_comparison(console: Console, result: Comparison) -> None:
-    """The table, a row per setting; a narrow terminal gets fewer columns."""
-    from rich.table import Table
-    from rich.text import Text
+    """The table, a row per setting; a narrow terminal gets fewer columns, or blocks."""
+    from haltkit.comparison import within
 
-    wide = console.width >= 110
-    middle = result.conclusion().level
-    headings = {
-        "loss": result.metric,
-        "ppl": "PPL",
-        "delta": "delta (nats)" if result.unit == "nats" else "delta",
-        "kl": "KL to full",
-        "agree": "agree",
-        "steps": "steps",
-        "halted": "halted",
-        "ms": f"ms/{result.item}",
-        "speed": "speed",
-        "within": f"within {middle:g}",
-    }
-    dropped = set() if wide else {"ppl", "kl", "halted", "within"}
-    if console.width < 80:
-        dropped |= {"loss", "agree"}
-    first = result.rows[0]
-    if first.perplexity is None:
-        dropped.add("ppl")
-    if first.kl_to_full is None:
-        dropped |= {"kl", "agree"}
-    shown = [key for key in headings if key not in dropped]
-    spread, error = (" and half their range", " with its standard error") if wide else ("", "")
-    notes = {
-        "ms": f"ms/{result.item}: median of the repeats{spread}, wall clock",
-        "delta": f"delta: {result.metric} above full depth{error}",
-        "agree": "agree: top prediction as at full depth",
-        "steps": "steps: mean by region",
-        "halted": "halted: by the policy, not by the budget",
-    }
+    rows, middle = result.rows, result.conclusion().level
+    delta, time = "delta (nats)" if result.unit == "nats" else "delta", f"ms/{result.item}"
+    good = f"within {middle:g}"
+    deltas = [_number(result, row.delta, "+") for row in rows]
+    errors = [_number(result, row.delta_se) if math.isfinite(row.delta_se) else "?" for row in rows]
+    times, spreads = [f"{row.ms:.3f}" for row in rows], [_spread(row) for row in rows]
+    columns = [
+        Column("setting", [row.label for row in rows], left=True),
+        Column(result.metric, [_number(result, row.loss) for row in rows], spare=result.metric),
+        Column("PPL", ["" if row.perplexity is None else f"{row.perplexity:.1f}" for row in rows], spare="PPL"),
+        Column(
+            delta,
+            [f"{value} ±{error}" for value, error in zip(deltas, errors, strict=True)],
+            f"delta: {result.metric} above full depth ± its standard error",
+            spare="standard errors",
+            instead=Column(delta, deltas, f"delta: {result.metric} above full depth"),
+        ),
+        Column(
+            "KL to full",
+            ["" if row.kl_to_full is None else f"{row.kl_to_full:.1e}" for row in rows],
+            spare="KL to full",
+        ),
+        Column(
+            "agree",
+            ["" if row.agreement is None else f"{row.agreement:.1%}" for row in rows],
+            "agree: top prediction as at full depth",
+            spare="agreement",
+        ),
+        Column(
+            "steps",
+            [" ".join(f"{row.steps[name]:.1f}" for name in result.regions) for row in rows],
+            "steps: mean by region",
+        ),
+        Column(
+            "halted",
+            [f"{row.outcomes['CONVERGED']:.0%}" if row.outcomes else "" for row in rows],
+            "halted: by the policy, not by the budget",
+            spare="share halted",
+        ),
+        Column(
+            time,
+            [f"{value} ±{spread}" for value, spread in zip(times, spreads, strict=True)],
+            f"{time}: wall clock, median of the repeats ± half their range",
+            spare="spread of times",
+            instead=Column(time, times, f"{time}: wall clock, median of the repeats"),
+        ),
+        Column("speed", [f"{row.speedup:.2f}x" for row in rows], "speed: times full depth"),
+        Column(good, [within(row, middle) for row in rows], spare=good),
+    ]
     about = result.about
     how = [f"batch {about['batch']}", about["mode"], about["execution"]] if "batch" in about else []
     where = [about[key] for key in ("device", "dtype") if about.get(key)]
-    table = Table(
+    sparing = ("KL to full", "PPL", "spread of times", "share halted", result.metric, "standard errors", "agreement")
+    print_grid(
+        console,
+        [column for column in columns if any(column.cells)],
         title=", ".join(map(str, [comparison_title(result), *how, *where])),
-        caption="; ".join(text for key, text in notes.items() if key in shown),
-        box=None,
-        pad_edge=False,
-        padding=(0, 1),
+        sparing=(*sparing, good),
+        breaks=[i for i in range(1, len(rows)) if rows[i].policy != rows[i - 1].policy],
     )
-    table.add_column("setting", overflow="fold", min_width=16)
-    for key in shown:
-        table.add_column(headings[key], justify="right", no_wrap=True)
-    previous = None
-    for row in result.rows:
-        if previous is not None and row.policy != previous:
-            table.add_section()
-            table.add_row()
-        previous = row.policy
-        cells = _cells(result, row, wide, middle)
-        table.add_row(Text(row.label), *(cells[key] for key in shown))
-    console.print(table)
 
 
-def _cells(result: Comparison, row: Row, wide: bool, middle: float) -> dict[str, str]:
-    from haltkit.comparison import within
-
-    se = _number(result, row.delta_se) if math.isfinite(row.delta_se) else "?"
-    delta = _number(result, row.delta, "+")
-    spread = (row.ms_spread[1] - row.ms_spread[0]) / 2
-    return {
-        "loss": _number(result, row.loss),
-        "ppl": "" if row.perplexity is None else f"{row.perplexity:.1f}",
-        "delta": f"{delta} ±{se}" if wide else delta,
-        "kl": "" if row.kl_to_full is None else f"{row.kl_to_full:.1e}",
-        "agree": "" if row.agreement is None else f"{row.agreement:.1%}",
-        "steps": " ".join(f"{row.steps[name]:.1f}" for name in result.regions),
-        "halted": f"{row.outcomes['CONVERGED']:.0%}" if row.outcomes else "",
-        "ms": f"{row.ms:.3f} ±{spread:.3f}" if wide else f"{row.ms:.3f}",
-        "speed": f"{row.speedup:.2f}x",
-        "within": within(row, middle),
-    }
+def _spread(row: Row) -> str:
+    """Half the range of the repeats; one has none."""
+    low, high = row.ms_spread
+    return f"{(high - low) / 2:.3f}" if len(row.ms_repeats) > 1 else "?"
 
 
 def print_conclusion(console: Console, result: Comparison) -> None:
@@ -122,7 +116,7 @@ def print_conclusion(console: Console, result: Comparison) -> None:
     from haltkit.comparison import sweep_spread
 
     def say(line: str = "") -> None:
-        console.print(Text(line), soft_wrap=False)
+        print_wrapped(console, line)
 
     concluded, item, unit = result.conclusion(), result.item, _unit(result)
     if item == "token" and not all(row.causal for row in result.rows):
@@ -143,6 +137,8 @@ def print_conclusion(console: Console, result: Comparison) -> None:
             best = finding.fixed
             say(f"  {goal}: " + (f"{best.label}, {best.ms:.3f} ms/{item}" if best else _NO_DEPTH))
         say(f"    {_said(finding, item)}")
+    if any(finding.against_fixed == "cannot tell" for finding in concluded.findings):
+        say("One repeat gives no error of the time, so which is faster cannot be told: measure with --repeats 3.")
     names = dict.fromkeys(finding.policy for finding in concluded.findings)
     spreads = {name: sweep_spread(result.rows, name) for name in names}
     swept = [f"{name} {_number(result, spread)}" for name, spread in spreads.items() if spread is not None]
@@ -169,30 +165,38 @@ _NO_DEPTH = "no fixed depth is that good for sure"
 def _said(finding: Finding, item: str) -> str:
     if finding.best is None:
         return f"{finding.policy}: no setting is that good for sure on these {item}s"
-    return cost_of(finding.best, item) + (f", {finding.against_fixed}" if finding.against_fixed else "")
+    told = {None: "", "cannot tell": ", faster or slower: cannot tell"}
+    return cost_of(finding.best, item) + told.get(finding.against_fixed, f", {finding.against_fixed}")
 
 
 def print_claims(console: Console, diagnosis: Diagnosis) -> None:
-    """The claims of the papers with what was measured; a narrow terminal gets fewer columns."""
+    """The claims of the papers with what was measured; a narrow terminal gets a block per claim."""
     from rich.table import Table
     from rich.text import Text
 
     from haltkit.diagnostics.judgement import show_values
 
-    table = Table(title=f"Claims, judged on {diagnosis.heading}", box=None, pad_edge=False, padding=(0, 1, 1, 0))
-    wide = console.width >= 110
-    if not wide:
-        table.caption = "what the untrained model measures, and every rule: claims.md"
+    title, wide = f"Claims, judged on {diagnosis.heading}", console.width >= 110
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 1, 0))
     table.add_column("", no_wrap=True)
-    table.add_column("claim", ratio=4)
-    table.add_column("measured", ratio=4)
-    if wide:
-        table.add_column("untrained", ratio=4)
+    for heading in ("claim", "measured", "untrained"):
+        table.add_column(heading, ratio=4)
     table.add_column("judgement", ratio=3)
+    if not wide:
+        print_wrapped(console, title, style="italic")
     for one in diagnosis.claims:
-        ruling = Text(one.ruling, style={"reproduced": "green", "not reproduced": "red"}.get(one.ruling, "yellow"))
-        if one.reason:
-            ruling.append(f" ({one.reason})", style="default")
-        cells = [Text(one.name), Text(f"{one.text} {one.paper}"), Text(show_values(one.measured))]
-        table.add_row(*cells, *([Text(show_values(one.untrained))] if wide else []), ruling)
-    console.print(table)
+        reason = f" ({one.reason})" if one.reason else ""
+        style = {"reproduced": "green", "not reproduced": "red"}.get(one.ruling, "yellow")
+        claim, measured, untrained = f"{one.text} {one.paper}", show_values(one.measured), show_values(one.untrained)
+        if wide:
+            ruling = Text(one.ruling, style=style).append(reason, style="default")
+            table.add_row(Text(one.name), Text(claim), Text(measured), Text(untrained), ruling)
+            continue
+        print_wrapped(console, f"{one.name} {claim}", style="bold")
+        if measured:
+            print_wrapped(console, f"  measured: {measured}")
+        print_wrapped(console, f"  {one.ruling}{reason}", style=style)
+    if wide:
+        console.print(table)
+    else:
+        print_wrapped(console, "What the untrained model measures, and every rule: claims.md", style="dim")

@@ -20,7 +20,7 @@ SHARES = (0.001, 0.01, 0.05)
 AGREEMENT_LEVELS = (0.95, 0.99)
 Kind = Literal["loss", "agreement"]
 Sure = Literal["yes", "no", "cannot tell"]
-Faster = Literal["faster", "slower", "no clear difference"]
+Faster = Literal["faster", "slower", "no clear difference", "cannot tell"]
 
 
 def within(row: Row, level: float, kind: Kind = "loss") -> Sure:
@@ -51,7 +51,7 @@ class Finding:
         best: its fastest setting of this quality for sure; None: it has none.
         fixed: the fastest fixed depth of this quality for sure; None: there is none.
         against_fixed: whether the policy is faster than the fixed depth, said only if all of two or more repeats agree;
-            None where one of the two is missing.
+            ``cannot tell`` from a single repeat; None where one of the two settings is missing.
     """
 
     policy: str
@@ -100,7 +100,9 @@ def _fastest(rows: Iterable[Row], level: float, kind: Kind) -> Row | None:
 
 def _faster(row: Row, other: Row) -> Faster:
     ratios = [a / b for a, b in zip(row.ms_repeats, other.ms_repeats, strict=True)]
-    if len(ratios) < 2 or min(ratios) <= 1 <= max(ratios):
+    if len(ratios) < 2:
+        return "cannot tell"
+    if min(ratios) <= 1 <= max(ratios):
         return "no clear difference"
     return "faster" if ratios[0] < 1 else "slower"
 

@@ -168,7 +168,8 @@ def test_one_measurement_is_no_verdict_and_full_depth_is_within_itself(result: C
         replace(result.rows[0], policy="p", spec="p", depth=None, ms_repeats=(1.0,), delta_se=math.inf),
     ]
     assert within(rows[0], 0.001) == "yes"
-    assert conclude(rows, (0.01,)).findings[0].against_fixed == "no clear difference"
+    assert conclude(rows, (0.01,)).findings[0].against_fixed == "cannot tell"
+    assert not conclude(rows, (0.01,)).fixed_serves_best
 
 
 def test_every_repeat_begins_at_another_setting() -> None:

@@ -1,0 +1,130 @@
+"""Tables in terminals of any width: nothing is cut, and what is left out is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from haltkit.cli.grid import NARROWEST, Column, print_grid, print_wrapped
+from haltkit.cli.oracles import print_headroom, print_regret
+from haltkit.cli.tables import print_claims, print_comparison, print_conclusion
+from haltkit.comparison import Comparison
+from haltkit.diagnostics import Diagnosis
+
+REPRODUCTION = Path(__file__).parents[2] / "examples" / "reproduction"
+WIDTHS = (40, 60, 80, 110, 160)
+
+
+def console_of(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=False)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\s,;]+", text)
+
+
+cells = st.text("abc1.", min_size=1, max_size=8)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> list[Column]:
+    rows = draw(st.integers(1, 4))
+    columns = []
+    for i in range(draw(st.integers(1, 6))):
+        values = [f"{draw(cells)}-{i}-{row}" for row in range(rows)]
+        spare = f"spare{i}" if i and draw(st.booleans()) else ""
+        shorter = [value[-4:] for value in values]
+        instead = Column(f"h{i}", shorter) if spare and draw(st.booleans()) else None
+        columns.append(Column(f"h{i}", values, spare=spare, instead=instead, left=draw(st.booleans())))
+    return columns
+
+
+@given(grids(), st.integers(NARROWEST, 90))
+def test_a_grid_shows_every_cell_or_names_what_it_leaves_out(columns: list[Column], width: int) -> None:
+    console, sparing = console_of(width), [column.spare for column in columns if column.spare]
+    print_grid(console, columns, title="a title", sparing=sparing)
+    text = printed(console)
+    missing = words(text.split("not shown at this width, but by --json:")[1]) if "not shown" in text else []
+    assert missing == sparing[: len(missing)]
+    for column in columns:
+        shown = column if column.spare not in missing or not column.spare else column.instead
+        for cell in () if shown is None else (*shown.cells, *([shown.heading] if column is not columns[0] else [])):
+            assert cell in words(text)
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_grid_that_has_room_leaves_nothing_out() -> None:
+    console = console_of(20)
+    print_grid(console, [Column("a", ["12345678"], left=True), Column("b", ["1234567890"], spare="b")], sparing=["b"])
+    assert printed(console) == "a                  b\n12345678  1234567890\n"
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=NARROWEST - 6), max_size=30), st.integers(NARROWEST, 60))
+def test_wrapped_text_keeps_its_words_and_its_width(given: list[str], width: int) -> None:
+    console = console_of(width)
+    print_wrapped(console, "    " + " ".join(given))
+    assert words(printed(console)) == given
+    assert all(len(line) <= width for line in printed(console).splitlines())
+
+
+@pytest.fixture(scope="module")
+def result() -> Comparison:
+    return Comparison.from_json(json.loads((REPRODUCTION / "compare.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_comparison_is_not_cut(result: Comparison, width: int) -> None:
+    console = console_of(width)
+    print_comparison(console, result)
+    text = printed(console)
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    for row in result.rows:
+        (line,) = [at for at, one in enumerate(text.splitlines()) if one.split("  ")[0].rstrip() == row.label]
+        below = " ".join(text.splitlines()[line : line + 6])
+        assert {f"{row.ms:.3f}", f"{row.speedup:.2f}x", f"{row.delta:+.4f}"} <= set(words(below))
+    assert ("not shown" in text) == (width in (80, 110))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_said_of_a_comparison_and_a_diagnosis_is_not_cut(result: Comparison, width: int) -> None:
+    console = console_of(width)
+    print_headroom(console, result)
+    print_conclusion(console, result)
+    print_regret(console, result)
+    print_claims(console, Diagnosis.load(REPRODUCTION / "diagnose.json"))
+    text = printed(console)
+    assert "…" not in text
+    whole = [line for line in text.splitlines() if "ready to paste" in line or len(line.split()) == 1]  # a spec
+    assert all(len(line) <= width for line in text.splitlines() if line not in whole)
+
+
+def test_one_repeat_is_said_to_give_no_error_of_the_time(result: Comparison) -> None:
+    def told(repeats: int) -> str:
+        console = console_of(160)
+        rows = tuple(replace(row, ms_repeats=row.ms_repeats[:repeats]) for row in result.rows)
+        print_comparison(console, replace(result, rows=rows))
+        print_conclusion(console, replace(result, rows=rows))
+        return printed(console)
+
+    assert len(result.rows[0].ms_repeats) > 1
+    assert "One repeat gives no error" not in told(2)
+    one = told(1)
+    assert "One repeat gives no error" in one
+    assert "no clear difference" not in one
+    assert all(f"{row.ms:.3f} ±?" in one for row in result.rows)
+    assert not any(math.isnan(row.ms) for row in result.rows)
