@@ -15,7 +15,7 @@ from torch import nn
 
 from haltkit.calibration.certificate import Certificate
 from haltkit.files import check_room, read_yaml, write_text
-from haltkit.folders import atomic_folder, leftovers
+from haltkit.folders import atomic_folder, check_beside
 from haltkit.identity import Identity
 from haltkit.measured import Measured
 from haltkit.protocol import HaltingPolicy
@@ -217,10 +217,10 @@ class Card:
         if not folder.parent.is_dir():
             raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(folder.parent)!r}")
         check_room(folder, f"cannot write {str(path)!r}")
-        for place in (folder, *leftovers(folder)):
-            free = not place.exists() or (place.is_dir() and all(_OWN.fullmatch(p.name) for p in place.iterdir()))
-            if not free or place.is_symlink():
-                raise ValueError(f"{str(place)!r} is there and is no card: move it, or name another folder")
+        free = not folder.exists() or (folder.is_dir() and all(_OWN.fullmatch(p.name) for p in folder.iterdir()))
+        if not free or folder.is_symlink():
+            raise ValueError(f"{str(folder)!r} is there and is no card: move it, or name another folder")
+        check_beside(folder)
 
     def _write(self, path: Path) -> None:
         import yaml

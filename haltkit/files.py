@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ __all__ = [
     "read_json",
     "read_yaml",
     "sync",
+    "usual_mode",
     "write_json",
     "write_text",
 ]
@@ -177,6 +179,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give a file that the block writes the mode that new files get here, or leave it the mode that it has.
+
+    Some writers make a private temporary file and rename it, so that others could not read the result.
+    """
+    new = not path.exists()
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        yield
+    except BaseException:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
+    path.chmod(mode)
 
 
 def write_text(path: str | Path, text: str) -> None:

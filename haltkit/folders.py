@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from haltkit.files import partial_path, sync
+from haltkit.files import FileError, partial_path, sync
 
-__all__ = ["atomic_folder", "leftovers", "settle", "sweep"]
+__all__ = ["atomic_folder", "check_beside", "settle", "sweep"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -22,20 +22,32 @@ def _retired_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.retired")
 
 
+def _marker(path: Path) -> Path:
+    """A file that is there while ``path`` is written: what lies at the two paths above is then haltkit's own."""
+    return path.with_name(f".{path.name}.writing")
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; it appears as ``path`` only if the block succeeds. An old ``path`` is replaced.
 
-    Where the system can exchange two names at once (Linux), there is no moment without ``path``. Where it cannot,
-    two renames do it, and :func:`settle` repairs the folder after a kill between them.
+    What a killed writer left beside ``path`` is removed. Where the system can exchange two names at once (Linux),
+    there is no moment without ``path``. Where it cannot, two renames do it, and :func:`settle` repairs the folder after
+    a kill between them.
+
+    Raises:
+        FileError: see :func:`check_beside`.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path)
-    partial = partial_path(path)
+    check_beside(path)
+    partial, retired, marker = partial_path(path), _retired_path(path), _marker(path)
+    marker.touch()
+    sync(path.parent)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         for written in partial.rglob("*"):
             sync(written)
@@ -43,19 +55,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if not path.exists():
             os.replace(partial, path)
         elif not _exchange(partial, path):
-            retired = _retired_path(path)
             os.replace(path, retired)
             os.replace(partial, path)
             shutil.rmtree(retired)
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not retired.exists():  # else settle has to put it back
+            marker.unlink(missing_ok=True)
 
 
-def leftovers(path: Path) -> tuple[Path, Path]:
-    """Where a killed writer of ``path`` may have left something, which the next one removes."""
+def check_beside(path: Path) -> None:
+    """Whether what lies where ``path`` is written, until it is complete, is what a killed writer of haltkit left.
+
+    Raises:
+        FileError: it is somebody else's.
+    """
     path = path.resolve()
-    return partial_path(path), _retired_path(path)
+    for place in (partial_path(path), _retired_path(path)):
+        free = not os.path.lexists(place) or (place.is_dir() and not place.is_symlink() and not any(place.iterdir()))
+        if not free and not _marker(path).exists():
+            raise FileError(
+                f"{str(place)!r} is there and is not haltkit's, which writes {path.name!r} there until it is complete: "
+                "move it, or name another folder"
+            )
 
 
 def settle(path: Path) -> None:
@@ -64,8 +87,8 @@ def settle(path: Path) -> None:
     if not path.name:
         return  # the root of the file system: nothing can lie beside it
     retired = _retired_path(path)
-    if not retired.exists():
-        return
+    if not retired.exists() or not _marker(path).exists():
+        return  # nothing, or nothing of ours
     if path.exists():
         shutil.rmtree(retired)
     else:
@@ -73,12 +96,18 @@ def settle(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove partial files of killed writers from ``folder``. No other process may be writing there."""
+    """Remove partial files and folders of killed writers from ``folder``, where only haltkit writes.
+
+    No other process may be writing there.
+    """
     for partial in [*folder.glob(".*.partial")]:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink()
+    for marker in [*folder.glob(".*.writing")]:
+        if not marker.with_suffix(".retired").exists():
+            marker.unlink()
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from haltkit.files import FileError, read_json, write_json
+from haltkit.files import FileError, read_json, usual_mode, write_json
 
 __all__ = [
     "BUNDLED",
@@ -114,7 +114,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        with usual_mode(path):
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from None
 

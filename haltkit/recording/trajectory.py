@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.files import usual_mode
 from haltkit.loop import Outcome
 
 __all__ = ["STATISTICS", "RegionTrajectory", "Trajectory", "TrajectoryError", "delta_loop_ratios"]
@@ -153,7 +154,8 @@ class Trajectory:
                     tensors[f"{name}/{key}"] = value.contiguous().clone()
             for key, value in region.statistics.items():
                 tensors[f"{name}/statistics/{key}"] = value.contiguous().clone()
-        save_file(tensors, path, {**self.metadata, "format": FORMAT, "regions": "\n".join(self.regions)})
+        with usual_mode(Path(path)):
+            save_file(tensors, path, {**self.metadata, "format": FORMAT, "regions": "\n".join(self.regions)})
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
