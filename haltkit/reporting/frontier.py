@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from haltkit.reporting.style import LINES, MARKERS
 __all__ = ["draw_frontier", "plot_comparison", "styles_of"]
 
 Styles = Mapping[str, dict[str, Any]]
+MARK = 7  # width of a marker in points: labels keep off it
 
 
 def plot_comparison(result: Comparison, path: str | Path, title: str = "", fmt: str | None = None) -> None:
@@ -29,7 +31,6 @@ def plot_comparison(result: Comparison, path: str | Path, title: str = "", fmt: 
     figure = Figure(figsize=(11, 8) if with_ppl else (13, 4.2), layout="constrained")
     panels = list(figure.subplots(*((2, 2) if with_ppl else (1, 3))).flat)
     styles = styles_of(result.policies)
-    draw_frontier(panels[0], result, styles)
     named = "cross-entropy (nats per token)" if result.metric == "CE" else result.metric
     _sweep(panels[1], result, styles, "ms", f"time (ms per {result.item})")
     if with_ppl:
@@ -38,6 +39,7 @@ def plot_comparison(result: Comparison, path: str | Path, title: str = "", fmt: 
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False)
     figure.suptitle(title)
+    draw_frontier(panels[0], result, styles)  # last: its labels go by where things are in the figure
     figure.savefig(path, dpi=150, format=fmt)
 
 
@@ -71,30 +73,24 @@ def _band(result: Comparison) -> float:
 
 
 def draw_frontier(axes: Any, result: Comparison, styles: Styles) -> None:
-    """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    """Quality lost against time; the difference may be zero or negative, so the scale is linear near zero.
+
+    Fixed depths are labelled where there is room, so draw the other axes of the figure first.
+    """
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
     rows, band = result.rows, _band(result)
     same = [row for row in rows if row.depth is not None and len(set(row.depth.values())) == 1]
     differing = [row for row in rows if row.depth is not None and len(set(row.depth.values())) > 1]
     _depths(axes, same, "fixed depth", marker="s", linestyle="-")
     _depths(axes, differing, "fixed depth for each region", marker="v", linestyle=":")
-    for row in same:  # those by region are close together: the table has their depths
-        axes.annotate(
-            str(next(iter((row.depth or {}).values()))),
-            (row.ms, row.delta),
-            xytext=(4, 5),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.35",
-        )
     for name in result.policies:
         style = styles[name]
         own = sorted((row for row in rows if row.policy == name and not row.fixed), key=lambda row: row.ms)
         axes.errorbar(
             [row.ms for row in own],
             [row.delta for row in own],
-            yerr=[min(2 * row.delta_se, 1e6) for row in own],
+            yerr=[2 * row.delta_se if math.isfinite(row.delta_se) else math.nan for row in own],
             capsize=2,
             label=name,
             **style,
@@ -102,13 +98,55 @@ def draw_frontier(axes: Any, result: Comparison, styles: Styles) -> None:
     nats = " nats" if result.unit == "nats" else ""
     axes.axhspan(-band, band, color="0.9", zorder=0, label=f"within {band:g}{nats}")
     axes.set_yscale("symlog", linthresh=band or 0.01)
+    axes.margins(0.07, 0.1)  # room for the labels
+    axes.yaxis.set_major_locator(FixedLocator(_ticks(axes.get_ylim(), band or 0.01)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     lost = "cross-entropy above full depth (nats)" if result.metric == "CE" else f"{result.metric} above full depth"
     axes.set(xlabel=f"time (ms per {result.item})", ylabel=lost, title="frontier")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=0.9)
+    # Those that differ by region are close together: the table has their depths.
+    named = {str(next(iter((row.depth or {}).values()))): (row.ms, row.delta) for row in same}
+    _label(axes, named, [(row.ms, row.delta) for row in rows])
+
+
+def _ticks(limits: tuple[float, float], linear: float) -> list[float]:
+    """Zero, and the powers of ten outside the linear part of the scale."""
+    first, most = math.ceil(math.log10(linear)), max(map(abs, limits))
+    powers = [10.0**k for k in range(first, first + 12) if 10.0**k <= most]
+    return [0.0, *powers, *(-power for power in powers if -power >= limits[0])]
+
+
+def _label(axes: Any, named: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]) -> None:
+    """Write each name beside its point, inside the axes and on nothing else, or not at all; the ends come first."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # from here on it is known where things are
+    inside, mark = axes.get_window_extent(), MARK * axes.figure.dpi / 72
+    marks = [Bbox.from_bounds(x - mark / 2, y - mark / 2, mark, mark) for x, y in axes.transData.transform(points)]
+    taken = [*marks, axes.get_legend().get_window_extent()]
+    names = list(named)
+    for name in dict.fromkeys([*names[-1:], *names[:1], *names]):
+        for across, up in ((4, 5), (-4, 5), (4, -5), (-4, -5)):
+            label = axes.annotate(
+                name,
+                named[name],
+                xytext=(across, up),
+                textcoords="offset points",
+                fontsize=8,
+                color="0.35",
+                ha="left" if across > 0 else "right",
+                va="bottom" if up > 0 else "top",
+            )
+            box = label.get_window_extent()
+            within = Bbox.intersection(inside, box)
+            if within is not None and within.bounds == box.bounds and not box.count_overlaps(taken):
+                taken.append(box.padded(2))
+                break
+            label.remove()
 
 
 def _depths(axes: Any, rows: list[Row], label: str, **look: str) -> None:
