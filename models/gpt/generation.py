@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from haltkit import signals
+from haltkit.front import Committed
 from haltkit.loop import Outcome
 from haltkit.models.gpt.decoding import Decoded, Decoder
 from haltkit.models.gpt.packed import packed
@@ -17,7 +18,7 @@ from haltkit.models.gpt.passes import Network
 from haltkit.models.gpt.sampling import GenerationError, Sampling
 from haltkit.models.gpt.settings import Settings
 from haltkit.models.gpt.speculative import Speculation, by_shallow_steps, by_wavefront, check_speculation
-from haltkit.models.gpt.wavefront import Committed, Wavefront, check_budget, check_wavefront
+from haltkit.models.gpt.wavefront import Wavefront, check_budget, check_wavefront
 from haltkit.queue import check_slots, in_turn
 from haltkit.specs import Policies
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.front import Committed
 from haltkit.models.gpt.decoding import Decoder
 from haltkit.models.gpt.sampling import GenerationError, Sampling
-from haltkit.models.gpt.wavefront import Committed, Wavefront
+from haltkit.models.gpt.wavefront import Wavefront
 from haltkit.policies import Fixed
 from haltkit.specs import Policies
 

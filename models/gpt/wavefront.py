@@ -14,66 +14,36 @@ is another function: a region is fed the unsettled state of the region before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from haltkit import signals
+from haltkit.front import Front, Open
 from haltkit.models.gpt.decoding import Decoder
 from haltkit.models.gpt.layers import Region
 from haltkit.models.gpt.open_rows import OpenMemory, OpenRows
 from haltkit.models.gpt.passes import Budgets
-from haltkit.models.gpt.sampling import GenerationError, Sampling
-from haltkit.protocol import LoopStep, judge, map_state
+from haltkit.models.gpt.sampling import GenerationError
 from haltkit.specs import Policies
 
-__all__ = ["Committed", "Wavefront", "check_budget", "check_wavefront"]
-
-
-@dataclass(frozen=True)
-class Committed:
-    """One token that is final.
-
-    Attributes:
-        token: its id; None if the logits of its position are not finite, and then the text ends.
-        steps: how many steps the position that it was read from took in each region.
-    """
-
-    token: int | None
-    steps: dict[str, int]
+__all__ = ["Wavefront", "check_budget", "check_wavefront"]
 
 
 @dataclass
-class _Open:
-    """The open positions ``first .. first + len(tokens) - 1``: the input and the state of each.
+class _Open(Open):
+    """Open positions of the text model.
 
     Attributes:
-        tokens: input of each; k: steps that each has taken.
-        stale: the first row whose embedding is not that of its token; ``len(tokens)``: none.
         before: what the first region is fed, ``(rows that are not stale, D)``.
-        x: state of each by region, ``(n, D)``, or one fewer before the newest row's first step.
-        judged: the policy's state by region, of the same rows.
     """
 
-    first: int
-    tokens: list[int] = field(default_factory=list)
-    k: list[int] = field(default_factory=list)
-    stale: int = 0
     before: Tensor | None = None
-    x: dict[str, Tensor] = field(default_factory=dict)
-    judged: dict[str, Any] = field(default_factory=dict)
 
     def keep(self, rows: slice) -> None:
-        """Only these rows stay open."""
-        self.first += rows.start or 0
-        self.tokens, self.k = self.tokens[rows], self.k[rows]
-        self.stale = max(0, min(len(self.tokens), self.stale - (rows.start or 0)))
+        super().keep(rows)
         self.before = None if self.before is None else self.before[rows]
-        self.x = {name: x[rows] for name, x in self.x.items()}
-        self.judged = {name: map_state(lambda part: part[rows], state) for name, state in self.judged.items()}
 
 
 def check_wavefront(regions: Mapping[str, Region], width: int, inner: int, layout: str) -> None:
@@ -121,7 +91,7 @@ def check_budget(budgets: Budgets, inner: int) -> int:
     return least
 
 
-class Wavefront:
+class Wavefront(Front[_Open]):
     """Continues one text whose prompt a :class:`~haltkit.models.gpt.decoding.Decoder` has taken.
 
     Args:
@@ -131,9 +101,7 @@ class Wavefront:
         inner: steps per sweep in each region.
 
     Attributes:
-        sweeps: how many there have been.
         layer_calls: blocks called one after the other, whatever their number of rows.
-        rows: positions computed, summed over the sweeps.
 
     Raises:
         GenerationError: see :func:`check_wavefront` and :class:`~haltkit.models.gpt.decoding.Decoder`; ``max_loops``
@@ -143,15 +111,21 @@ class Wavefront:
     def __init__(self, decoder: Decoder, commit: Policies, *, width: int = 8, inner: int = 1) -> None:
         model = decoder.model
         check_wavefront(model.regions, width, inner, decoder.layout.name)
-        self.budget = check_budget(decoder.budgets, inner)
+        budget = check_budget(decoder.budgets, inner)
         if decoder.guarded:
             raise GenerationError("the prompt's states are not finite: a wavefront cannot continue it")
-        self.decoder, self.model, self.commit = decoder, model, decoder.checked(commit)
+        self.decoder, self.model = decoder, model
         [taken] = decoder.lengths
-        self.width, self.inner = max(1, min(width, decoder.capacity - taken)), inner
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        bias = torch.full((decoder.capacity, decoder.capacity), -math.inf, dtype=parameter.dtype, device=self.device)
+        super().__init__(
+            decoder.checked(commit),
+            dict.fromkeys(model.regions, model.readout),
+            width=max(1, min(width, decoder.capacity - taken)),
+            inner=inner,
+            budget=budget,
+            device=decoder.device,
+        )
+        dtype = next(model.parameters()).dtype
+        bias = torch.full((decoder.capacity, decoder.capacity), -math.inf, dtype=dtype, device=self.device)
         self.at = OpenRows(bias.triu_(1), self.width)
         self.memories = {
             name: [OpenMemory(cache, self.at, loops=name in model.regions) for cache in caches]
@@ -160,95 +134,31 @@ class Wavefront:
         names = list(model.layers)
         entry = next((i for i, name in enumerate(names) if name in model.regions), 0)
         self.leading, self.following = names[:entry], names[entry:]
-        self.sweeps = self.layer_calls = self.rows = 0
-        self._active = torch.ones(self.width, dtype=torch.bool, device=self.device)
+        self.layer_calls = 0
         self._positions = torch.arange(decoder.capacity, device=self.device)
 
-    @torch.inference_mode()
-    def tokens(
-        self, first: int, count: int, *, sampling: Sampling, stop: frozenset[int] = frozenset()
-    ) -> Iterator[Committed]:
-        """The tokens that follow ``first``, each as soon as it is final: ``count`` of them, or up to a stop token.
-
-        Args:
-            first: the prompt's next token, which is final.
-            sampling: of this sequence.
-        """
+    def _opened(self, token: int) -> _Open:
         [start] = self.decoder.lengths
-        open_ = _Open(start, [first], [0])
-        while count:
-            found, open_ = self._sweep(open_, sampling)
-            settled, drafts, finite = found
-            done = 0
-            for row, draft in enumerate(drafts):
-                last_step = open_.k[row] + self.inner > self.budget
-                if not finite[row]:
-                    yield Committed(None, self._steps(open_.k[row]))
-                    return
-                if not (settled[row] or last_step):
-                    break
-                self._commit(open_.first + row, open_.k[row])
-                done += 1
-                count -= 1
-                yield Committed(draft, self._steps(open_.k[row]))
-                if draft in stop or not count:
-                    return
-                if row + 1 < len(drafts) and open_.tokens[row + 1] != draft:
-                    break  # the next position was given another token
-            self._redraft(open_, drafts, done)
-            if len(open_.tokens) < self.width and len(open_.tokens) < count and drafts[-1] not in stop:
-                open_.tokens.append(drafts[-1])
-                open_.k.append(0)
+        return _Open(start, [token], [0])
 
-    def _steps(self, k: int) -> dict[str, int]:
-        return dict.fromkeys(self.model.regions, k)
-
-    def _commit(self, position: int, steps: int) -> None:
+    def _commit(self, open_: _Open, row: int) -> None:
         for memories in self.memories.values():
             for memory in memories:
-                memory.commit(position, steps)
+                memory.commit(open_.first + row, open_.k[row])
 
-    def _redraft(self, open_: _Open, drafts: Sequence[int], done: int) -> None:
-        """Give each row the draft of the row before it, and close the first ``done`` rows."""
-        for row, draft in enumerate(drafts[:-1], 1):
-            if open_.tokens[row] != draft:
-                open_.tokens[row] = draft
-                open_.stale = min(open_.stale, row)
-        open_.keep(slice(done, None))
-
-    def _sweep(self, given: _Open, sampling: Sampling) -> tuple[tuple[list[int], list[int], list[int]], _Open]:
-        """One sweep over all open rows: which are settled, their drafts, which are finite; and the rows after it.
-
-        A row that is not finite would reach earlier ones through a masked product. The sweep is then repeated with the
-        oldest row alone; the others are opened again later.
-        """
-        after = _Open(given.first, list(given.tokens), [k + self.inner for k in given.k], len(given.tokens))
-        found = self._try(given, after, sampling)
-        if not all(found[2]) and len(given.tokens) > 1:
-            given.keep(slice(0, 1))
-            after = _Open(given.first, list(given.tokens), [k + self.inner for k in given.k], 1)
-            found = self._try(given, after, sampling)
-        return found, after
-
-    def _try(self, given: _Open, after: _Open, sampling: Sampling) -> tuple[list[int], list[int], list[int]]:
-        first, n = given.first, len(given.tokens)
-        self.sweeps += 1
-        self.rows += n
+    def _advance(self, given: _Open, after: _Open) -> tuple[Tensor, Tensor]:
         e = self._lead(given)
         after.before = e
-        h, settled = e, self._active[:n]
+        h, settled = e, self._active[: len(e)]
         for name in self.following:
             layer = self.model.layers[name]
             if isinstance(layer, Region):
                 h, halt = self._loop(name, layer, h, given, after)
                 settled = settled & halt
             else:
-                self.at.at(first)
+                self.at.at(given.first)
                 h = self._call(name, h)
-        logits = self.model.readout(h)
-        drafts = sampling.pick(logits, range(first + 1, first + n + 1))
-        looked = torch.stack([settled.to(drafts.dtype), drafts, signals.finite(logits).to(drafts.dtype)])
-        return cast(tuple[list[int], list[int], list[int]], tuple(looked.tolist()))  # the only look at the device
+        return self.model.readout(h), settled
 
     def _lead(self, given: _Open) -> Tensor:
         """What the first region is fed, ``(n, D)``: computed from the first row on whose token has changed."""
@@ -293,32 +203,3 @@ class Wavefront:
             known = n
         after.x[name], after.judged[name] = x, state
         return region.exit(x), halt
-
-    def _judge(
-        self, name: str, state: Any, known: int, k: Sequence[int], x: Tensor, before: Tensor
-    ) -> tuple[Any, Tensor]:
-        """The policy's new state and which rows it halts. Rows from ``known`` on are judged apart: they begin here."""
-        policy, answers = self.commit[name], []
-        for start, stop in ((0, known), (known, len(k))):
-            if start == stop:
-                continue
-            own = k[start:stop]
-            step_k = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self.device)
-            now, then = x[start:stop], before[start:stop]
-            step = LoopStep(step_k, now, then, self._active[start:stop], self.model.readout, region=name)
-            answers.append(judge(policy, policy.init(then) if start == known else state, step))
-        [(state, verdict), *rest] = answers
-        if not rest:
-            return state, verdict.halt
-        [(new, verdict_new)] = rest
-        return _joined(state, new), torch.cat([verdict.halt, verdict_new.halt])
-
-
-def _joined(state: Any, new: Any) -> Any:
-    """A policy's state with the rows of another one after its own."""
-    if isinstance(state, Tensor):
-        return torch.cat([state, new])
-    if isinstance(state, tuple):
-        parts = [_joined(a, b) for a, b in zip(state, new, strict=True)]
-        return cast(Any, type(state))(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return state
