@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from haltkit.attachment.attach import verify as verify
     from haltkit.attachment.generating import generation as generation
     from haltkit.attachment.joining import QueueOutput as QueueOutput
+    from haltkit.attachment.wavefront import wavefront as wavefront
     from haltkit.bodies import CompactBody as CompactBody
     from haltkit.bodies import FreezingBody as FreezingBody
     from haltkit.bodies import GuardedBody as GuardedBody
@@ -54,6 +55,7 @@ _HOMES = {
     "haltkit.attachment.attach": ("attach", "verify"),
     "haltkit.attachment.generating": ("generation",),
     "haltkit.attachment.joining": ("QueueOutput",),
+    "haltkit.attachment.wavefront": ("wavefront",),
     "haltkit.bodies": ("CompactBody", "FreezingBody", "GuardedBody", "LoopBody"),
     "haltkit.loop": ("LoopObserver", "LoopResult", "Outcome", "run_loop"),
     "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),

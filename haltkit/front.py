@@ -7,7 +7,7 @@ model's: :class:`Front` has two subclasses, for the bundled text model and for f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -70,6 +70,7 @@ class Open:
 
 
 O = TypeVar("O", bound=Open)  # noqa: E741
+Rows = Callable[[slice], Readout]
 
 
 class Front(ABC, Generic[O]):
@@ -77,7 +78,6 @@ class Front(ABC, Generic[O]):
 
     Args:
         commit: what settles a token, by region; token by token only.
-        readouts: from a region's state to logits, for regions that have one.
         width: greatest number of open positions.
         inner: steps per sweep in each region.
         budget: greatest number of steps of a position in each region.
@@ -91,14 +91,13 @@ class Front(ABC, Generic[O]):
     def __init__(
         self,
         commit: Mapping[str, HaltingPolicy[Any]],
-        readouts: Mapping[str, Readout],
         *,
         width: int,
         inner: int,
         budget: int,
         device: torch.device,
     ) -> None:
-        self.commit, self.readouts = commit, readouts
+        self.commit = commit
         self.width, self.inner, self.budget = width, inner, budget
         self.device = device
         self.sweeps = self.rows = 0
@@ -190,9 +189,13 @@ class Front(ABC, Generic[O]):
         return cast(tuple[list[int], list[int], list[int]], tuple(looked.tolist())), after
 
     def _judge(
-        self, name: str, state: Any, known: int, k: Sequence[int], x: Tensor, before: Tensor
+        self, name: str, state: Any, known: int, k: Sequence[int], x: Tensor, before: Tensor, readout: Rows
     ) -> tuple[Any, Tensor]:
-        """The policy's new state and which rows it halts. Rows from ``known`` on are judged apart: they begin here."""
+        """The policy's new state and which rows it halts. Rows from ``known`` on are judged apart: they begin here.
+
+        Args:
+            readout: gives the function from the states of the rows ``start .. stop - 1`` to their logits.
+        """
         policy, answers = self.commit[name], []
         for start, stop in ((0, known), (known, len(k))):
             if start == stop:
@@ -200,7 +203,7 @@ class Front(ABC, Generic[O]):
             own = k[start:stop]
             step_k = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self.device)
             now, then = x[start:stop], before[start:stop]
-            step = LoopStep(step_k, now, then, self._active[start:stop], self.readouts.get(name), region=name)
+            step = LoopStep(step_k, now, then, self._active[start:stop], readout(slice(start, stop)), region=name)
             answers.append(judge(policy, policy.init(then) if start == known else state, step))
         [(state, verdict), *rest] = answers
         if not rest:

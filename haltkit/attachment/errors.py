@@ -7,6 +7,7 @@ __all__ = [
     "AttachError",
     "BatchNotFound",
     "BodyOutsideScope",
+    "CannotStep",
     "DetachOrder",
     "GlueDrift",
     "GradientLost",
@@ -34,6 +35,10 @@ class NeverEnds(AttachError):
 
 class UnknownModule(AttachError):
     """A path in the description names no module (or no method) of the model."""
+
+
+class CannotStep(AttachError):
+    """The loop can be halted, but it does not go on from a state that is put into it."""
 
 
 class AlreadyAttached(AttachError):

@@ -118,7 +118,6 @@ class Wavefront(Front[_Open]):
         [taken] = decoder.lengths
         super().__init__(
             decoder.checked(commit),
-            dict.fromkeys(model.regions, model.readout),
             width=max(1, min(width, decoder.capacity - taken)),
             inner=inner,
             budget=budget,
@@ -199,7 +198,7 @@ class Wavefront(Front[_Open]):
             self.at.at(given.first, k)
             self.layer_calls += len(region.body.blocks)
             before, x = x, region.step(x, e, k[0], noise, self.memories[name])
-            state, halt = self._judge(name, state, known, k, x, before)
+            state, halt = self._judge(name, state, known, k, x, before, lambda _: self.model.readout)
             known = n
         after.x[name], after.judged[name] = x, state
         return region.exit(x), halt
