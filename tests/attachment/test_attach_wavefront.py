@@ -187,12 +187,14 @@ def test_models_of_others_are_stepped_exactly(name: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 8])
-def test_inner_steps_count_as_steps(steps: int) -> None:
+@pytest.mark.parametrize("policy", ["fixed:steps={}", "norm:tau=100,patience={}"])
+def test_inner_steps_count_as_steps(policy: str, steps: int) -> None:
     model, run = huginn()
+    policy = policy.format(steps)
     how: dict[str, Any] = {"width": 1, "layout": "depth-indexed", "sampling": Sampling(1.0), "run": run}
-    single = told(haltkit.wavefront(model, PROMPT, f"fixed:steps={steps}", max_new_tokens=8, **how))
+    single = told(haltkit.wavefront(model, PROMPT, policy, max_new_tokens=8, **how))
     for inner in (2, 4):
-        front = ForeignWavefront(model, PROMPT, f"fixed:steps={steps}", inner=inner, **how)
+        front = ForeignWavefront(model, PROMPT, policy, inner=inner, **how)
         assert told(front.generate(8)) == single
         assert front.sweeps == 7 * steps // inner  # the first token is the prompt's
 
