@@ -30,6 +30,8 @@ class ChunkRows(NewRows):
         return self.positions if self.index is None else self.positions[self.index]
 
     def written(self, new: Tensor) -> tuple[tuple[Any, Any], Tensor]:
+        if self.index is None and self.writers is None:
+            return (0, slice(self.end - len(new), self.end)), new
         positions = self.present()
         if self.writers is not None:
             positions, new = positions[self.writers], new[self.writers]

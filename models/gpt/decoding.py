@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit import signals
-from haltkit.loop import Execution
+from haltkit.loop import Execution, Outcome
 from haltkit.models.gpt.cache import DecodeRows, LayerCache, NewRows, parse_layout
 from haltkit.models.gpt.chunk import ChunkRows
 from haltkit.models.gpt.draws import EvaluationNoise
@@ -251,11 +252,37 @@ class Decoder:
             raise GenerationError(f"{start} + {len(tokens)} tokens do not fit the context of {self.capacity}")
         rows = ChunkRows(start, len(tokens), tokens.device, guarded=self.guarded)
         x = self.model.embed(tokens.unsqueeze(0), rows.positions.unsqueeze(0))[0]
+        at_depths = self._extended_at_depths(x, rows)
+        if at_depths is not None:
+            self.lengths = [rows.end]
+            return at_depths
         memories = CacheMemories(self._caches, rows, self.model.noise, looking=True)
         seen = halting_pass(self.model, x, self.policies, self.budgets, memories)
         self.guarded = rows.guarded
-        self.lengths = [start + len(tokens)]
+        self.lengths = [rows.end]
         return Decoded(self.model.readout(seen.x), seen.steps, seen.outcome)
+
+    def _extended_at_depths(self, x: Tensor, rows: ChunkRows) -> Decoded | None:
+        """What :meth:`extend` gives where every policy is a fixed depth, without asking them: one look at the end.
+
+        Returns:
+            None, and what was cached is to be overwritten, if there is another policy, a budget that could end before
+            it, a layout that does not keep all that is to be looked at, or something that is not finite.
+        """
+        depths = {name: one.steps for name, one in self.policies.items() if isinstance(one, Fixed)}
+        known = len(depths) == len(self.policies) and self.budgets.total is None and self.layout.slots is None
+        if not known or rows.guarded:
+            return None
+        memories = CacheMemories(self._caches, rows, self.model.noise, looking=False)
+        logits = self.model.readout(fixed_pass(self.model.layers, x, depths, self.model.noise, memories=memories))
+        start, total = rows.end - len(x), logits.sum()
+        for cache in (cache for caches in self._caches.values() for cache in caches):
+            total = total + cache.kv[: cache.filled, 0, start : rows.end].sum()
+        if not math.isfinite(float(total)):
+            return None
+        steps = {name: torch.full((len(x),), k, device=x.device) for name, k in depths.items()}
+        ended = torch.full((len(x),), Outcome.CONVERGED, dtype=torch.int8, device=x.device)
+        return Decoded(logits, steps, dict.fromkeys(depths, ended))
 
     @torch.inference_mode()
     def step_fixed(self, tokens: Tensor, loops: Mapping[str, int]) -> Tensor:
