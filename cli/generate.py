@@ -98,7 +98,7 @@ def generate(
     ] = None,
     ahead: Annotated[
         int | None,
-        typer.Option(help="Drafts per verifying pass.  \\[default: 4; of a wavefront 16]", show_default=False),
+        typer.Option(help="Drafts per verifying pass.  \\[default: 4; of a wavefront 8]", show_default=False),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify what a wavefront commits: the same text as sequential.")

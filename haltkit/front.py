@@ -86,6 +86,7 @@ class Front(ABC, Generic[O]):
     Attributes:
         sweeps: how many there have been.
         rows: positions computed, summed over the sweeps.
+        drafts: when a token has been handed out, those that the open positions have for the places after it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Front(ABC, Generic[O]):
         self.width, self.inner, self.budget = width, inner, budget
         self.device = device
         self.sweeps = self.rows = 0
+        self.drafts: list[int] = []
         self._active = torch.ones(width, dtype=torch.bool, device=device)
 
     @abstractmethod
@@ -144,6 +146,7 @@ class Front(ABC, Generic[O]):
                 self._commit(open_, row)
                 done += 1
                 count -= 1
+                self.drafts = drafts[row + 1 :]
                 yield Committed(draft, steps)
                 if draft in stop or not count:
                     return

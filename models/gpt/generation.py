@@ -238,7 +238,7 @@ def _samplers(decoder: Decoder, settings: Settings) -> Callable[[Sampling], _Sam
     check_budget(decoder.budgets, inner)
     if not settings.verify:
         return lambda _: Wavefront(decoder, commit, width=width, inner=inner)
-    ahead = 16 if settings.ahead is None else settings.ahead
+    ahead = 8 if settings.ahead is None else settings.ahead
     check_speculation(settings.layout, ahead)
 
     def verified(sampling: Sampling) -> Speculation:

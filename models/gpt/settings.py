@@ -35,7 +35,7 @@ class Settings:
             an approximation (see :mod:`haltkit.models.gpt.wavefront`). The last two continue prompts one after the
             other.
         draft: of speculative sampling, the policy that drafts (None: ``fixed:steps=1``).
-        ahead: drafts before a pass verifies them (None: 4, and 16 of a wavefront); of a wavefront only with ``verify``.
+        ahead: drafts before a pass verifies them (None: 4, and 8 of a wavefront); of a wavefront only with ``verify``.
         verify: of the wavefront, whether what it commits are drafts, which the policy verifies in one pass: exact.
         width: of the wavefront, the greatest number of open positions (None: 8).
         commit: of the wavefront, what settles a new token (None: the policy that the prompt is read with).

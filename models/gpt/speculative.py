@@ -10,7 +10,6 @@ places (:class:`~haltkit.models.gpt.sampling.Sampling` says how often).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -75,15 +74,17 @@ def by_shallow_steps(decoder: Decoder, policy: Policies, sampling: Sampling, sto
 
 
 def by_wavefront(wavefront: Wavefront, sampling: Sampling, stop: frozenset[int]) -> Drafter:
-    """Drafts the tokens that a wavefront commits."""
+    """Drafts the tokens that a wavefront commits, and then those of the positions that are open at that time."""
 
     def draft(token: int, count: int) -> list[int]:
         committed = wavefront.tokens(token, count, sampling=sampling, stop=stop)
-        found = []
-        for one in islice(committed, count):
+        found: list[int] = []
+        for one in committed:
             if one.token is None:
                 break
             found.append(one.token)
+            if len(found) + len(wavefront.drafts) >= count:  # verifying them costs little, and waiting for them much
+                return [*found, *wavefront.drafts][:count]
         return found
 
     return draft

@@ -16,7 +16,8 @@ from haltkit.models.gpt.config import ModelConfig
 from haltkit.models.gpt.decoding import Decoder
 from haltkit.models.gpt.model import LoopedGPT
 from haltkit.models.gpt.sampling import GenerationError, Sampling
-from haltkit.models.gpt.speculative import Speculation
+from haltkit.models.gpt.speculative import Speculation, by_wavefront
+from haltkit.models.gpt.wavefront import Wavefront
 
 PROMPTS = [[5, 17, 3, 240, 99], [7, 7, 300]]
 POLICIES = ["fixed:steps=5", "norm:tau=0.3", "accel:tau=0.05", "norm:tau=0.1,patience=2,min_steps=3", "stable:times=2"]
@@ -47,6 +48,38 @@ def test_several_tokens_in_one_pass_are_the_tokens_one_by_one(
         assert torch.equal(torch.cat([s.outcome[name] for s in together]), torch.cat([s.outcome[name] for s in apart]))
     after = [decoder.step(torch.tensor([42])).logits for decoder in (one, many)]  # and the caches are equal
     torch.testing.assert_close(after[0], after[1])
+
+
+def test_a_known_depth_gives_what_a_policy_gives_that_is_asked(model: LoopedGPT) -> None:
+    """At fixed depths no policy is asked; a combination of two of them is."""
+    known, asked = (
+        Decoder(model, policy, max_loops=8) for policy in ("fixed:steps=5", "any(fixed:steps=5|fixed:steps=7)")
+    )
+    for tokens in (PROMPTS[0], [11, 200, 3], [77, 5, 150, 9]):
+        given_ = torch.tensor(tokens)
+        one, other = (d.extend(given_) if d.lengths else d.prefill(given_[None]) for d in (known, asked))
+        torch.testing.assert_close(one.logits, other.logits)
+        for name in model.regions:
+            assert torch.equal(one.steps[name], other.steps[name])
+            assert torch.equal(one.outcome[name], other.outcome[name])
+            for mine, theirs in zip(known.caches[name], asked.caches[name], strict=True):
+                torch.testing.assert_close(mine.kv, theirs.kv)
+
+
+def test_a_wavefront_drafts_what_its_open_positions_have_instead_of_waiting_for_them(model: LoopedGPT) -> None:
+    def drafted() -> tuple[Wavefront, int]:
+        decoder = Decoder(model, "fixed:steps=6", max_loops=8)
+        first = int(decoder.prefill(torch.tensor(PROMPTS[:1])).logits.argmax())
+        return Wavefront(decoder, "fixed:steps=6", width=4), first
+
+    greedy = Sampling(0.0)
+    wave, first = drafted()
+    committed = [one.token for one in wave.tokens(first, 6, sampling=greedy)]
+    again, first = drafted()
+    found = by_wavefront(again, greedy, frozenset())(first, 6)
+    assert len(found) == 6
+    assert found[:3] == committed[:3]  # three committed, and three open
+    assert again.sweeps < wave.sweeps
 
 
 @given(
