@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-PARTS = ("policies", "overhead", "forward", "decode", "slowest", "break-even", "position", "layouts")
+PARTS = ("policies", "overhead", "forward", "decode", "slowest", "break-even", "position", "samplers", "layouts")
 LAYOUTS = ("depth-indexed", "last", "modulo:2", "modulo:4")
 _MEANING = {
     "policies": "cost of a policy's update, in parts of one body step (a transformer layer)",
@@ -36,6 +36,7 @@ _MEANING = {
     "slowest": "against iterating until the slowest token is done (bare: no policy; Scripted: drawn depths)",
     "break-even": "share of halted rows from which retiring them pays within a step",
     "position": "time per token by its position",
+    "samplers": "one text by each sampler against full depth (same: full depth's choices, given the same prefix)",
     "layouts": "KV layouts: what they take, what they lose",
 }
 
@@ -135,6 +136,9 @@ def bench(
             max_loops=max_loops,
             repeats=2 * repeats + 1,
         ),
+        "samplers": lambda: benching.sampler_speed(
+            gpt, ids[0, :half], chosen, count=max(2, min(32, half)), max_loops=max_loops, repeats=repeats
+        ),
         "layouts": lambda: benching.approximate_layouts(
             gpt, windows[:1, : half + 1], first, LAYOUTS, max_loops=max_loops
         ),
@@ -205,6 +209,14 @@ def _cells(part: str, row: dict[str, Any]) -> dict[str, str]:
             "position": f"{row['position']}",
             "ms/token": f"{row['ms_per_token']:.2f}",
             "of it attention": f"{row['attention_ms']:.2f}",
+        }
+    if part == "samplers":
+        return {
+            "sampler": row["sampler"],
+            "policy": row["spec"],
+            "ms/token": f"{row['ms_per_token']:.2f}",
+            "speed-up": f"{row['speedup']:.2f}x",
+            "same": f"{row['same']:.3f}",
         }
     steps = " ".join(f"{mean:.1f}" for mean in row["steps"].values())
     if part in ("forward", "decode"):

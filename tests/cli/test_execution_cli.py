@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from haltkit.models.checkpoint import build_model, load_checkpoint
 from haltkit.models.gpt import bench as benching
 from haltkit.models.gpt.config import ModelConfig
 from haltkit.models.gpt.files import save_checkpoint
+from haltkit.models.gpt.sampling import GenerationError
 from haltkit.models.text.tokenizer import TOKENIZER_FILE, load_tokenizer, write_ranks
 from haltkit.registry import records
 
@@ -161,7 +164,7 @@ def test_bench_measures_every_part(
     checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """All but the policies' cost, whose bodies are of a size of their own."""
-    parts = ("overhead", "forward", "decode", "slowest", "break-even", "position", "layouts")
+    parts = ("overhead", "forward", "decode", "slowest", "break-even", "position", "samplers", "layouts")
     args = [
         "--checkpoint",
         checkpoint,
@@ -191,11 +194,27 @@ def test_bench_measures_every_part(
     scripted = measured["slowest"][-1]
     assert scripted["slowest"] == {"2": 8, "3-4": 8}
     assert scripted["bound"] > 1.2
+    first, *rest = measured["samplers"]
+    assert (first["sampler"], first["speedup"], first["same"]) == ("sequential", 1, 1)
+    kinds = ["sequential", "speculative", "wavefront", "wavefront, verified"]
+    assert [row["sampler"] for row in rest] == 2 * kinds
+    for alone, drafts, _, waves in (rest[:4], rest[4:]):  # those that verify give the text of their policy alone
+        assert alone["same"] == drafts["same"] == waves["same"]
     exact, *others = measured["layouts"]
     assert (exact["ce_change"], exact["max_logit_error"], exact["agreement"]) == (0, 0, 1)
     assert all(row["bytes_per_token"] < exact["bytes_per_token"] for row in others)
     assert measured["layouts"][1]["bytes_per_token"] == 5 * 2 * 32 * 4  # last: 5 layers, width 32, float32
     assert "realised" in shown.out
+
+
+def test_the_bench_leaves_out_wavefronts_that_a_model_cannot_do(tiny_config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = build_model(replace(tiny_config, injection="first_step")).eval()
+    how: dict[str, Any] = {"count": 4, "max_loops": 4, "repeats": 1}
+    found = benching.sampler_speed(model, torch.arange(6), {"two": "fixed:steps=2"}, **how)
+    assert [row["sampler"] for row in found] == ["sequential", "sequential", "speculative"]
+    with pytest.raises(GenerationError, match="max_loops"):  # what no sampler can do is an error
+        benching.sampler_speed(model, torch.arange(6), {"nine": "fixed:steps=9"}, **how)
 
 
 def test_bench_refuses(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
