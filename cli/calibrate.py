@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, read_thresholds, seed_option
+from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, among, read_thresholds, seed_option
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
@@ -21,14 +21,14 @@ def calibrate(
         str, typer.Option(metavar="SPEC", help="One policy, or one per region; without tau, thresholds are tried.")
     ] = "norm",
     risk: Annotated[
-        str, typer.Option(metavar="disagreement|loss-gap|answer", help="Against full depth, or against the labels.")
+        str, among("disagreement|loss-gap|answer", "Against full depth, or against the labels.")
     ] = "disagreement",
     epsilon: Annotated[float, typer.Option(help="The risk that you accept.")] = 0.01,
     delta: Annotated[float, typer.Option(help="Accepted probability that the promise fails.")] = 0.05,
     method: Annotated[
-        str, typer.Option(metavar="betting|hoeffding-bentkus|binomial|conformal", help="How losses become evidence.")
+        str, among("betting|hoeffding-bentkus|binomial|conformal", "How losses become evidence.")
     ] = "betting",
-    taus: Annotated[str, typer.Option(metavar="auto|LIST", help="Thresholds to test.")] = "auto",
+    taus: Annotated[str, among("auto|LIST", "Thresholds to test.")] = "auto",
     loss_bound: Annotated[float, typer.Option(help="Where loss-gap is cut.")] = 1.0,
     seed: Annotated[int, seed_option("Of the order in which betting uses the units.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the certificate.")] = None,

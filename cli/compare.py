@@ -16,6 +16,7 @@ from haltkit.cli.options import (
     OldModel,
     Repeats,
     Text,
+    among,
     check_policies,
     chosen_model,
     read_thresholds,
@@ -39,9 +40,7 @@ def compare(
     ] = None,
     taus: Annotated[
         str,
-        typer.Option(
-            metavar="paper|auto|both|LIST", help="Thresholds: the paper's, picked from observed scores, or a list."
-        ),
+        among("paper|auto|both|LIST", "Thresholds: the paper's, picked from observed scores, or a list."),
     ] = "both",
     text: Text = None,
     max_loops: MaxLoops = 32,
@@ -49,20 +48,17 @@ def compare(
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 1,
     granularity: Annotated[
         str | None,
-        typer.Option(
-            metavar="token|sequence|batch",
-            help="Which rows decide together. \\[default: token, and batch where a model is halted from outside]",
-            show_default=False,
+        among(
+            "token|sequence|batch",
+            "Which rows decide together. \\[default: token, and batch where a model is halted from outside]",
         ),
     ] = None,
     mode: Annotated[
         str,
-        typer.Option(
-            metavar="forward|decode", help="A pass over the text, or token by token with a cache (slow: few --tokens)."
-        ),
+        among("forward|decode", "A pass over the text, or token by token with a cache (slow: few --tokens)."),
     ] = "forward",
     execution: Annotated[
-        str, typer.Option(metavar="compact|masked", help="Compute tokens still looping, or all at every step.")
+        str, among("compact|masked", "Compute tokens still looping, or all at every step.")
     ] = "compact",
     repeats: Repeats = 3,
     device: Device = "auto",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from haltkit.cli.options import among
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Device", "choose_device", "describe_device"]
 
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to run; auto is CUDA if there is any.")]
+Device = Annotated[str, among("auto|cpu|cuda[:N]", "Where to run; auto is CUDA if there is any.")]
 
 
 def choose_device(name: str) -> torch.device:
@@ -43,4 +43,5 @@ def describe_device(device: torch.device) -> str:
 
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from haltkit.cli.options import JsonPath, seed_option
+from haltkit.cli.options import JsonPath, among, bundled_names, seed_option
 from haltkit.cli.subjects import asked_options, is_function, resolve_case
 from haltkit.cli.tables import print_claims
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
@@ -26,9 +26,11 @@ def diagnose(
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="A bundled model by name (text, chase, sudoku), a checkpoint or run folder, or pkg.mod:function "
             "returning a Subject (or a haltkit.diagnostics.Case, with an untrained control). \\[default: text]",
             show_default=False,
+            autocompletion=bundled_names,
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results, figures and claims.")] = Path(
@@ -55,7 +57,7 @@ def diagnose(
         str | None, typer.Option(help="Policies with thresholds whose steps the page shows.", show_default=False)
     ] = None,
     seed: Annotated[int, seed_option("Seed of the untrained control's weights.")] = 0,
-    figures: Annotated[str, typer.Option(metavar="png|svg|pdf", help="Format of the figures.")] = "png",
+    figures: Annotated[str, among("png|svg|pdf", "Format of the figures.")] = "png",
     json_path: JsonPath = None,
 ) -> None:
     """Look into the loops of a model: figures, numbers as JSON, and a table of claims.

@@ -11,13 +11,13 @@ from haltkit.cli.device import Device, choose_device, describe_device
 from haltkit.cli.options import JsonPath
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
-# What a feature needs beside torch and numpy, by the names of the distributions.
+# What a feature needs beside torch and numpy, by the names of the distributions, and what to install where it lacks.
 FEATURES = {
-    "checkpoints": ("safetensors", "tiktoken", "tokenizers"),
-    "training": ("datasets", "pyyaml", "tensorboard"),
-    "figures and pages": ("matplotlib", "plotly"),
-    "models of transformers": ("transformers",),
-    "lm-eval": ("lm-eval", "transformers", "accelerate"),
+    "checkpoints": (("safetensors", "tiktoken", "tokenizers"), "haltkit"),
+    "training": (("datasets", "pyyaml", "tensorboard"), "haltkit"),
+    "figures and pages": (("matplotlib", "plotly"), "haltkit"),
+    "models of transformers": (("transformers",), "transformers"),
+    "lm-eval": (("lm-eval", "transformers", "accelerate"), "'haltkit[eval]'"),
 }
 STEPS = 3
 
@@ -34,13 +34,15 @@ def doctor(device: Device = "auto", json_path: JsonPath = None) -> None:
         place = choose_device(device)
     console, where = make_console(json_path), describe_device(place)
     versions = {name: _version(name) for name in ("haltkit", "torch", "numpy")}
-    features = {feature: {name: _version(name) for name in names} for feature, names in FEATURES.items()}
+    features = {feature: {name: _version(name) for name in names} for feature, (names, _) in FEATURES.items()}
     named = {"python": platform.python_version(), **versions}
     say(console, ", ".join(f"{name} {version}" for name, version in named.items()))
     say(console, f"device: {where}")
     for feature, found in features.items():
-        missing = [name for name, version in found.items() if version is None]
-        say(console, f"{feature}: {'ready' if not missing else 'missing ' + ', '.join(missing)}")
+        missing = ", ".join(name for name, version in found.items() if version is None)
+        there = ", ".join(f"{name} {version}" for name, version in found.items())
+        said = f"missing {missing}: pip install {FEATURES[feature][1]}" if missing else f"ready ({there})"
+        say(console, f"{feature}: {said}")
     checks: dict[str, dict[str, Any]] = {}
     for name in ("text", "chase", "sudoku"):
         with progress(f"self-check {name}"):

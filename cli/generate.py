@@ -18,6 +18,7 @@ from haltkit.cli.options import (
     JsonPath,
     ModelOption,
     OldCheckpoint,
+    among,
     chosen_model,
     read_policies,
     seed_option,
@@ -52,7 +53,8 @@ _SHADES = (
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue. \\[default: standard input]", show_default=False)
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue. \\[default: standard input]", show_default=False),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead.")] = None,
     prompts: Annotated[
@@ -83,13 +85,13 @@ def generate(
     max_loops: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Budget of each region.")] = 32,
     total_loops: Annotated[int | None, typer.Option(help="Budget of a token over all regions.")] = None,
     layout: Annotated[
-        str, typer.Option(metavar="depth-indexed|last|modulo:M", help="What the KV cache keeps; the first is exact.")
+        str, among("depth-indexed|last|modulo:M", "What the KV cache keeps; the first is exact.")
     ] = "depth-indexed",
     sampler: Annotated[
         str,
-        typer.Option(
-            metavar="sequential|speculative|wavefront",
-            help="Token by token; drafts that are verified (the same text); several positions at once (inexact).",
+        among(
+            "sequential|speculative|wavefront",
+            "Token by token; drafts that are verified (the same text); several positions at once (inexact).",
         ),
     ] = "sequential",
     draft: Annotated[

@@ -6,6 +6,7 @@ Help must not need torch, so the command modules import it inside their function
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -28,6 +29,7 @@ from haltkit.cli import (
     solve,
     train,
 )
+from haltkit.cli.terminal import starting
 
 app = typer.Typer(
     name="haltkit",
@@ -62,25 +64,31 @@ def main(
         print(context.get_help())
 
 
-app.command("bench")(bench.bench)
-app.command("calibrate")(calibrate.calibrate)
-app.command("card")(card.card)
-app.command("compare")(compare.compare)
-app.command("diagnose")(diagnose.diagnose)
-app.command("doctor")(doctor.doctor)
-app.command("eval")(eval.evaluate)
-app.command("export")(export.export)
-app.command("fit")(fit.fit)
-app.command("generate")(generate.generate)
-app.command("headroom")(headroom.headroom)
-app.command(
-    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)(lm_eval.lm_eval)
-app.command("policies")(policies.policies)
-app.command("prepare")(prepare.prepare)
-app.command("report")(report.report)
-app.command("solve")(solve.solve)
-app.command("train")(train.train)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "bench": bench.bench,
+    "calibrate": calibrate.calibrate,
+    "card": card.card,
+    "compare": compare.compare,
+    "diagnose": diagnose.diagnose,
+    "doctor": doctor.doctor,
+    "eval": eval.evaluate,
+    "export": export.export,
+    "fit": fit.fit,
+    "generate": generate.generate,
+    "headroom": headroom.headroom,
+    "lm-eval": lm_eval.lm_eval,
+    "policies": policies.policies,
+    "prepare": prepare.prepare,
+    "report": report.report,
+    "solve": solve.solve,
+    "train": train.train,
+}
+# lm-eval reads its arguments itself, --help too.
+SETTINGS = {"lm-eval": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}}
+for name, command in COMMANDS.items():
+    paragraphs = (command.__doc__ or "").split("\n\n")
+    told = "\n\n".join(" ".join(one.split()) for one in paragraphs)  # else lines break in help where they do here
+    app.command(name, help=told, context_settings=SETTINGS.get(name))(starting(command))
 
 
 def run() -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "OldModel",
     "Repeats",
     "Text",
+    "among",
+    "bundled_names",
     "check_policies",
     "chosen_model",
     "describe_dtype",
@@ -40,17 +42,34 @@ _MODEL = (
 )
 
 
+def among(values: str, help: str) -> Any:
+    """An option with these values, which the shell completes.
+
+    Args:
+        values: separated by ``|``, as help shows them; with a capital: whatever the word stands for.
+        help: what the option is for.
+    """
+    named = [value for value in (one.partition("[")[0] for one in values.split("|")) if value.islower()]
+
+    def offered(incomplete: str) -> list[str]:
+        return [value for value in named if value.startswith(incomplete)]
+
+    return typer.Option(metavar=values, help=help, autocompletion=offered, show_default="\\[default" not in help)
+
+
 def seed_option(help: str) -> Any:
     """An option for a seed that every generator of random numbers takes."""
     return typer.Option(min=0, max=2**63 - 1, help=help)
 
 
-def _names(incomplete: str) -> list[str]:
+def bundled_names(incomplete: str) -> list[str]:
     """The bundled models, for the shell's completion."""
     return [name for name in ("text", "chase", "sudoku") if name.startswith(incomplete)]
 
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False, autocompletion=_names)]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False, autocompletion=bundled_names)
+]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=_MODEL, show_default=False)]
 # What MODEL was called before: it keeps working.
 OldCheckpoint = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from haltkit.cli.options import JsonPath
+from haltkit.cli.options import JsonPath, among
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 
@@ -17,8 +17,9 @@ def prepare(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
+            metavar="SOURCE",
             help="Parquet, JSONL or text files, folders or patterns; or a Hugging Face dataset: OWNER/NAME or hf:NAME. "
-            "[default: HuggingFaceFW/fineweb]",
+            "\\[default: HuggingFaceFW/fineweb]",
             show_default=False,
         ),
     ] = None,
@@ -41,9 +42,9 @@ def prepare(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to prepare.")] = None,
     bad_documents: Annotated[
         str,
-        typer.Option(
-            metavar="stop|skip",
-            help="What a document that cannot be read does; skipped ones are counted. Of damaged Parquet that is a row "
+        among(
+            "stop|skip",
+            "What a document that cannot be read does; skipped ones are counted. Of damaged Parquet that is a row "
             "group.",
         ),
     ] = "stop",

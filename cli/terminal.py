@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from haltkit.files import check_output as check_writable
 from haltkit.files import is_stdout, write_json
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["check_writable", "make_console", "passing_bar", "progress", "say", "write_results"]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+__all__ = ["check_writable", "make_console", "passing_bar", "progress", "say", "starting", "write_results"]
 
 
 def make_console(json_path: Path | None = None) -> Console:
@@ -91,3 +95,16 @@ def progress(doing: str) -> Iterator[Callable[..., None]]:
     words = TextColumn("{task.description}", markup=False)
     with passing_bar(Console(stderr=True), words, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
         yield partial(bar.update, bar.add_task(doing, total=None))
+
+
+def starting(command: Callable[P, T]) -> Callable[P, T]:
+    """The command, with a line on standard error while torch is imported, which takes seconds."""
+
+    @wraps(command)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        if "torch" not in sys.modules:
+            with progress("starting"):
+                import_module("torch")
+        return command(*arguments, **options)
+
+    return run

@@ -22,6 +22,7 @@ def train(
     config: Annotated[
         str | None,
         typer.Argument(
+            metavar="CONFIG",
             help="A YAML file, or the name of one that ships with haltkit: paper, small, tiny, ... for text models; "
             "chase, sudoku, sudoku-9x9 for reasoners.",
             show_default=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from haltkit.cli import doctor
 from haltkit.cli.main import app
 from haltkit.subject import Subject
 
@@ -30,3 +31,13 @@ def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
     assert done.exit_code == 1
     assert "no such kernel" in done.output
+
+
+def test_what_is_missing_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"lm-eval": None, "matplotlib": None}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.5"))
+    monkeypatch.setattr(doctor, "_check", lambda name, device: {"passed": True, "found": "as it should"})
+    lines = CliRunner().invoke(app, ["doctor", "--device", "cpu"]).output.splitlines()
+    assert "lm-eval: missing lm-eval: pip install 'haltkit[eval]'" in lines
+    assert "figures and pages: missing matplotlib: pip install haltkit" in lines
+    assert "models of transformers: ready (transformers 1.5)" in lines
