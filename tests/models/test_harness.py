@@ -134,6 +134,7 @@ def test_steps_are_told_by_request_with_context_and_continuation_apart(
     assert [(line["doc"], line["request"]) for line in lines] == [
         (doc, choice) for doc in range(6) for choice in range(3)
     ]
+    assert {line["task"] for line in lines} == {"tiny_choice"}
     for line in lines:
         assert len(line["context"]["loop"]) == 3 + line["doc"] - 1  # its last token predicts the continuation's first
         assert len(line["continuation"]["loop"]) == (3 if line["request"] == 1 else 1)
