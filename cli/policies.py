@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from haltkit.cli.grid import print_wrapped
 from haltkit.cli.options import JsonPath
 from haltkit.cli.terminal import check_writable, make_console, write_results
 
 if typing.TYPE_CHECKING:
     from haltkit.registry import PolicyRecord
+
+NARROW = 60  # columns below which what is said of a name stands below it
 
 
 def policies(json_path: JsonPath = None) -> None:
@@ -29,9 +32,15 @@ def policies(json_path: JsonPath = None) -> None:
         grid.add_column(no_wrap=True, style="bold cyan")
         grid.add_column(overflow="fold")
         for name, lines in entries:
+            if console.width < NARROW:
+                console.print(Text(f"  {name}", style="bold cyan"))
+                for line in lines:
+                    print_wrapped(console, f"    {line}")
+                continue
             for label, line in zip((f"  {name}", *[""] * 9), lines, strict=False):
                 grid.add_row(label, Text(line))
-        console.print(grid)
+        if grid.row_count:
+            console.print(grid)
         console.print()
 
     listing(

@@ -59,7 +59,7 @@ def test_help_names_every_command() -> None:
     assert haltkit("--version").stdout.startswith("haltkit 0.")
 
 
-@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("width", [45, 60, 200])
 def test_policies_lists_names_formulas_keys_and_scales(width: int) -> None:
     done = haltkit("policies", width=width)
     assert done.returncode == 0
