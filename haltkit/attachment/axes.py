@@ -65,15 +65,19 @@ class BodyCall:
 
 @dataclass(frozen=True)
 class Proven:
-    """The batch dimensions of a call's arguments and outputs."""
+    """The batch dimensions of a call's arguments and outputs, and the shapes of those arguments."""
 
     given: Axes
     returned: Axes
+    shapes: tuple[torch.Size, ...] = ()
 
     def fits(self, call: BodyCall, batch: int) -> bool:
-        """Whether a call's arguments have the batch where it was proven to be."""
+        """Whether a call's arguments have the batch where it was proven to be, and nowhere else."""
         tensors = mapped_tensors((call.args, call.kwargs))
-        return all(axis is None or t.shape[axis] == batch for axis, t in zip(self.given, tensors, strict=True))
+        return all(
+            (batch not in t.shape or t.shape == shape) if axis is None else t.shape[axis] == batch
+            for axis, t, shape in zip(self.given, tensors, self.shapes, strict=True)
+        )
 
 
 class BatchNorms:

@@ -143,7 +143,7 @@ class Frame:
             output = retiring.call(
                 call, present, batch, before, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
             )
-        self._returned = retiring.axes(call)
+        self._returned = retiring.axes(call, batch)
         return output
 
     def _computed_whole(self, call: BodyCall) -> Any:

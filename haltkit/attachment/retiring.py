@@ -8,6 +8,7 @@ entries, and must give the same two rows that it gives of the whole batch.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ class Retiring:
         inside whose calls other loops run, which must be given the same entries in all calls of one iteration."""
         self._modules, self._norms = tuple(modules.values()), BatchNorms(modules)
         self._trying, self._around = trying, frozenset(around)
-        self._proven: dict[tuple[str, int, tuple[int, ...]], Proven] = {}
+        self._proven: dict[tuple[str, int, tuple[int, ...]], list[Proven]] = defaultdict(list)
         self._known: set[tuple[str, int]] = set()  # calls (module, place) of which something is proven
 
     def proven(self, names: Sequence[str]) -> bool:
@@ -61,9 +62,9 @@ class Retiring:
         """Whether other loops run inside the calls of a module."""
         return name in self._around
 
-    def axes(self, call: BodyCall) -> Axes | None:
+    def axes(self, call: BodyCall, batch: int) -> Axes | None:
         """The batch dimension of each tensor that a call returns; None if it is not known."""
-        proven = self._proven.get((call.name, call.place, call.shape))
+        proven = self._found(call, batch)
         return None if proven is None else proven.returned
 
     def refuse_training(self) -> None:
@@ -112,8 +113,8 @@ class Retiring:
 
     def _found(self, call: BodyCall, batch: int) -> Proven | None:
         """What is proven of a call."""
-        proven = self._proven.get((call.name, call.place, call.shape))
-        return proven if proven is not None and proven.fits(call, batch) else None
+        known = self._proven[call.name, call.place, call.shape]
+        return next((proven for proven in known if proven.fits(call, batch)), None)
 
     def _look(self, call: BodyCall, output: Any, batch: int) -> Proven:
         """Prove what can be of a call, and note it.
@@ -126,7 +127,7 @@ class Retiring:
             plain = call.forward(*call.args, **call.kwargs) if call.name in self._around else output
             proven = self._prove(call, plain, batch)
         if telling(plain, proven.returned):  # equal rows prove nothing
-            self._proven[call.name, call.place, call.shape] = proven
+            self._proven[call.name, call.place, call.shape].append(proven)
             self._known.add((call.name, call.place))
         return proven
 
@@ -161,7 +162,7 @@ class Retiring:
             if returned is None:
                 continue
             if call.state_of is None or same_rows(call.state_of(some), call.state_of(output), 0, rows):
-                return Proven(axes, returned)
+                return Proven(axes, returned, tuple(t.shape for t in given))
         if all(option == [None] for option in options):
             raise BatchNotFound(
                 f"execution='compact': no tensor that {call.name!r} is given has a dimension of {batch}, the batch, so "

@@ -113,6 +113,23 @@ def test_arguments_and_outputs_leave_along_their_own_dimension() -> None:
             torch.testing.assert_close(model(x), alone, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_an_argument_that_entries_have_apart_may_be_shared_in_the_next_call() -> None:
+    batch, x, scale = len(DEPTHS), values(len(DEPTHS), 5, WIDTH), values(WIDTH)
+    apart = values(batch, 5, WIDTH)
+    model = Looped(body := Counting(TwoOutputs()), apart, scale=scale)
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution="compact"):
+        for shift in (apart[:1], apart, apart[:1], apart):
+            model.extra = (shift,)
+            found = model(x)
+            expected = []
+            for entry, own, depth in zip(x.split(1), shift.expand(batch, 5, WIDTH).split(1), DEPTHS, strict=True):
+                for _ in range(depth):
+                    entry, _ = body.inner(entry, own, scale=scale)
+                expected.append(entry)
+            torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-12)
+
+
 def test_gradients_are_those_of_each_entry_alone() -> None:
     model, x = Looped(encoder()), values(len(DEPTHS), 5, WIDTH)
     weights = list(model.parameters())
