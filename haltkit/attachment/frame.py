@@ -158,7 +158,9 @@ class Frame:
             return call.forward(*call.args, **call.kwargs)
         if len(self._last) == 1 == len(mapped_tensors(before.output)) and not holding.encloses(call.name):
             return call.forward(*call.args, **call.kwargs)  # the state is all there is
-        return self._without_halted(holding, call, by_entry(~stopped).nonzero().squeeze(-1), len(stopped))
+        if self._present is None:  # once in an iteration: it waits for the device
+            self._present = by_entry(~stopped).nonzero().squeeze(-1)
+        return self._without_halted(holding, call, self._present, len(stopped))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
@@ -198,6 +200,7 @@ class Frame:
         if self.run.running < self.run.active.numel():
             self._stopped = ~self.run.active
         self._spend(by_entry(self.run.active))
+        self._present = None
         if self.retiring is not None and self.run.active.ndim:
             self._present = by_entry(self.run.active).nonzero().squeeze(-1)
             self._leaves = self.retiring.proven([entry.name for entry in self._last])
