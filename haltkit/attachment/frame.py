@@ -81,7 +81,7 @@ class Frame:
         self._stopped: Tensor | None = None  # rows that had halted when this iteration began
         self._leaves = False  # the entries without active rows are not computed in this iteration
         self._returned: Axes | None = None  # the batch dimensions of the newest output, where they are proven
-        self._begun = 0  # loops of this call of the model when this iteration began
+        self._begun: Tensor | int = 0  # loops of this call of the model when this iteration began
         self._budget: Tensor | None = None  # the budget of this loop alone
 
     def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,7 +176,7 @@ class Frame:
             if self.inputs is not None:
                 self.inputs.begins(halted=False)
             if self.whole.spending is not None:
-                self.whole.spending.begins(self.region)
+                self.whole.spending.begins(self.region, self.whole.part)
                 self._spend(None)
             x0 = self.loop.initial_state(args, kwargs)
             self.kv.starts_at(x0)
@@ -219,8 +219,7 @@ class Frame:
             return
         if self.computed == 1:
             self._budget = run.rows.budget
-        inside = spending.begun - self._begun
-        room = spending.room(len(by_entry(run.active)), inside, self.whole.part, run.x.device)
+        room = spending.room(len(by_entry(run.active)), self._begun, self.whole.part, run.x.device)
         limit = torch.where(room, MOST, run.k + 1).view(-1, *[1] * (run.active.ndim - 1)).expand_as(run.active)
         run.rows.budget = limit if self._budget is None else torch.minimum(limit, self._budget)
 

@@ -61,37 +61,43 @@ class Spending:
 
     def __init__(self, total: int, regions: Sequence[str]) -> None:
         self._total, self._awaited = total, set(regions)
-        self._taken: Tensor | int = 0  # by each entry, (batch,); a number while it is the same for all
-        self.begun = 0  # loops
+        # Of each entry, (batch,); a number while it is the same for all.
+        self._taken: Tensor | int = 0  # steps
+        self.begun: Tensor | int = 0  # loops
 
-    def begins(self, region: str) -> None:
+    def begins(self, region: str, part: Part | None) -> None:
         """A loop begins."""
         self._awaited.discard(region)
-        self.begun += 1
+        self.begun = self.begun + 1 if part is None else self._spread(self.begun, part.running, part)
 
     def step(self, entries: Tensor | None, part: Part | None) -> None:
         """Entries begin a step, ``(n,)`` bool of those that the loop is given; None: all of them."""
-        if part is None:
+        if part is not None:
+            running = part.running if entries is None else part.running & self._aligned(entries, len(part.given))
+            self._taken = self._spread(self._taken, running, part)
+        else:
             self._taken = self._taken + (1 if entries is None else self._aligned(entries.long()))
-            return
-        count = torch.ones_like(part.given) if entries is None else entries.long()
-        self._taken = self._of(part).index_add(0, part.given, count)
 
-    def room(self, count: int, inside: int, part: Part | None, device: torch.device) -> Tensor:
+    def room(self, count: int, since: Tensor | int, part: Part | None, device: torch.device) -> Tensor:
         """Which of the ``count`` entries that a loop is given may take another step, ``(count,)`` bool.
 
         Args:
             count: the entries.
-            inside: loops that began inside the step before.
+            since: loops that had begun when the step before did.
             part: which entries they are.
             device: of the result.
         """
-        taken = self._taken if part is None else self._of(part)[part.given]
-        room = torch.as_tensor(taken, device=device) + 1 + inside + len(self._awaited) <= self._total
+        needed = torch.as_tensor(self._taken + 1 + self.begun - since + len(self._awaited), device=device)
+        if part is not None:
+            needed = needed.expand(part.batch)[part.given]
+        room = needed <= self._total
         return self._aligned(room.expand(count) if room.ndim == 0 else room, count)
 
-    def _of(self, part: Part) -> Tensor:
-        return torch.as_tensor(self._taken, device=part.given.device).expand(part.batch)
+    @staticmethod
+    def _spread(counts: Tensor | int, running: Tensor, part: Part) -> Tensor:
+        """Counts of all entries, with one more for those of a part that are running."""
+        every = torch.as_tensor(counts, device=part.given.device).expand(part.batch)
+        return every.index_add(0, part.given, running.long())
 
     def _aligned(self, entries: Tensor, count: int | None = None) -> Tensor:
         expected = count if count is not None else len(self._taken) if isinstance(self._taken, Tensor) else None

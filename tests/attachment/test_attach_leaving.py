@@ -184,6 +184,27 @@ def test_each_entry_gets_what_it_gets_alone_in_every_loop(case: str, execution: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+@pytest.mark.parametrize("total", [3, 8, 13, 21])
+def test_each_entry_spends_a_joint_budget_of_nested_loops_as_alone(total: int, execution: Any) -> None:
+    """How many loops run inside an outer step differs from entry to entry."""
+    model, loops, _ = made("three")
+    policies = {"a": DrawnFromState(3), "b": DrawnFromState(4), "c": DrawnFromState(3)}
+    x = torch.randn(12, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    alone, steps = [], dict[str, list[Tensor]]()
+    for entry in x.split(1):
+        with haltkit.attach(model, policies, loops=loops, total_steps=total) as session:
+            alone.append(model(entry))
+        assert session.computed <= total
+        for name in loops:
+            steps.setdefault(name, []).append(session.steps[name])
+    with haltkit.attach(model, policies, loops=loops, total_steps=total, execution=execution) as session:
+        for _ in range(2):
+            torch.testing.assert_close(model(x), torch.cat(alone), rtol=0, atol=1e-12)
+            assert all(torch.equal(session.steps[name], torch.cat(steps[name])) for name in loops)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("inside a step", "tiny-recursive-model")])
 def test_modules_compute_each_entry_as_often_as_alone(case: str) -> None:
     model, loops, policies = made(case)
