@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from haltkit.attachment import Loop as Loop
+    from haltkit.attachment import LoopAround as LoopAround
     from haltkit.attachment import Session as Session
     from haltkit.attachment import discover as discover
     from haltkit.attachment.attach import attach as attach
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "haltkit.attachment": ("Loop", "Session", "discover"),
+    "haltkit.attachment": ("Loop", "LoopAround", "Session", "discover"),
     "haltkit.attachment.attach": ("attach", "verify"),
     "haltkit.attachment.generating": ("generation",),
     "haltkit.attachment.joining": ("QueueOutput",),

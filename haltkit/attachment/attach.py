@@ -20,6 +20,7 @@ from haltkit.attachment.session import Session
 from haltkit.attachment.verify import NEVER, Report
 from haltkit.card import Card, is_card
 from haltkit.loop import Execution, LoopObserver
+from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, Readout, check_count, granularity_of
 from haltkit.specs import Policies, policy_for_regions, regions_named
 
@@ -140,6 +141,7 @@ def attach(
     _check_execution(execution, policies, kv)
     _check_observer(execution, observer, regions)
     _check_total(total_steps, policies)
+    _check_whole(regions, policies)
     how = Halting(
         regions,
         policies,
@@ -267,6 +269,22 @@ def _check_total(total_steps: int | None, policies: Mapping[str, Any]) -> None:
             f"total_steps={total_steps}: every loop takes at least one step, so the regions {', '.join(policies)} take "
             f"at least {len(policies)} in all"
         )
+
+
+def _check_whole(regions: Mapping[str, Loop], policies: Mapping[str, HaltingPolicy[Any]]) -> None:
+    """Check that all rows halt together where the loop goes on until its body says that it is over.
+
+    Raises:
+        ValueError: a policy judges row by row there.
+    """
+    for name, loop in regions.items():
+        together = granularity_of(policies[name]) in ("batch", "world") or isinstance(policies[name], Fixed)
+        if loop.halts_whole and not together:
+            raise ValueError(
+                f"region {name}: on_halt has a function, which ends the loop once every row has halted, so rows that "
+                "halt alone would keep it going. Say granularity=batch; or give the loop a number of steps (for _ in "
+                "range(n)), which needs no such function"
+            )
 
 
 def _attached(begin: Callable[[], Session], undo: Callable[[], None]) -> Session:

@@ -7,8 +7,7 @@ body.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,63 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.attachment.description import find_call
+from haltkit.attachment.leaf import Leaf
 from haltkit.attachment.outputs import disturbed, map_tensors, mapped_tensors, tensors_in
 from haltkit.attachment.override import Interceptor, intercepted
 
-__all__ = ["Call", "Leaf", "Reads", "leaves"]
+__all__ = ["Call", "Reads"]
 
 Key = int | str  # an argument's position or name
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Where a tensor is in an output: nowhere deeper than one step in."""
-
-    kind: str  # "", "key", "index" or "field"
-    at: Any = None
-
-    def get(self, output: Any) -> Any:
-        """The tensor."""
-        if not self.kind:
-            return output
-        return getattr(output, self.at) if self.kind == "field" else output[self.at]
-
-    def put(self, output: Any, tensor: Tensor) -> Any:
-        """The output with another tensor there."""
-        if not self.kind:
-            return tensor
-        if self.kind == "key":
-            return {**output, self.at: tensor}
-        if self.kind == "field":
-            return dataclasses.replace(output, **{self.at: tensor})
-        parts = [*output[: self.at], tensor, *output[self.at + 1 :]]
-        return parts if isinstance(output, list) else tuple(parts)
-
-    def select_text(self) -> str:
-        """``select=`` as one would write it."""
-        return f"lambda out: out.{self.at}" if self.kind == "field" else f"lambda out: out[{self.at!r}]"
-
-    def put_text(self) -> str:
-        """``put=`` as one would write it."""
-        if self.kind == "key":
-            return f"lambda out, x: {{**out, {self.at!r}: x}}"
-        if self.kind == "field":
-            return f"lambda out, x: dataclasses.replace(out, {self.at}=x)"
-        return f"lambda out, x: (*out[:{self.at}], x, *out[{self.at + 1}:])"
-
-
-def leaves(output: Any) -> list[Leaf]:
-    """Where the floating-point tensors of an output are, as far as one step in."""
-    if isinstance(output, Tensor):
-        return [Leaf("")]
-    found: list[tuple[Leaf, Any]] = []
-    if isinstance(output, Mapping):
-        found = [(Leaf("key", key), part) for key, part in output.items()]
-    elif isinstance(output, (tuple, list)):
-        found = [(Leaf("index", i), part) for i, part in enumerate(output)]
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        found = [(Leaf("field", f.name), getattr(output, f.name)) for f in dataclasses.fields(output)]
-    return [leaf for leaf, part in found if isinstance(part, Tensor) and part.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -166,7 +115,7 @@ class Reads:
         self._plain = self._calls(self._again)
         if self._differing(self._calls(self._again)):
             raise ValueError("run gives another output each time: fix its seed, and call model.eval()")
-        self._known: dict[tuple[int, Leaf], dict[int, list[Key]]] = {}
+        self._known: dict[tuple[int, Leaf], dict[int, bool]] = {}
 
     def _calls(self, change: Change) -> list[Call]:
         """The calls of another run."""
@@ -178,8 +127,8 @@ class Reads:
             return map_tensors(torch.clone, self.calls[number].output)
         return output
 
-    def of(self, number: int, leaf: Leaf) -> dict[int, list[Key]]:
-        """The later calls that read this output of this call, and by which arguments."""
+    def of(self, number: int, leaf: Leaf) -> dict[int, bool]:
+        """The later calls that read this output of this call, and whether as numbers: a token chosen by it is none."""
         key = number, leaf
         if key not in self._known:
 
@@ -190,14 +139,38 @@ class Reads:
             self._known[key] = self._differing(self._calls(change))
         return self._known[key]
 
-    def _differing(self, changed: list[Call]) -> dict[int, list[Key]]:
-        found: dict[int, list[Key]] = {}
+    def goes_on(self, change: Callable[[Any], Any]) -> bool:
+        """Whether the model calls its body once more if its last call returns another output."""
+
+        def changed(at: int, output: Any) -> Any:
+            if at >= len(self.calls):
+                raise _OneMore
+            output = self._again(at, output)
+            return change(output) if at == len(self.calls) - 1 else output
+
+        try:
+            self._calls(changed)
+        except _OneMore:
+            return True
+        return False
+
+    def _differing(self, changed: list[Call]) -> dict[int, bool]:
+        found: dict[int, bool] = {}
         for number, (before, after) in enumerate(zip(self._plain, changed, strict=False)):
             if before.module != after.module:
                 break
             if _differ(before.computed, after.computed):
-                found[number] = [k for k in before.given if _differ(before.given[k], after.given.get(k, []))]
+                given = [(_numbers(t), _numbers(after.given.get(key, []))) for key, t in before.given.items()]
+                found[number] = any(_differ(old, new) for old, new in given)
         return found
+
+
+class _OneMore(Exception):
+    """The body is called once more than in the first run."""
+
+
+def _numbers(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def _differ(before: list[Tensor], after: list[Tensor]) -> bool:

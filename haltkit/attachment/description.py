@@ -17,7 +17,7 @@ __all__ = ["Action", "Initial", "Loop", "call_parts", "check_model", "find_call"
 
 CODE = {"code": True}  # marks the fields for functions, which no file can contain
 
-Action = Literal["replay", "zero", "identity"]
+Action = Literal["replay", "zero", "identity"] | Callable[[Any], Any]
 # From the positional and keyword arguments of the body's first call to x_0.
 Initial = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
@@ -42,7 +42,9 @@ class Loop:
         scope: ``"module"`` or ``"module:method"``: entering it starts a new loop.
         reset_on: modules of an enclosing loop whose call ends this loop, so that the next one is new.
         on_halt: what a body module gives after the halt. ``replay`` (the default): its output of the last complete
-            iteration. ``zero``: zeros, for what is accumulated over iterations. ``identity``: its own input.
+            iteration. ``zero``: zeros, for what is accumulated over iterations. ``identity``: its own input. A
+            function: what it makes of that last output, for a loop that goes on until the output says that it is over
+            (``while not carry.halted.all()``); all rows of such a loop have to halt together.
         carry: (body module, position of an argument) where the state enters the next iteration, for the check that
             nothing drifts after the halt; by default every tensor that a body module is given. Needed where those
             change for another reason, such as a loop-index embedding.
@@ -88,8 +90,8 @@ class Loop:
         for name, action in self.on_halt.items():
             if name not in self.body:
                 raise ValueError(f"on_halt names {name!r}, which is not one of the body's modules")
-            if action not in ("replay", "zero", "identity"):
-                raise ValueError(f"on_halt={action!r} for {name!r}: allowed are replay, zero, identity")
+            if action not in ("replay", "zero", "identity") and not callable(action):
+                raise ValueError(f"on_halt={action!r} for {name!r}: allowed are replay, zero, identity, or a function")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Loop:
@@ -110,8 +112,14 @@ class Loop:
 
     @property
     def functions(self) -> list[str]:
-        """The fields of this description that are functions."""
-        return [field.name for field in dataclasses.fields(self) if callable(getattr(self, field.name))]
+        """The fields of this description that are functions, or have them."""
+        found = [field.name for field in dataclasses.fields(self) if callable(getattr(self, field.name))]
+        return [*found, *(["on_halt"] if self.halts_whole else [])]
+
+    @property
+    def halts_whole(self) -> bool:
+        """All rows have to halt together, because the loop goes on until an output says that it is over."""
+        return any(callable(action) for action in self.on_halt.values())
 
     @property
     def state_module(self) -> str:

@@ -5,113 +5,27 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from haltkit.attachment.around import LoopAround
 from haltkit.attachment.attach import attach, verify
 from haltkit.attachment.calls import Calls
-from haltkit.attachment.dataflow import Leaf, Reads, leaves
+from haltkit.attachment.candidate import Candidate, Discovery, Ending, Flag
+from haltkit.attachment.dataflow import Reads
 from haltkit.attachment.description import Action, call_parts, check_model, find_module
 from haltkit.attachment.errors import AttachError, GlueDrift, VaryingInput
+from haltkit.attachment.leaf import Leaf, leaves, parts
 from haltkit.attachment.outputs import first_tensor, largest, tensors_in
 from haltkit.attachment.verify import ROUNDING, Report
 
-__all__ = ["Candidate", "Discovery", "discover"]
+__all__ = ["discover"]
 
 MOST = 24  # outputs that are disturbed, one run each, to see what reads them
 STATES = 3  # of those that the next iteration reads, how many are tried as the state
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A group of modules that run again and again, and what was found about the loop that calls them.
-
-    Attributes:
-        body, period, scope, state, initial, on_halt, reset_on: see :class:`~haltkit.attachment.description.Loop`.
-        iterations: of the loop, in one call of the scope.
-        leaf: where the state is in the state module's output, if :class:`Loop` would not look there by itself.
-        irregular: modules of the body that also run outside of the loop.
-        copies: the model changes what it got in place, so copies must be kept.
-        halted_at: the step at which a halt was tried on the model; 0: none was.
-        problem: why that halt did not hold; empty if it did.
-        compared: the halt was compared with the model run with as many steps.
-        together: entries of the batch must halt together, because the loop carries more than its state.
-        check: False where the halt equals that, and yet something that the body is given goes on changing.
-    """
-
-    body: tuple[str, ...]
-    iterations: int
-    period: int
-    scope: str
-    state: str
-    initial: int | str | None = 0
-    on_halt: dict[str, Action] = field(default_factory=dict)
-    reset_on: tuple[str, ...] = ()
-    leaf: Leaf | None = None
-    irregular: tuple[str, ...] = ()
-    copies: bool = False
-    halted_at: int = 0
-    problem: str = ""
-    compared: bool = False
-    check: bool = True
-    together: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """What trying a halt has shown, in a sentence."""
-        if self.problem:
-            return (
-                f"A halt at {self.halted_at} does not hold yet: {self.problem}. If no description fits, put the loop "
-                "alone into a module or a method of its own, and discover that"
-            )
-        if self.halted_at:
-            how = "equals the model run with as many" if self.compared else "holds; run_at= compares what it gives"
-            rest = "; entries of a batch cannot halt alone, so halt whole batches (granularity=batch)"
-            return f"A halt at {self.halted_at} of {self.iterations} {how}{rest if self.together else ''}"
-        return "No halt was tried, for that takes three iterations"
-
-    def fields(self) -> dict[str, Any]:
-        """The description by fields: ``attach(model, policy, **candidate.fields())``."""
-        found: dict[str, Any] = {"body": list(self.body)}
-        if self.state != self.body[-1]:
-            found["state"] = self.state
-        others = {"period": self.period, "scope": self.scope, "on_halt": self.on_halt}
-        found |= {name: value for name, value in others.items() if value not in (1, "", {})}
-        if self.copies:
-            found["copies"] = True
-        if not self.check:
-            found["check"] = False
-        if self.initial != 0 or self.initial is None:
-            found["initial"] = self.initial
-        if self.reset_on:
-            found["reset_on"] = list(self.reset_on)
-        if self.leaf is not None:
-            found["select"], found["put"] = self.leaf.get, self.leaf.put
-        return found
-
-    def call(self) -> str:
-        """The ``attach`` call to copy."""
-        parts = {name: repr(value) for name, value in self.fields().items()}
-        if self.leaf is not None:
-            parts["select"], parts["put"] = self.leaf.select_text(), self.leaf.put_text()
-        return f"haltkit.attach(model, policy, {', '.join(f'{name}={value}' for name, value in parts.items())})"
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """What was seen, the likeliest loop first. ``str()`` is a table and the call to copy."""
-
-    candidates: tuple[Candidate, ...]
-
-    def __str__(self) -> str:
-        rows = [f"{'iterations':>10}  {'period':>6}  state, body"]
-        rows += [f"{c.iterations:10d}  {c.period:6d}  {c.state}, [{', '.join(c.body)}]" for c in self.candidates]
-        first = self.candidates[0]
-        what = "Likeliest, and not right yet" if first.problem else "To copy"
-        return "\n".join([*rows, "", f"{first.verdict}. {what}:", f"  {first.call()}"])
 
 
 def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], Any] | None = None) -> Discovery:
@@ -137,15 +51,42 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
     check_model(model)
     seen = Calls(model)
     seen.watch(run)
-    found = _found(seen)
+    inside = [c for candidate in _found(seen) for c in _proposed(model, candidate, run, run_at)]
+    around = []
+    if seen.roots > 1 or not (seen.roots or any(c.holds for c in inside)):
+        around = _around(model, run, run_at, bool(inside))
+    outer_first = any(c.holds for c in around) or not any(c.holds for c in inside)
+    found = [*around, *inside] if outer_first else [*inside, *around]
     if not found and seen.roots > 1:
         raise AttachError(
-            f"run calls the whole model {seen.roots} times and nothing repeats within one call: the loop is around the "
-            "model. Put it into the forward of a module that has the model as a part, and discover that one"
+            f"run calls the whole model {seen.roots} times, nothing repeats within one call, and no call is given "
+            "numbers that the one before returned: calls side by side, or tokens chosen one after the other, are no "
+            "loop around the model. Where one is meant, what it carries has to be a floating-point tensor in the "
+            "model's output (alone, or in tuples, lists, dictionaries or dataclasses), which the next call is given"
         )
     if not found:
         raise AttachError("no module is called more than once in one run: there is no loop of modules to halt")
-    return Discovery(tuple(c for candidate in found for c in _proposed(model, candidate, run, run_at)))
+    return Discovery(tuple(found))
+
+
+def _around(
+    model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], Any] | None, optional: bool
+) -> list[Candidate]:
+    """The loops of ``run`` itself, around calls of the model or of its parts.
+
+    ``optional``: there are loops inside, and ``run`` may be anything around them, such as a generation whose cache
+    cannot be given the same twice.
+    """
+    looped = LoopAround(model, run)
+    seen = Calls(looped)
+    seen.watch(looped)
+    outermost = [replace(c, around=True) for c in _found(seen) if not c.scope]
+    try:
+        return [c for candidate in outermost for c in _proposed(looped, candidate, looped, run_at)]
+    except Exception:
+        if optional:
+            return []
+        raise
 
 
 def _found(seen: Calls) -> list[Candidate]:
@@ -184,14 +125,14 @@ def _ways(model: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> Ite
     yield from _looked_into(model, candidate, run)
     if regular := _regular(candidate):
         yield from _looked_into(model, regular, run)
-    owner = call_parts(candidate.scope)[0]
+    owner = "model" if candidate.around else call_parts(candidate.scope)[0]
     methods = [f"{owner}:{name}" for name in _methods(find_module(model, owner))]
     if methods:
         seen = Calls(model, methods)
         seen.watch(run)
         for found in _found(seen):
             if any(path in methods for path in (found.scope, *found.body)):
-                yield from _looked_into(model, found, run)
+                yield from _looked_into(model, replace(found, around=candidate.around), run)
 
 
 def _with_verdict(
@@ -288,18 +229,19 @@ def _looked_into(model: nn.Module, candidate: Candidate, run: Callable[[], Any])
     reads = Reads(model, candidate.body, candidate.scope, run)
     candidate = replace(candidate, copies=any(call.changed_in_place for call in reads.calls[:-1]))
     count = len(reads.calls)
+    unknown = [] if candidate.around else [candidate]  # calls around the model are no loop unless one reads another
     if count % candidate.iterations or count < 2:
-        yield [candidate]
+        yield from ([c] for c in unknown)
         return
     if len(candidate.body) == 1:
         period = _period(reads)
         candidate = replace(candidate, period=period, iterations=count // period)
     size = count // candidate.iterations  # calls in an iteration
     if candidate.iterations < 2:
-        yield [candidate]
+        yield from ([c] for c in unknown)
         return
     found = 0
-    for place, leaf in itertools.islice(_states(reads, size), STATES):
+    for place, leaf in itertools.islice(_states(reads, size, candidate.around), STATES):
         found += 1
         state = reads.calls[place].module
         made = replace(
@@ -312,9 +254,34 @@ def _looked_into(model: nn.Module, candidate: Candidate, run: Callable[[], Any])
         beyond = [number for number in reads.of(place, leaf) if number >= 2 * size]
         if candidate.iterations > 2 and beyond:
             made = replace(made, on_halt={state: "zero"})  # the model itself carries it on, as h = h + f(h) does
+        else:
+            made = replace(made, on_halt=_endings(reads))
         yield [made, *_inner(reads, size, made)]
     if not found:
-        yield [candidate]
+        yield from ([c] for c in unknown)
+
+
+def _endings(reads: Reads) -> dict[str, Action]:
+    """What has to be said after a halt by a loop's last call, if the model goes on until that says it is over."""
+    *earlier, last = [call for call in reads.calls if call.module == reads.calls[-1].module]
+    flags = []
+    for leaf, part in parts(last.output):
+        over = _uniform(part)
+        if over is not None and all(_uniform(leaf.get(call.output)) is not over for call in earlier):
+            flags.append(Flag(leaf, over))
+    if not flags:
+        return {}
+    ending = Ending.of(flags, last.output)
+    return {last.module: ending} if reads.goes_on(ending.goes_on) else {}
+
+
+def _uniform(value: Any) -> bool | None:
+    """What all truths of a value are; None where they differ or are none."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or not value.numel():
+        return None
+    return True if value.all() else None if value.any() else False
 
 
 def _regular(candidate: Candidate) -> Candidate | None:
@@ -325,35 +292,34 @@ def _regular(candidate: Candidate) -> Candidate | None:
     return replace(candidate, body=body, state=candidate.state if candidate.state in body else body[-1], irregular=())
 
 
-def _states(reads: Reads, size: int) -> Iterator[tuple[int, Leaf]]:
+def _states(reads: Reads, size: int, as_numbers: bool) -> Iterator[tuple[int, Leaf]]:
     """Outputs of the first iteration that the second one reads, the last first: the call, and where in its output."""
     for place in list(range(size))[::-1][:MOST]:
-        for leaf in _largest_first(reads.calls[place].output):
-            if any(size <= number < 2 * size for number in reads.of(place, leaf)):
+        for leaf in _likeliest_first(reads.calls[place].output):
+            readers = reads.of(place, leaf).items()
+            if any(size <= number < 2 * size and (numbers or not as_numbers) for number, numbers in readers):
                 yield place, leaf
 
 
-def _largest_first(output: Any) -> list[Leaf]:
-    return sorted(leaves(output), key=lambda leaf: -int(leaf.get(output).ndim))
+def _likeliest_first(output: Any) -> list[Leaf]:
+    """Parts of the output before what is deeper inside (a cache, often), those of more dimensions first."""
+    return sorted(leaves(output), key=lambda leaf: (len(leaf.path) > 1, -int(leaf.get(output).ndim)))
 
 
 def _period(reads: Reads) -> int:
     """Calls of a single module that make an iteration: after so many, its role and who reads whom repeat."""
     count = len(reads.calls)
     roles = [call.role for call in reads.calls]
-    offsets: list[frozenset[int]] = []
+    offsets: list[set[int]] = []
     for number in range(min(count, MOST)):
         found = leaves(reads.calls[number].output)
-        offsets.append(frozenset(n - number for leaf in found for n in reads.of(number, leaf)))
-    reach = max(max(seen, default=0) for seen in offsets)
+        offsets.append({n - number for leaf in found for n in reads.of(number, leaf)})
     for period in range(1, count // 2 + 1):
-        pairs = [(i, i + period) for i in range(len(offsets) - period) if i + period + reach < count]
-        if (
-            count % period == 0
-            and pairs
-            and all(offsets[a] == offsets[b] for a, b in pairs)
-            and all(roles[i] == roles[i + period] for i in range(count - period))
-        ):
+        if count % period or any(roles[i] != roles[i + period] for i in range(count - period)):
+            continue
+        pairs = [(i, i + period) for i in range(len(offsets) - period)]
+        # What the last calls of the loop would be read by is not seen of the later one.
+        if pairs and all({n for n in offsets[a] if b + n < count} == offsets[b] for a, b in pairs):
             return period
     return 1
 

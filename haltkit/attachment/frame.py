@@ -306,7 +306,7 @@ class Frame:
     def _act_on_stopped(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``on_halt`` says, for the rows that had halted when this iteration began."""
         action = self.loop.on_halt.get(name, "replay")
-        if action == "replay" or self._stopped is None:
+        if action == "replay" or callable(action) or self._stopped is None:
             return output
         stopped = self._stopped
 
@@ -381,8 +381,9 @@ class Frame:
                 raise NeverEnds(
                     f"the loop around {self.loop.body[0]!r} has gone on for {ENDLESS} iterations after the halt: it "
                     "ends by something that stands still now, such as a residual that is computed outside of the "
-                    "body. Give the model a greatest number of iterations, or name in body= the module that computes "
-                    "what it ends by"
+                    "body. Give the model a greatest number of iterations, name in body= the module that computes "
+                    "what it ends by, or, if that is a flag in the output of a module of the body, say on_halt={...: "
+                    "a function from that output to one that says that the loop is over}"
                 )
             self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
@@ -392,4 +393,5 @@ class Frame:
         if action == "zero":
             return self._zeroed(name, output, torch.zeros_like)
         self.kv.handed(beside(output, first_tensor(output)), self.computed)
-        return map_tensors(disturbed, output) if number < self.disturb_before else output
+        output = map_tensors(disturbed, output) if number < self.disturb_before else output
+        return action(output) if callable(action) else output

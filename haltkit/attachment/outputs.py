@@ -59,14 +59,19 @@ def disturbed(tensor: Tensor) -> Tensor:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors inside a value, in order; of an object, those that are its attributes."""
+    """The tensors inside a value, in order; of an object that is no container, those that are its attributes."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, (tuple, list)):
         return [t for part in output for t in tensors_in(part)]
     if isinstance(output, dict):
         return [t for part in output.values() for t in tensors_in(part)]
-    return [t for t in vars(output).values() if isinstance(t, Tensor)] if hasattr(output, "__dict__") else []
+    if not hasattr(output, "__dict__"):
+        return []
+    nested = dataclasses.fields(output) if dataclasses.is_dataclass(output) and not isinstance(output, type) else ()
+    inside = [t for field in nested for t in tensors_in(getattr(output, field.name))]
+    names = {field.name for field in nested}
+    return inside + [t for name, t in vars(output).items() if name not in names and isinstance(t, Tensor)]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:

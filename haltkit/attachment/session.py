@@ -178,7 +178,8 @@ class Session(ABC):
             raise ValueError("this session only observes, and halts nothing: attach a policy to verify a halt")
         if rows is None:
             rows = any(granularity_of(policy) not in ("batch", "world") for policy in self.policies.values())
-        return verify(self.regions, self.detached, self._probe, run, k, run_at, rows)
+        whole = [name for name, loop in self.loops.items() if loop.halts_whole]
+        return verify(self.regions, self.detached, self._probe, run, k, run_at, rows, whole)
 
     def __enter__(self) -> Session:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -199,6 +199,7 @@ def verify(
     k: int | Depths,
     run_at: Callable[[Any], Any] | None = None,
     rows: bool = True,
+    whole: Collection[str] = (),
 ) -> Report:
     """Compare runs of the user's own model.
 
@@ -212,6 +213,7 @@ def verify(
         run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
             settles it.
         rows: whether rows or entries are to halt one by one.
+        whole: regions all of whose rows have to halt together, so that none is halted alone.
 
     Raises:
         GlueDrift: the body's input goes on changing after the halt, so state is carried outside the described modules.
@@ -263,8 +265,8 @@ def verify(
                 "the sum"
             )
     alone = None
-    seen = [name for name in depths if name in free]
-    if reference is not None and seen:
+    seen = [name for name in depths if name in free and name not in whole]
+    if reference is not None and seen and not any(name in whole for name in depths):
         with probe({**never, **{name: _First(depths[name]) for name in seen}}):
             alone = _alone(run(), reference, free[seen[0]].newest)
     others = {}
