@@ -41,7 +41,6 @@ class Recursive(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.low, self.high, self.head = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.q = nn.Linear(WIDTH, 2)
         self.most, self.turns, self.cycles = STEPS, 4, 3
 
     def initial_carry(self, x: Tensor) -> Carry:
@@ -49,7 +48,7 @@ class Recursive(nn.Module):
         return Carry(Inner(z, z), torch.zeros(len(x), dtype=torch.int32), torch.ones(len(x), dtype=torch.bool))
 
     def forward(self, carry: Carry, batch: dict[str, Tensor]) -> tuple[Carry, dict[str, Tensor], Tensor]:
-        fresh = carry.halted.view(-1, 1, 1)
+        fresh = carry.halted.view(-1, *[1] * (batch["x"].ndim - 1))
         high, low = carry.inner.z_H.masked_fill(fresh, 0.1), carry.inner.z_L.masked_fill(fresh, 0.2)
         steps = carry.steps.masked_fill(carry.halted, 0) + 1
         for _ in range(self.cycles):
@@ -57,7 +56,7 @@ class Recursive(nn.Module):
                 low = torch.tanh(self.low(low + high + batch["x"]))
             high = torch.tanh(self.high(high + low))
         new = Carry(Inner(high, low), steps, steps >= self.most)
-        return new, {"logits": self.head(high), "q": self.q(high[:, 0])}, new.halted.all()
+        return new, {"logits": self.head(high), "q": high.flatten(1).mean(1)}, new.halted.all()
 
 
 class Small(nn.Module):
@@ -255,6 +254,15 @@ def until_halted(model: Recursive) -> Any:
     return carry, out
 
 
+def until_rows_halted(model: Recursive) -> Any:
+    """Entries are rows themselves: the state is ``(batch, D)``."""
+    carry = model.initial_carry(X[:, 0])
+    out: Any = None
+    while out is None or not carry.halted.all():
+        carry, out, _ = model(carry, {"x": X[:, 0]})
+    return carry, out
+
+
 def until_told(model: Recursive) -> Any:
     carry = model.initial_carry(X)
     while True:
@@ -281,6 +289,7 @@ def while_running(model: Running) -> Any:
 
 ENDING: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "a flag per entry": (Recursive, until_halted, "halted=torch.ones_like(out[0].halted)"),
+    "a flag per row": (Recursive, until_rows_halted, "halted=torch.ones_like(out[0].halted)"),
     "a flag of all": (Recursive, until_told, "torch.ones_like(out[2])"),
     "a truth": (Running, while_running, "False"),
 }
