@@ -110,9 +110,10 @@ class LoopStep:
         """
         if self._logits is None:
             if self._readout is None:
+                which = "the loop" if self.region == "loop" else f"region {self.region!r}"
                 raise ValueError(
-                    "this policy looks at logits, but the loop has no readout: pass readout=, a function from the "
-                    "state (..., D) to logits (..., V)"
+                    f"this policy looks at logits, but {which} has no readout: pass readout=, a function from the "
+                    "state (..., D) to logits (..., V), or choose a policy that looks at states, such as norm"
                 )
             self._logits = read(self._readout, self.x)
         return self._logits

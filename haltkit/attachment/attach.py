@@ -13,7 +13,7 @@ from haltkit.attachment.foreign import Halting, HaltingSession
 from haltkit.attachment.kv import KVMode
 from haltkit.attachment.native import HaltsItself, NativeSession
 from haltkit.attachment.observing import ObservingSession
-from haltkit.attachment.presets import preset_for
+from haltkit.attachment.presets import loops_by_name, preset_for
 from haltkit.attachment.regions import ONE, around, checked
 from haltkit.attachment.saved import load
 from haltkit.attachment.session import Session
@@ -323,7 +323,9 @@ def _preset(
     """The description that the model gives of itself, or the preset for its class."""
     if isinstance(model, HaltsItself):
         return model, readout
-    described, found = preset_for(model, None, regions)
+    if by_name := loops_by_name(model, regions):
+        return by_name[0], readout or by_name[1]
+    described, found = preset_for(model)
     return {ONE: described} if isinstance(described, Loop) else described, readout or found
 
 
@@ -338,5 +340,7 @@ def _readouts(given: Readout | Mapping[str, Readout] | None, regions: tuple[str,
     if not isinstance(given, Mapping):
         return dict.fromkeys(regions, given)
     if unknown := [name for name in given if name not in regions]:
-        raise ValueError(f"readouts for regions {', '.join(unknown)}; the model's regions are {', '.join(regions)}")
+        raise ValueError(
+            f"readouts for regions {', '.join(unknown)}; the model's regions are {', '.join(regions)}: name these"
+        )
     return dict(given)

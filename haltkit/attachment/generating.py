@@ -64,7 +64,8 @@ def generation(
 
     Raises:
         AttachError: from ``generate``: the model's loop cannot be halted as described.
-        ValueError: from ``generate``: beam search, assisted generation or an encoder-decoder; a bad policy.
+        ValueError: from ``generate``: beam search, assisted generation, an encoder-decoder, or attention that is not
+            causal; a bad policy.
     """
     how = dict(fields, max_steps=max_steps, total_steps=total_steps, loop=loop, loops=loops, readout=readout)
     return Generation(policy, {**how, "kv": kv, "kv_stride": kv_stride, "check": check})
@@ -129,7 +130,7 @@ def _arguments_of_generate() -> Mapping[str, Any]:
 
 
 def _check_mode(model: Any, config: Any, given: Mapping[str, Any]) -> None:
-    """Whether tokens are chosen one at a time from one model.
+    """Whether tokens are chosen one at a time, from one model that is causal.
 
     Raises:
         ValueError: they are not.
@@ -144,6 +145,13 @@ def _check_mode(model: Any, config: Any, given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"haltkit.generation is for causal models, and {type(model).__name__} is an encoder and a decoder: use "
             "haltkit.attach around model.generate(...)"
+        )
+    flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if flags and not any(flags):
+        raise ValueError(
+            f"haltkit.generation is for causal models, and every position of this {type(model).__name__} sees those "
+            "after it: each new token would change the steps of all others. Make a decoder of it (config.is_decoder), "
+            "or use haltkit.attach around calls of the model"
         )
 
 

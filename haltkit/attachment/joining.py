@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from haltkit.attachment.axes import TRIALS, Axes, BatchNorms, BodyCall, Proven, close, telling
-from haltkit.attachment.errors import AttachError, RowsMeet
+from haltkit.attachment.errors import AttachError, BatchNotFound, RowsMeet
 from haltkit.attachment.lanes import Abandoned, Lane, present_lane, raising
 from haltkit.attachment.outputs import map_tensors, mapped_tensors, structure_of, tensors_in
 from haltkit.loop import LoopResult, Outcome
@@ -159,6 +159,7 @@ class Joining:
         """Find the dimensions along which two calls can be made one.
 
         Raises:
+            BatchNotFound: nothing that they are given has a dimension.
             RowsMeet: there are none.
         """
         try:
@@ -181,6 +182,11 @@ class Joining:
                 if telling(together, returned):  # equal items prove nothing
                     self._known[key] = Proven(axes, returned)
                 return
+        if all(option == [None] for option in options):
+            raise BatchNotFound(
+                f"a queue: no tensor that {calls[0].name!r} is given has a dimension, so items cannot be computed "
+                "together. Describe the loop by modules that are given the batch, or run the items one by one"
+            )
         raise RowsMeet(
             f"a queue: {calls[0].name!r} gives two items something else when it is called with both at once, so rows "
             "see each other there (attention or a norm across the batch), an item is no batch of its own, or the "

@@ -19,7 +19,16 @@ from haltkit.recording.replay import readout_of_recordings, replay
 from haltkit.recording.trajectory import RegionTrajectory
 from haltkit.registry import records
 from haltkit.setting import Depth, Setting
-from haltkit.specs import Spec, UnprintablePolicy, parse_choice, parse_choices, policy_of, spec_of, text_of
+from haltkit.specs import (
+    Spec,
+    UnprintablePolicy,
+    other_regions,
+    parse_choice,
+    parse_choices,
+    policy_of,
+    spec_of,
+    text_of,
+)
 from haltkit.subject import Subject
 
 __all__ = ["Candidate", "Sweeps", "candidates", "choose_settings", "suggested_depths"]
@@ -86,9 +95,7 @@ def _candidate(given: Given, subject: Subject) -> Candidate:
         parsed = given
     if isinstance(parsed, Mapping):
         if parsed.keys() != set(subject.regions):
-            raise ValueError(
-                f"policies for regions {', '.join(parsed)}; the model's regions are {', '.join(subject.regions)}"
-            )
+            raise ValueError(other_regions(parsed, subject.regions))
         parts = {r: _part(parsed[r]) for r in subject.regions}
         if not any(isinstance(part, Spec) for part in parts.values()):
             return _named(parts)

@@ -13,7 +13,15 @@ A spec is ``name:key=value,key=value``::
 
 from haltkit.specs.build import WRAPPER_KEYS, Spec
 from haltkit.specs.parse import Choice, files_of, parse_choice, parse_choices, parse_spec, parse_spec_list
-from haltkit.specs.regions import Policies, PolicyLike, policy, policy_for_regions, policy_of, regions_named
+from haltkit.specs.regions import (
+    Policies,
+    PolicyLike,
+    other_regions,
+    policy,
+    policy_for_regions,
+    policy_of,
+    regions_named,
+)
 from haltkit.specs.show import UnprintablePolicy, packed, spec_of, text_of
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "Spec",
     "UnprintablePolicy",
     "files_of",
+    "other_regions",
     "packed",
     "parse_choice",
     "parse_choices",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from haltkit.protocol import HaltingPolicy
 from haltkit.specs.build import Spec
 from haltkit.specs.parse import parse_choice, parse_spec
 
-__all__ = ["Policies", "PolicyLike", "policy", "policy_for_regions", "policy_of", "regions_named"]
+__all__ = ["Policies", "PolicyLike", "other_regions", "policy", "policy_for_regions", "policy_of", "regions_named"]
 
 PolicyLike = str | Spec | HaltingPolicy[Any]
 Policies = PolicyLike | Mapping[str, str | HaltingPolicy[Any]] | Mapping[str, Spec]
@@ -50,6 +50,14 @@ def regions_named(given: object) -> tuple[str, ...]:
     return tuple(found) if isinstance(found, Mapping) else ()
 
 
+def other_regions(given: Iterable[str], regions: Sequence[str]) -> str:
+    """What is wrong with policies for other regions than the model has, and what to write instead."""
+    instead = "give one policy, without a name"
+    if len(regions) > 1:
+        instead = f"give each of them one, as in '{';'.join(f'{name}=SPEC' for name in regions)}', or one for all"
+    return f"policies for regions {', '.join(given)}; the model's regions are {', '.join(regions)}: {instead}"
+
+
 def policy_for_regions(given: Policies, regions: Sequence[str]) -> dict[str, HaltingPolicy[Any]]:
     """One policy per region, from one for all, a mapping, or a spec (with regions or without).
 
@@ -59,6 +67,6 @@ def policy_for_regions(given: Policies, regions: Sequence[str]) -> dict[str, Hal
     found: Any = parse_choice(given) if isinstance(given, str) else given
     if isinstance(found, Mapping):
         if found.keys() != set(regions):
-            raise ValueError(f"policies for regions {', '.join(found)}; the model's regions are {', '.join(regions)}")
+            raise ValueError(other_regions(found, regions))
         return {region: policy_of(found[region]) for region in regions}
     return dict.fromkeys(regions, policy_of(found))

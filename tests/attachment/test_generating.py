@@ -166,14 +166,64 @@ def test_an_assistant_is_refused_by_name(model: Any) -> None:
         )
 
 
-def test_a_model_that_no_preset_knows_and_a_region_that_is_not_there(model: Any) -> None:
+def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
-    with pytest.raises(AttachError, match="body="):
-        generated(GPT2LMHeadModel(config), custom_generate=haltkit.generation("norm:tau=1"))
-    with pytest.raises(ValueError, match="middle"):
-        generated(model, custom_generate=haltkit.generation("middle=norm:tau=1"))
+    ends = {"bos_token_id": 1, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, **ends)).eval()
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertLMHeadModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertLMHeadModel(BertConfig(vocab_size=50, **size)).eval()
+
+
+LAYER = {"body": ["bert.encoder.layer.0"]}
+UNFIT: dict[str, tuple[Callable[[], Any], dict[str, Any], list[str]]] = {
+    "no preset": (gpt2, {"policy": "norm:tau=1"}, ["GPT2LMHeadModel", "body=", "haltkit.discover"]),
+    "no such module": (
+        gpt2,
+        {"policy": "norm:tau=1", "body": ["transformer.h.7"]},
+        ["'transformer.h.7'", "not one of 0"],
+    ),
+    "never called": (gpt2, {"policy": "norm:tau=1", "body": ["transformer.h"]}, ["never ran", "ModuleList"]),
+    "no readout": (gpt2, {"policy": "kl:tau=1", "body": ["transformer.h.0"]}, ["readout=", "norm"]),
+    "no readout of one": (hrm_model, {"policy": "high=kl:tau=1;low=kl:tau=1", "kv": "uniform"}, ["'low'", "readout="]),
+    "no such region": (hrm_model, {"policy": "middle=norm:tau=1"}, ["middle", "high, low"]),
+    "encoder and decoder": (t5, {"policy": "norm:tau=1", "body": ["decoder.block.0"]}, ["encoder", "haltkit.attach"]),
+    "not causal": (bert, {"policy": "norm:tau=1", **LAYER}, ["causal", "BertLMHeadModel", "is_decoder"]),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_is_one_error_that_says_what_to_do(case: str) -> None:
+    build, how, tokens = UNFIT[case]
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises((ValueError, AttachError)) as error:
+        generated(model, custom_generate=haltkit.generation(**how))
+    message = str(error.value)
+    assert all(token in message for token in tokens), message
+    assert "\n" not in message
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_bidirectional_model_that_is_made_a_decoder_generates() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=True, **size)).eval()
+    out = generated(model, custom_generate=haltkit.generation("norm:tau=1", **LAYER))
+    assert torch.equal(out.sequences, generated(model).sequences)
 
 
 def test_the_model_is_restored_whatever_happens(model: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from haltkit.attachment.errors import AttachError
 from haltkit.attachment.presets import torchdeq
+from haltkit.attachment.regions import ONE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from haltkit.attachment.native import HaltsItself
     from haltkit.protocol import Readout
 
-__all__ = ["PRESETS", "preset_for"]
+__all__ = ["PRESETS", "loops_by_name", "preset_for"]
 
 # Class name to the module here whose describe(model, name) gives the loop and a readout, if the model has one.
 PRESETS = {
@@ -37,7 +39,7 @@ PRESETS = {
 
 
 def preset_for(
-    model: nn.Module, readout: Readout | None = None, regions: Collection[str] = ()
+    model: nn.Module, readout: Readout | None = None
 ) -> tuple[Loop | dict[str, Loop] | HaltsItself, Readout | None]:
     """The description of a model of a known class, and its readout unless one is given.
 
@@ -46,8 +48,6 @@ def preset_for(
     Args:
         model: the model.
         readout: goes before the preset's.
-        regions: which of the model's loops are wanted, where it has several; none asks for those that are halted if
-            nothing is said.
 
     Returns:
         one loop, several by region, or how the model halts itself; and the readout.
@@ -55,22 +55,60 @@ def preset_for(
     Raises:
         AttachError: the class is not known; how to describe its loop is said.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in PRESETS:
-            module = importlib.import_module(f"haltkit.attachment.presets.{PRESETS[cls.__name__]}")
-            try:
-                described, found = module.describe(model)
-                parts = module.regions(model) if hasattr(module, "regions") else {}
-            except AttributeError as error:
-                raise AttachError(
-                    f"this {cls.__name__} is not the one that haltkit knows ({error}): describe its loop by body=[...]"
-                ) from None
-            if regions and all(name in parts for name in regions):
-                described = {name: parts[name] for name in regions}
-            return described, readout or found
+    module = _module_for(model)
+    if module is not None:
+        with _as_known(model):
+            described, found = module.describe(model)
+        return described, readout or found
     if torchdeq.find_deq(model) is not None:
         return torchdeq.describe(model)
     raise AttachError(
         f"there is no preset for {type(model).__name__}: describe its loop by body=[paths of the modules that one "
         "iteration calls], which haltkit.discover(model, run) proposes"
     )
+
+
+def loops_by_name(model: nn.Module, names: Collection[str]) -> tuple[dict[str, Loop], dict[str, Readout]] | None:
+    """Loops inside each other that a preset knows by name, of which some are asked for, and the readouts of these.
+
+    None where the preset has no such names, or ``names`` are those of :func:`preset_for`.
+
+    Raises:
+        ValueError: the preset has names, and these are others; they are listed.
+    """
+    module = _module_for(model)
+    if not names or not hasattr(module, "regions"):
+        return None
+    with _as_known(model):
+        known: dict[str, tuple[Loop, Readout | None]] = module.regions(model)
+    if set(names) == {ONE}:
+        return None
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"no region {', '.join(unknown)} in a {type(model).__name__}: its loops are {', '.join(known)}. Give each "
+            f"of those that are to halt a policy, as in '{next(iter(known))}=SPEC', or one policy without a name "
+            "for the outer loop"
+        )
+    readouts = {name: known[name][1] for name in names}
+    return {name: known[name][0] for name in names}, {name: r for name, r in readouts.items() if r is not None}
+
+
+def _module_for(model: nn.Module) -> Any:
+    """The module here that knows a model's class; None: none does."""
+    names = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ in PRESETS]
+    return importlib.import_module(f"haltkit.attachment.presets.{PRESETS[names[0]]}") if names else None
+
+
+@contextmanager
+def _as_known(model: nn.Module) -> Iterator[None]:
+    """While a preset looks at a model: the class may have the name of a known one alone.
+
+    Raises:
+        AttachError: it has.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        raise AttachError(
+            f"this {type(model).__name__} is not the one that haltkit knows ({error}): describe its loop by body=[...]"
+        ) from None

@@ -38,6 +38,6 @@ def describe_inner(model: nn.Module) -> tuple[Loop, Readout | None]:
     return loop, None
 
 
-def regions(model: nn.Module) -> dict[str, Loop]:
+def regions(model: nn.Module) -> dict[str, tuple[Loop, Readout | None]]:
     """Both loops by name."""
-    return {"high": describe(model)[0], "low": describe_inner(model)[0]}
+    return {"high": describe(model), "low": describe_inner(model)}
