@@ -40,12 +40,14 @@ class CacheBook:
         stride: of ``copy``, if given.
         state: the module whose output is the state; with the scope it tells the loops of one cache apart.
         scope: see :class:`~haltkit.attachment.description.Loop`.
+        writes: the first iteration was seen to write into the cache that it was given.
     """
 
     mode: KVMode = "refuse"
     stride: int | None = None
     state: nn.Module | None = None
     scope: str = ""
+    writes: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in KV_MODES:
@@ -71,6 +73,7 @@ class CacheUse:
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
         self._harmless: dict[int, Any] = {}  # what holds no cache and cannot come to, by identity
+        self._given_as: tuple[Any, dict[Any, Any]] | None = None  # a cache, and what it held when the body first got it
         self._earlier: int | None = None  # how deep an earlier call filled them
         self._looked: list[tuple[Any, dict[Any, Any]]] = []  # what may be a cache, and what it held at first
         self._returned = self._read = False  # keys and values as values
@@ -130,6 +133,8 @@ class CacheUse:
     def begins(self) -> None:
         """An iteration begins."""
         self._iteration += 1
+        if self._iteration == 2:
+            self.book.writes = self.book.writes or self._written
         if self._iteration > 2:
             self._looked = []  # what two iterations left alone is not a cache
         if self._copying is not None:
@@ -195,8 +200,18 @@ class CacheUse:
         self._read = True
         self._earlier = depth if self._earlier is None else self._earlier
 
+    @property
+    def _written(self) -> bool:
+        """Something was written into the cache since the body was first given it; True also where that is not seen."""
+        if self._given_as is None:
+            return True
+        cache, before = self._given_as
+        return contents(cache) != before or any(version is None for _, version in before.values())
+
     def _found(self, cache: Any) -> None:
         self.caches.append(cache)
+        if is_cache(cache) and self._given_as is None and not self.book.writes:
+            self._given_as = cache, contents(cache)
         self._known = self._known or (self.book.mode != "copy" and is_cache(cache))
         if self._earlier is None:
             self._earlier = MEMORY.depth(cache, self.book.loop)
@@ -264,8 +279,15 @@ class CacheUse:
         """The ``number``-th iteration after the halt (from 1) was skipped: under ``copy``, write its slots.
 
         Raises:
-            KVDepthMismatch: keys and values are returned as values, or their slots are not known.
+            KVDepthMismatch: keys and values are returned as values, or their slots are not known; or none of the
+                iterations that were computed has written into the cache, so that one of those skipped may have to.
         """
+        if number == 1 and not self.book.writes and not self._written:
+            raise KVDepthMismatch(
+                f"the body is given a KV cache, and none of its {self._iteration} iterations before the halt wrote "
+                "into it: where only a later one does (the last, perhaps), this call would leave no keys and values "
+                "for later tokens. Say kv='freeze' (which saves nothing), or run without a cache"
+            )
         if self.book.mode != "copy":
             return
         if self._returned or self._read:
