@@ -114,7 +114,7 @@ class Candidate:
         if self.problem:
             return (
                 f"A halt at {self.halted_at} does not hold yet: {self.problem}. If no description fits, put the loop "
-                "alone into a module or a method of its own, and discover that"
+                "alone into a module, a method or a run of its own, and discover that"
             )
         where = ". The loop is around the model: session.model(...) runs it, with what run takes" if self.around else ""
         if self.halted_at:

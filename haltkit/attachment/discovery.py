@@ -34,7 +34,9 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
     Modules that are called more than once in one call of the model are grouped under the module that calls them; those
     that a repeated module calls inside itself are not listed. Then one output after the other is disturbed, to see
     which of them the next iteration reads: that is the state. Last, a halt is tried. Where the model goes on changing
-    something outside of its modules, the loop is looked for among the methods that the looping module calls. The
+    something outside of its modules, the loop is looked for among the methods that the looping module calls. Where
+    ``run`` itself loops around the model, because each call is given numbers that the one before returned, the
+    description is one of :class:`haltkit.LoopAround`, and the call to copy makes it. The
     proposal is a starting point, and :func:`~haltkit.attachment.attach.verify` with ``run_at`` tells whether it is
     right: what runs do not show has to be added, such as ``on_halt`` for what the model sums up beside the loop.
 
@@ -45,7 +47,7 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
             is then compared with it.
 
     Raises:
-        AttachError: no module is called more than once in one call of the model.
+        AttachError: no module is called more than once in one call of the model, and ``run`` does not loop around it.
         ValueError: no model, or one that computes something else in each run.
     """
     check_model(model)
