@@ -7,6 +7,7 @@ another. What is known of a cache is kept with the cache, so that another sessio
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,17 @@ from torch import Tensor, nn
 
 from haltkit.attachment.strides import Strides
 
-__all__ = ["LEAST_DIMENSIONS", "MEMORY", "Memory", "Turn", "candidates", "contents", "grown", "is_cache"]
+__all__ = [
+    "LEAST_DIMENSIONS",
+    "MEMORY",
+    "Memory",
+    "Turn",
+    "candidates",
+    "contents",
+    "grown",
+    "is_cache",
+    "named_tensors",
+]
 
 LEAST_DIMENSIONS = 4  # of a tensor that is a cache, with those for heads or layers: a state has fewer
 REMEMBERED = 64  # dictionaries and lists, which this keeps in memory
@@ -46,6 +57,18 @@ def candidates(given: list[Any]) -> Iterator[Any]:
             yield value
         if isinstance(value, (tuple, list)):
             yield from candidates([part for part in value if not isinstance(part, Tensor)])
+
+
+def named_tensors(value: Any) -> Iterator[Tensor]:
+    """A tensor, or those that a dictionary or dataclass has under names of their own: inputs, not one slot per step."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from named_tensors(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for entry in dataclasses.fields(value):
+            yield from named_tensors(getattr(value, entry.name))
 
 
 def _passive(value: Any) -> bool:

@@ -8,12 +8,22 @@ to a context with holes, and nothing complains. So it is refused, unless one say
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from haltkit.attachment.caches import LEAST_DIMENSIONS, MEMORY, Turn, candidates, contents, grown, is_cache
+from haltkit.attachment.caches import (
+    LEAST_DIMENSIONS,
+    MEMORY,
+    Turn,
+    candidates,
+    contents,
+    grown,
+    is_cache,
+    named_tensors,
+)
 from haltkit.attachment.errors import KVDepthMismatch
 from haltkit.attachment.kv_copy import Copying
 from haltkit.attachment.outputs import tensors_in
@@ -64,9 +74,10 @@ class CacheBook:
 class CacheUse:
     """One call of the scope, with what it was ``given``, and the caches that its body modules are given, if any."""
 
-    def __init__(self, book: CacheBook, given: Any = ()) -> None:
+    def __init__(self, book: CacheBook, given: Sequence[Any] = ()) -> None:
         self.book, self._given = book, given
         self._storages: set[int] | None = None  # of the tensors that the scope was given
+        self._named: set[int] = set()  # those of them that are no part of anything, and so no slots
         self._start: int | None = None  # where x_0 is
         # A cache object tells how deep it was filled: what is handed on as values needs no look (but see ``copy``).
         self._known = False
@@ -185,9 +196,15 @@ class CacheUse:
         if self._storages is None:
             outside = [t for t in tensors_in(self._given) if t.ndim > 2]
             self._storages = {t.untyped_storage().data_ptr() for t in outside}
+            self._named = {id(t) for value in self._given for t in named_tensors(value)}
         for place, tensor in enumerate(given):
             at = tensor.data_ptr()
-            if tensor.ndim > 2 and at != self._start and tensor.untyped_storage().data_ptr() in self._storages:
+            if (
+                tensor.ndim > 2
+                and id(tensor) not in self._named
+                and at != self._start
+                and tensor.untyped_storage().data_ptr() in self._storages
+            ):
                 self._slots.setdefault(place, set()).add(at)
         return any(len(read) > 1 for read in self._slots.values())
 

@@ -442,6 +442,27 @@ def test_entries_leave_a_loop_around_the_model_one_by_one() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: {"x": x}], ids=["a tensor", "a dictionary"])
+def test_what_a_carry_has_beside_the_state_is_no_cache(given: Callable[[Tensor], Any]) -> None:
+    """Each call of the loop may stop at a depth of its own, also after one step."""
+    model, run = recursive()
+    assert isinstance(model, Recursive)
+    fields = haltkit.discover(model, run).candidates[0].fields()
+
+    def solve(inputs: Any, n: int = STEPS) -> Any:
+        batch = inputs if isinstance(inputs, dict) else {"x": inputs}
+        carry = model.initial_carry(batch["x"])
+        for _ in range(n):
+            carry, out, _ = model(carry, batch)
+        return out
+
+    looped = haltkit.LoopAround(model, solve)
+    for k in (5, 1, 3, 1, 2):
+        with haltkit.attach(looped, f"fixed:steps={k}", **fields):
+            assert difference(looped(given(X)), solve(given(X), k)) == 0
+
+
+@torch.no_grad()
 def test_what_goes_on_changing_deep_inside_an_argument_is_noticed() -> None:
     class Inside(Small):
         def forward(self, x: Tensor, time: Carry) -> Tensor:  # type: ignore[override]
