@@ -28,6 +28,7 @@ __all__ = [
     "grown",
     "is_cache",
     "named_tensors",
+    "size",
 ]
 
 LEAST_DIMENSIONS = 4  # of a tensor that is a cache, with those for heads or layers: a state has fewer

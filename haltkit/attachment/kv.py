@@ -23,6 +23,7 @@ from haltkit.attachment.caches import (
     grown,
     is_cache,
     named_tensors,
+    size,
 )
 from haltkit.attachment.errors import KVDepthMismatch
 from haltkit.attachment.kv_copy import Copying
@@ -84,7 +85,8 @@ class CacheUse:
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
         self._harmless: dict[int, Any] = {}  # what holds no cache and cannot come to, by identity
-        self._given_as: tuple[Any, dict[Any, Any]] | None = None  # a cache, and what it held when the body first got it
+        # A cache, and what it held and how long it was when the body was first given it.
+        self._given_as: tuple[Any, dict[Any, Any], int] | None = None
         self._earlier: int | None = None  # how deep an earlier call filled them
         self._looked: list[tuple[Any, dict[Any, Any]]] = []  # what may be a cache, and what it held at first
         self._returned = self._read = False  # keys and values as values
@@ -222,13 +224,13 @@ class CacheUse:
         """Something was written into the cache since the body was first given it; True also where that is not seen."""
         if self._given_as is None:
             return True
-        cache, before = self._given_as
-        return contents(cache) != before or any(version is None for _, version in before.values())
+        cache, before, length = self._given_as
+        return contents(cache) != before or size(cache) != length or any(v is None for _, v in before.values())
 
     def _found(self, cache: Any) -> None:
         self.caches.append(cache)
         if is_cache(cache) and self._given_as is None and not self.book.writes:
-            self._given_as = cache, contents(cache)
+            self._given_as = cache, contents(cache), size(cache)
         self._known = self._known or (self.book.mode != "copy" and is_cache(cache))
         if self._earlier is None:
             self._earlier = MEMORY.depth(cache, self.book.loop)
