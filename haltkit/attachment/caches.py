@@ -23,12 +23,12 @@ __all__ = [
     "MEMORY",
     "Memory",
     "Turn",
+    "Witness",
     "candidates",
     "contents",
     "grown",
     "is_cache",
     "named_tensors",
-    "size",
 ]
 
 LEAST_DIMENSIONS = 4  # of a tensor that is a cache, with those for heads or layers: a state has fewer
@@ -78,8 +78,38 @@ def _passive(value: Any) -> bool:
 
 def contents(value: Any, depth: int = DEPTH) -> dict[Any, Any]:
     """What the tensors inside an object are at present: shape, and how often written where that is counted."""
+    return {path: (tuple(tensor.shape), _writes(tensor)) for path, tensor in _inside(value, depth).items()}
+
+
+def _writes(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+class Witness:
+    """A cache as it is now, to see later whether it has been written."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self._before = [(tensor, _writes(tensor)) for tensor in _inside(cache).values()]
+        self._length = 0 if self._before else size(cache)  # all that is seen of one whose tensors are hidden
+
+    @property
+    def written(self) -> bool:
+        """It was written, or may have been: writes into the memory of an inference tensor are not counted."""
+        now = list(_inside(self.cache).values())
+        if len(now) != len(self._before) or (not now and size(self.cache) != self._length):
+            return True
+        for tensor, (before, writes) in zip(now, self._before, strict=True):
+            if tensor is not before or _writes(tensor) != writes:
+                return True
+        in_place = getattr(self.cache, "is_compileable", True)  # transformers' name for caches of a fixed size
+        return bool(in_place) and any(writes is None for _, writes in self._before)
+
+
+def _inside(value: Any, depth: int = DEPTH) -> dict[Any, Tensor]:
+    """The tensors inside an object, by where they are."""
     if isinstance(value, Tensor):
-        return {(): (tuple(value.shape), None if value.is_inference() else value._version)}
+        return {(): value}
     if depth == 0 or _passive(value):
         return {}
     if isinstance(value, dict):
@@ -90,7 +120,7 @@ def contents(value: Any, depth: int = DEPTH) -> dict[Any, Any]:
         items = iter(vars(value).items())
     else:
         return {}
-    return {(key, *rest): what for key, item in list(items) for rest, what in contents(item, depth - 1).items()}
+    return {(key, *rest): what for key, item in list(items) for rest, what in _inside(item, depth - 1).items()}
 
 
 def grown(given: list[Tensor], returned: list[Tensor]) -> bool:

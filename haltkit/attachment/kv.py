@@ -18,12 +18,12 @@ from haltkit.attachment.caches import (
     LEAST_DIMENSIONS,
     MEMORY,
     Turn,
+    Witness,
     candidates,
     contents,
     grown,
     is_cache,
     named_tensors,
-    size,
 )
 from haltkit.attachment.errors import KVDepthMismatch
 from haltkit.attachment.kv_copy import Copying
@@ -85,8 +85,7 @@ class CacheUse:
         self._slots: dict[int, set[int]] = {}  # place among a body's tensors to where in those it read
         self.caches: list[Any] = []
         self._harmless: dict[int, Any] = {}  # what holds no cache and cannot come to, by identity
-        # A cache, and what it held and how long it was when the body was first given it.
-        self._given_as: tuple[Any, dict[Any, Any], int] | None = None
+        self._witness: Witness | None = None  # of a cache when the body was first given it
         self._earlier: int | None = None  # how deep an earlier call filled them
         self._looked: list[tuple[Any, dict[Any, Any]]] = []  # what may be a cache, and what it held at first
         self._returned = self._read = False  # keys and values as values
@@ -146,8 +145,8 @@ class CacheUse:
     def begins(self) -> None:
         """An iteration begins."""
         self._iteration += 1
-        if self._iteration == 2:
-            self.book.writes = self.book.writes or self._written
+        if self._iteration == 2 and self._witness is not None and self._witness.written:
+            self.book.writes, self._witness = True, None
         if self._iteration > 2:
             self._looked = []  # what two iterations left alone is not a cache
         if self._copying is not None:
@@ -219,18 +218,10 @@ class CacheUse:
         self._read = True
         self._earlier = depth if self._earlier is None else self._earlier
 
-    @property
-    def _written(self) -> bool:
-        """Something was written into the cache since the body was first given it; True also where that is not seen."""
-        if self._given_as is None:
-            return True
-        cache, before, length = self._given_as
-        return contents(cache) != before or size(cache) != length or any(v is None for _, v in before.values())
-
     def _found(self, cache: Any) -> None:
         self.caches.append(cache)
-        if is_cache(cache) and self._given_as is None and not self.book.writes:
-            self._given_as = cache, contents(cache), size(cache)
+        if is_cache(cache) and self._witness is None and not self.book.writes:
+            self._witness = Witness(cache)
         self._known = self._known or (self.book.mode != "copy" and is_cache(cache))
         if self._earlier is None:
             self._earlier = MEMORY.depth(cache, self.book.loop)
@@ -301,7 +292,7 @@ class CacheUse:
             KVDepthMismatch: keys and values are returned as values, or their slots are not known; or none of the
                 iterations that were computed has written into the cache, so that one of those skipped may have to.
         """
-        if number == 1 and not self.book.writes and not self._written:
+        if number == 1 and self._witness is not None and not self._witness.written:
             raise KVDepthMismatch(
                 f"the body is given a KV cache, and none of its {self._iteration} iterations before the halt wrote "
                 "into it: where only a later one does (the last, perhaps), this call would leave no keys and values "

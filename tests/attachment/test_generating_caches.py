@@ -300,10 +300,24 @@ def test_rows_at_depths_of_their_own_equal_a_loop_by_hand(case: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out.logits, logits, strict=True))
 
 
+@pytest.mark.parametrize("build", [hrm, dory, inkling])
+def test_a_cache_that_each_step_writes_is_seen_in_inference_mode(build: Callable[[], Looped]) -> None:
+    looped = build()
+    with torch.inference_mode():
+        expected = with_config(looped.model.config, lambda: generated(looped), **{looped.setting: 2})
+        assert torch.equal(generated(looped, "fixed:steps=2").sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kv", [{"kv": "refuse"}, {"kv": "uniform"}, {"kv": "copy", "kv_stride": 1}])
-def test_a_cache_that_only_the_last_loop_writes_is_refused_after_a_halt(kv: dict[str, Any]) -> None:
+def test_a_cache_that_only_the_last_loop_writes_is_refused_after_a_halt(kv: dict[str, Any], mode: Any) -> None:
     """Later tokens would miss the keys and values of this one: without the error, other tokens come out."""
     looped = dory("last_loop")
+    with mode():
+        refused(looped, kv)
+
+
+def refused(looped: Looped, kv: dict[str, Any]) -> None:
     for k in range(1, LOOPS):
         generation = haltkit.generation(f"fixed:steps={k}", **kv, **looped.fields)
         with pytest.raises(KVDepthMismatch, match=r"none of its \d iterations.*kv='freeze'"):
