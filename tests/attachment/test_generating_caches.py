@@ -306,6 +306,22 @@ def test_a_cache_that_each_step_writes_is_seen_in_inference_mode(build: Callable
     with torch.inference_mode():
         expected = with_config(looped.model.config, lambda: generated(looped), **{looped.setting: 2})
         assert torch.equal(generated(looped, "fixed:steps=2").sequences, expected.sequences)
+        own = with_config(looped.model.config, lambda: in_sessions(looped, None), **{looped.setting: 2})
+        assert torch.equal(in_sessions(looped, "fixed:steps=2"), own)
+
+
+def in_sessions(looped: Looped, policy: str | None) -> Tensor:
+    """A text in three pieces with one cache, each piece in a session of its own."""
+    from transformers import DynamicCache
+
+    cache, seen = DynamicCache(config=looped.model.config), []
+    for piece in IDS.split([4, 2, 1], 1):
+        if policy is None:
+            seen.append(looped.model(piece, cache=cache, use_cache=True).logits)
+            continue
+        with haltkit.attach(looped.model, policy, **looped.fields):
+            seen.append(looped.model(piece, cache=cache, use_cache=True).logits)
+    return torch.cat(seen, 1)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
