@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from haltkit.bodies import LoopBody as LoopBody
     from haltkit.comparison import Comparison as Comparison
     from haltkit.comparison import compare as compare
+    from haltkit.kinds import Kinds as Kinds
     from haltkit.loop import LoopObserver as LoopObserver
     from haltkit.loop import LoopResult as LoopResult
     from haltkit.loop import Outcome as Outcome
@@ -58,6 +59,7 @@ _HOMES = {
     "haltkit.attachment.joining": ("QueueOutput",),
     "haltkit.attachment.wavefront": ("wavefront",),
     "haltkit.bodies": ("CompactBody", "FreezingBody", "GuardedBody", "LoopBody"),
+    "haltkit.kinds": ("Kinds",),
     "haltkit.loop": ("LoopObserver", "LoopResult", "Outcome", "run_loop"),
     "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),
     "haltkit.recording.recorder": ("Record", "Recorder", "record"),

@@ -21,7 +21,7 @@ from haltkit.recording.recorder import Record, Recorder, record
 from haltkit.recording.trajectory import RegionTrajectory, Trajectory
 from haltkit.setting import Depth, Setting
 
-__all__ = ["Adaptive", "ByAttaching", "ByModules", "Driver", "Look", "Pass", "RunPass"]
+__all__ = ["Adaptive", "ByAttaching", "ByModules", "ByRow", "Driver", "Look", "Pass", "RunPass"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Pass:
 RunPass = Callable[[Any], Pass]
 # From inputs, policies by region and the budget of each region to a pass.
 Adaptive = Callable[[Any, Mapping[str, HaltingPolicy[Any]], int], Pass]
+# From inputs and the steps that each row takes by region, ``(B, T)`` or ``(B,)``, to a pass.
+ByRow = Callable[[Any, Mapping[str, Tensor]], Pass]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Driver(Protocol):
     @property
     def native(self) -> bool:
         """Whether the model halts its regions itself, each token for itself."""
+        ...
+
+    @property
+    def rows_leave(self) -> bool:
+        """Whether each row can be given a number of steps of its own."""
         ...
 
     @property
@@ -114,6 +121,7 @@ class ByModules:
         inputs: what of a sample the model is given.
         fixed: one pass of inputs at a depth; None: ``run``, given a number of steps or a mapping from regions.
         adaptive: one pass under policies; None: the model cannot halt itself.
+        by_row: one pass in which every row takes steps of its own; None: the model cannot do that.
     """
 
     model: nn.Module
@@ -123,6 +131,7 @@ class ByModules:
     inputs: Callable[[Any], Any] = lambda sample: sample
     fixed: Callable[[Any, Depth], Any] | None = None
     adaptive: Adaptive | None = None
+    by_row: ByRow | None = None
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -131,6 +140,10 @@ class ByModules:
     @property
     def native(self) -> bool:
         return self.adaptive is not None
+
+    @property
+    def rows_leave(self) -> bool:
+        return self.by_row is not None
 
     @property
     def described(self) -> Mapping[str, Loop]:
@@ -143,6 +156,10 @@ class ByModules:
             fixed = self.fixed or (lambda inputs, d: self.run(inputs, d.same if d.same is not None else d.steps))
             yield lambda sample: Pass(fixed(self.inputs(sample), depth))
             return
+        if setting.by_row is not None:
+            leaving, steps = self._leaving(), setting.by_row.of
+            yield lambda sample: replace(leaving(self.inputs(sample), steps(sample)), outcome={})
+            return
         adaptive = self._adaptive()
         yield lambda sample: adaptive(self.inputs(sample), policies, full_depth)
 
@@ -153,6 +170,13 @@ class ByModules:
                 "Subject.attached, or give adaptive="
             )
         return self.adaptive
+
+    def _leaving(self) -> ByRow:
+        if self.by_row is None:
+            raise ValueError(
+                f"rows of this {type(self.model).__name__} cannot be given depths of their own: give its driver by_row="
+            )
+        return self.by_row
 
     def look(self, samples: Sequence[Any], full_depth: int) -> Look:
         if full_depth < 1:
@@ -212,12 +236,21 @@ class ByAttaching:
         return False
 
     @property
+    def rows_leave(self) -> bool:
+        return False
+
+    @property
     def described(self) -> Mapping[str, Loop]:
         return {} if self.preset else self.loops
 
     @contextmanager
     def using(self, setting: Setting, full_depth: int) -> Iterator[RunPass]:
         depth = setting.depth
+        if setting.by_row is not None:
+            raise ValueError(
+                f"{setting.label}: a {type(self.model).__name__} is halted from outside, where rows cannot be given "
+                "depths of their own: use one depth for all rows, or a policy"
+            )
         if depth is not None and full_depth and min(depth.steps.values()) >= full_depth:
             yield lambda sample: Pass(self.run(sample))
             return

@@ -1,4 +1,4 @@
-"""How deep a looped model goes: a policy for each region, or a fixed number of steps in each."""
+"""How deep a looped model goes: a policy for each region, or steps that are known beforehand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from haltkit.kinds import DepthByRow
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.specs import Policies, UnprintablePolicy, policy_for_regions, text_of
@@ -65,17 +66,17 @@ class Depth:
 
 @dataclass(frozen=True)
 class Setting:
-    """A fixed depth, or a policy for each region; what one row of a comparison stands for.
+    """A fixed depth, a depth for each row, or a policy for each region; what one row of a comparison stands for.
 
     Args:
-        how: the depth, or the policies by region.
+        how: the depth, the depths of rows, or the policies by region.
         sweep: the sweep over thresholds that the setting belongs to; empty: it names itself.
         tau: its threshold in that sweep, where there is one number.
         promise: what a certificate about this model promises of the setting; empty: nothing is promised.
         bound: whether it is of a card for this very model, and for no other.
     """
 
-    how: Depth | Mapping[str, HaltingPolicy[Any]]
+    how: Depth | DepthByRow | Mapping[str, HaltingPolicy[Any]]
     sweep: str = field(default="", compare=False)
     tau: float | None = field(default=None, compare=False)
     promise: str = field(default="", compare=False)
@@ -108,12 +109,19 @@ class Setting:
 
     @property
     def depth(self) -> Depth | None:
-        """The fixed depth; None for policies."""
+        """The fixed depth that all rows have; None for depths of rows and for policies."""
         return self.how if isinstance(self.how, Depth) else None
 
     @property
+    def by_row(self) -> DepthByRow | None:
+        """The depths of rows; None for anything else."""
+        return self.how if isinstance(self.how, DepthByRow) else None
+
+    @property
     def policies(self) -> Mapping[str, HaltingPolicy[Any]]:
-        """The policy of each region; for a fixed depth those that halt there."""
+        """The policy of each region; for a fixed depth those that halt there, for depths of rows at the deepest."""
+        if isinstance(self.how, DepthByRow):
+            return Depth(self.how.deepest).policies
         return self.how.policies if isinstance(self.how, Depth) else self.how
 
     @property
@@ -123,7 +131,9 @@ class Setting:
 
     @cached_property
     def text(self) -> str | None:
-        """The spec that says the same; None where a policy object cannot be printed as one."""
+        """The spec that says the same; None for depths of rows, and policy objects that cannot be printed as one."""
+        if isinstance(self.how, DepthByRow):
+            return None
         try:
             return text_of(self.policies) if self.policies else ""
         except UnprintablePolicy:
@@ -134,6 +144,8 @@ class Setting:
         """What tells the setting from its neighbours in a table."""
         if isinstance(self.how, Depth):
             return f"fixed {self.how.label}"
+        if isinstance(self.how, DepthByRow):
+            return self.how.label if self.how.hindsight else f"fixed {self.how.label}"
         if self.tau is not None:
             return f"{self.sweep} tau={self.tau:g}"
         return self.text or self.sweep or ", ".join(dict.fromkeys(type(p).__name__ for p in self.how.values()))

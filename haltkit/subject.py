@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from haltkit.attachment import Loop
 from haltkit.attachment.presets import preset_for
-from haltkit.driving import Adaptive, ByAttaching, ByModules, Driver, Look, Pass, RunPass
+from haltkit.driving import Adaptive, ByAttaching, ByModules, ByRow, Driver, Look, Pass, RunPass
+from haltkit.kinds import Kinds
 from haltkit.protocol import HaltingPolicy, Readout
 from haltkit.recording.layers import LayerStates, record_layers
 from haltkit.recording.recorder import Record
@@ -58,6 +59,8 @@ class Subject:
         fixed_depths: depths that a comparison tries, as far as they are below full depth.
         target_steps: where thresholds that are picked from scores should stop a typical row; None: at shares of full
             depth.
+        kinds: tells rows apart by the input alone, so that fixed depths by kind can be tried; only where each row can
+            be given steps of its own. None: all rows are alike.
         about: what else is known of it, plain values that results carry along.
     """
 
@@ -80,11 +83,14 @@ class Subject:
     granularity: Literal["token", "sequence", "batch"] = "token"
     fixed_depths: tuple[int, ...] = FIXED_DEPTHS
     target_steps: tuple[int, ...] | None = None
+    kinds: Kinds | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"a Subject needs a model (an nn.Module), not a {type(self.model).__name__}")
+        if self.kinds is not None and not self.driver.rows_leave:
+            raise ValueError("kinds= is for a model whose rows can be given steps of their own (by_row= of its driver)")
         object.__setattr__(self, "samples", list(self.samples))
 
     @classmethod
@@ -147,6 +153,7 @@ class Subject:
         *,
         injections: Mapping[str, str] | None = None,
         adaptive: Adaptive | None = None,
+        by_row: ByRow | None = None,
         **more: Any,
     ) -> Subject:
         """A model whose loop step is the call of one module, and which is told how deep to go.
@@ -157,10 +164,14 @@ class Subject:
             modules: region to that module's path, as in ``{"core": "transformer.core"}``.
             injections: region to the module that injects its input.
             adaptive: one pass of inputs under policies by region and a budget, for a model that halts itself.
+            by_row: one pass of inputs in which each row takes the steps that it is given by region, for a model that
+                can do that.
             more: further attributes.
         """
         inputs = {"inputs": more["inputs"]} if "inputs" in more else {}
-        driver = ByModules(model, run, dict(modules), dict(injections or {}), adaptive=adaptive, **inputs)
+        driver = ByModules(
+            model, run, dict(modules), dict(injections or {}), adaptive=adaptive, by_row=by_row, **inputs
+        )
         return cls(model, driver, **more)
 
     @property

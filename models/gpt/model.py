@@ -246,6 +246,7 @@ class LoopedGPT(Shared):
         *,
         max_loops: int | Mapping[str, int] = 32,
         total_loops: int | None = None,
+        budget: Mapping[str, Tensor] | None = None,
         rows: Tensor | None = None,
         keep: Keep = "current",
         observer: LoopObserver | None = None,
@@ -262,6 +263,8 @@ class LoopedGPT(Shared):
             max_loops: budget of each region, one for all or by region.
             total_loops: budget of a token over all regions. In each it may spend what remains, less one step for
                 every region still to come.
+            budget: of each token by region, ``(B, T)`` int64, where it is less than ``max_loops``; not together with
+                ``total_loops``.
             rows: which positions are real, ``(B, T)`` bool; the others are padding, at the end of a sequence.
             keep: see :func:`haltkit.run_loop`.
             observer: is given every state under the region's name.
@@ -273,7 +276,7 @@ class LoopedGPT(Shared):
                 does not give each region a step, or padding before a token.
         """
         policies = policy_for_regions(policy, list(self.regions))
-        budgets = Budgets.of(self, max_loops, total_loops)
+        budgets = Budgets.of(self, max_loops, total_loops, budget)
         if execution not in ("masked", "compact"):
             raise ValueError(f"execution={execution!r}: allowed are 'masked' and 'compact'")
         if rows is not None and bool((rows[:, 1:] & ~rows[:, :-1]).any()):

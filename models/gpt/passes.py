@@ -119,18 +119,33 @@ class Pass:
 
 @dataclass(frozen=True)
 class Budgets:
-    """How many steps a row may take: in each region, and over all of them (``total``; None: no limit)."""
+    """How many steps a row may take: in each region, and over all of them (``total``; None: no limit).
+
+    ``by_row`` says it for each row of a region, ``(B, T)`` int64; None: all rows have their region's budget.
+    """
 
     by_region: dict[str, int]
     total: int | None = None
+    by_row: Mapping[str, Tensor] | None = None
 
     @classmethod
-    def of(cls, network: Network, max_loops: int | Mapping[str, int], total_loops: int | None) -> Budgets:
+    def of(
+        cls,
+        network: Network,
+        max_loops: int | Mapping[str, int],
+        total_loops: int | None,
+        by_row: Mapping[str, Tensor] | None = None,
+    ) -> Budgets:
         """Checked against a network's regions.
 
         Raises:
-            ValueError: a budget with less than a step for a region, or a mapping that does not name the regions.
+            ValueError: a budget with less than a step for a region, a mapping that does not name the regions, or both a
+                total and budgets of rows.
         """
+        if by_row is not None and total_loops is not None:
+            raise ValueError("total_loops and budgets by row both say what a row may spend: give one of them")
+        if by_row is not None and by_row.keys() != set(network.regions):
+            raise ValueError(f"budgets for {', '.join(by_row)}; the model's regions are {', '.join(network.regions)}")
         if isinstance(max_loops, int) and max_loops < 1:
             raise ValueError(f"max_loops={max_loops}: a loop takes at least 1 step")
         count = len(network.regions)
@@ -139,7 +154,7 @@ class Budgets:
                 f"total_loops={total_loops}: the model has {count} regions, and each takes a step at least"
             )
         counts = network.loop_counts(max_loops)
-        return cls(counts, None if total_loops is None else min(total_loops, sum(counts.values())))
+        return cls(counts, None if total_loops is None else min(total_loops, sum(counts.values())), by_row)
 
     def remaining(self, name: str, taken: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
         """What each row may spend in region ``name``, the shape of ``like``'s rows; None: its own budget alone counts.
@@ -151,7 +166,7 @@ class Budgets:
             like: the state, ``(..., D)``.
         """
         if self.total is None:
-            return None
+            return None if self.by_row is None else self.by_row[name]
         most = torch.full(like.shape[:-1], self.total - (len(self.by_region) - 1 - len(taken)), device=like.device)
         for steps in taken.values():
             most = most - steps

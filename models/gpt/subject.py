@@ -14,6 +14,7 @@ from torch import Tensor
 from haltkit.comparison.conclusions import NATS_LEVELS
 from haltkit.comparison.thresholds import TARGET_STEPS
 from haltkit.driving import ByModules, Pass
+from haltkit.kinds import per_row
 from haltkit.loop import Execution
 from haltkit.models.checkpoint import BUNDLED, Checkpoint, load_checkpoint
 from haltkit.models.gpt.decoding import Decoder
@@ -112,6 +113,7 @@ def gpt_subject(
         inputs=_inputs,
         fixed=running.fixed,
         adaptive=running.adaptive,
+        by_row=running.by_row if isinstance(running, _Forward) else None,  # a decoder has one budget for all tokens
     )
     layers = {
         region: tuple(f"layers.{region}.body.blocks.{i}" for i in range(len(layer.body.blocks)))
@@ -166,6 +168,15 @@ class _Forward:
 
     def adaptive(self, ids: Tensor, policies: Mapping[str, HaltingPolicy[Any]], budget: int) -> Pass:
         out = self.model.forward_adaptive(ids, policies, max_loops=budget, execution=self.execution)
+        return Pass(out.logits, out.steps, out.outcome)
+
+    def by_row(self, ids: Tensor, steps: Mapping[str, Tensor]) -> Pass:
+        """Each token leaves each region after steps of its own."""
+        each = {name: per_row(one, ids.shape) for name, one in steps.items()}
+        most = Depth({name: int(one.max()) for name, one in each.items()})
+        out = self.model.forward_adaptive(
+            ids, most.policies, max_loops=most.steps, budget=each, execution=self.execution
+        )
         return Pass(out.logits, out.steps, out.outcome)
 
 

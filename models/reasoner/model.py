@@ -175,6 +175,7 @@ class Reasoner(nn.Module):
         policy: str | HaltingPolicy[Any],
         *,
         max_loops: int = 32,
+        budget: Tensor | None = None,
         rows: Tensor | None = None,
         keep: Keep = "current",
         observer: LoopObserver | None = None,
@@ -187,7 +188,8 @@ class Reasoner(nn.Module):
         Args:
             inputs: ``(B, T, C)`` int64.
             policy: a policy, or a spec such as ``"kl:tau=1e-3"`` or ``"norm:tau=0.1,granularity=sequence"``.
-            max_loops: budget of each row.
+            max_loops: budget of every row.
+            budget: of each row, ``(B, T)`` int64, where it is less.
             rows: which rows are real, ``(B, T)`` bool; None: all.
             keep, observer, execution: see :func:`haltkit.run_loop`.
 
@@ -206,6 +208,7 @@ class Reasoner(nn.Module):
             keep=keep,
             observer=observer,
             name=LOOP,
+            budget=budget,
             execution=execution,
         )
         return AdaptiveOutput(self.readout(result.x), {LOOP: result.steps}, {LOOP: result.outcome})

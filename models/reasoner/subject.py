@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from haltkit.driving import ByModules, Pass
+from haltkit.kinds import per_row
 from haltkit.loop import Execution
 from haltkit.models.reasoner.checkpoint import load_reasoner
 from haltkit.models.reasoner.model import LOOP, Reasoner
 from haltkit.models.reasoner.task import Batch, Task
+from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy
 from haltkit.setting import Depth
 from haltkit.subject import Subject
@@ -46,6 +48,12 @@ class _Passes:
 
     def adaptive(self, inputs: Tensor, policies: Mapping[str, HaltingPolicy[Any]], budget: int) -> Pass:
         out = self.model.forward_adaptive(inputs, policies[LOOP], max_loops=budget, execution=self.execution)
+        return Pass(out.logits[:, self.asked], out.steps, out.outcome)
+
+    def by_row(self, inputs: Tensor, steps: Mapping[str, Tensor]) -> Pass:
+        """Each row leaves after steps of its own."""
+        each, most = per_row(steps[LOOP], inputs.shape[:2]), int(steps[LOOP].max())
+        out = self.model.forward_adaptive(inputs, Fixed(most), max_loops=most, budget=each, execution=self.execution)
         return Pass(out.logits[:, self.asked], out.steps, out.outcome)
 
 
@@ -95,6 +103,7 @@ def reasoner_subject(
         inputs=_inputs,
         fixed=passes.fixed,
         adaptive=passes.adaptive,
+        by_row=passes.by_row,
     )
     return Subject(
         model,

@@ -21,7 +21,7 @@ CORE = [
     {"timing", "signals", "files", "locks", "trust", "identity", "measured"},
     {"weights", "headroom"},
     {"protocol", "folders", "calibration"},
-    {"policies", "wrappers", "rows", "bodies", "parts", "front"},
+    {"policies", "wrappers", "rows", "bodies", "parts", "front", "kinds"},
     {"registry"},
     {"specs"},
     {"loop"},
