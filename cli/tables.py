@@ -134,11 +134,17 @@ def print_conclusion(console: Console, result: Comparison) -> None:
         if (finding.kind, finding.level) != quality:
             quality = (finding.kind, finding.level)
             goal = f"within {finding.level:g} {unit}" if finding.kind == "loss" else f"agreement {finding.level:g}"
-            best = finding.fixed
+            best, one, oracle = finding.fixed, finding.one_depth, finding.oracle
             say(f"  {goal}: " + (f"{best.label}, {best.ms:.3f} ms/{item}" if best else _NO_DEPTH))
+            if one is not best:
+                say(f"    one depth for all rows: {cost_of(one, item) if one else _NO_DEPTH}")
+            if oracle is not None:
+                say(f"    nobody can pick this, for it needs full depth: {cost_of(oracle, item)}")
         say(f"    {_said(finding, item)}")
     if any(finding.against_fixed == "cannot tell" for finding in concluded.findings):
         say("One repeat gives no error of the time, so which is faster cannot be told: measure with --repeats 3.")
+    if "kinds" in result.about and all(row.decided != "kind" for row in result.rows):
+        say(f"Fixed depths by {result.about['kinds']} do not help: one depth for all takes the fewest steps.")
     names = dict.fromkeys(finding.policy for finding in concluded.findings)
     spreads = {name: sweep_spread(result.rows, name) for name in names}
     swept = [f"{name} {_number(result, spread)}" for name, spread in spreads.items() if spread is not None]
@@ -152,7 +158,8 @@ def print_conclusion(console: Console, result: Comparison) -> None:
             f"few {item}s. Compare on more of them."
         )
     if concluded.fixed_serves_best and concluded.fixed is not None:
-        say(f"Within {concluded.level:g} {unit} a fixed depth serves best here: {concluded.fixed.spec}")
+        serves = concluded.fixed.spec or concluded.fixed.label  # depths by kind have no spec
+        say(f"Within {concluded.level:g} {unit} a fixed depth serves best here: {serves}")
     if concluded.winner is not None:
         winner = concluded.winner
         said = f"ready to paste: {winner.spec}" if winner.spec is not None else winner.label

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,24 +31,6 @@ from haltkit.models.reasoner.subject import sequences_of
 from haltkit.timing import in_turns, ratio
 
 FULL = 48
-
-
-@dataclass(frozen=True, eq=False)
-class Leave:
-    """Halts every row at a depth of its own.
-
-    Args:
-        depths: ``(B, T)`` int64, at least 1.
-    """
-
-    depths: Tensor
-
-    def init(self, x0: Tensor) -> Tensor:
-        return self.depths.reshape(x0.shape[:-1])
-
-    def update(self, state: Tensor, step: haltkit.LoopStep) -> tuple[Tensor, haltkit.Verdict]:
-        left = (state - step.k).clamp_min(0)
-        return state, haltkit.Verdict(left.float(), left <= 0)
 
 
 @torch.no_grad()
@@ -65,16 +46,19 @@ def main() -> None:
     asked = forests.asked
     seen = predictions(model, forests, FULL)
 
-    def compact(policy: haltkit.HaltingPolicy[object]) -> tuple[Tensor, Tensor]:
-        """Answers and steps, ``(B, T)`` each."""
-        out = model.forward_adaptive(forests.inputs, policy, max_loops=FULL, execution="compact")
+    def compact(policy: str | haltkit.HaltingPolicy[object], depths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Answers and steps, ``(B, T)`` each; with ``depths``, ``(B, T)``, each row leaves at its own."""
+        out = model.forward_adaptive(forests.inputs, policy, max_loops=FULL, budget=depths, execution="compact")
         return out.logits.argmax(-1), out.steps["loop"]
+
+    def leaving(depths: Tensor) -> tuple[Tensor, Tensor]:
+        return compact(f"fixed:steps={FULL}", depths)
 
     def agree(answers: Tensor) -> float:
         return float((answers == seen[-1])[asked].double().mean())
 
     def good(depths: Tensor) -> bool:
-        return agree(compact(Leave(depths))[0]) >= options.least
+        return agree(leaving(depths)[0]) >= options.least
 
     fixed = fewest_steps(curve(seen, forests).agreement, options.least) or FULL
     pairs = sorted(
@@ -84,13 +68,13 @@ def main() -> None:
     edges, queries = next((p for p in pairs if good(torch.where(asked, p[1], p[0]))), (fixed, fixed))
     settled = settled_after(seen)
     late = next((n for n in range(FULL) if good(torch.where(asked, (settled + n).clamp(max=FULL), edges))), FULL)
-    kinds = Leave(torch.where(asked, queries, edges))
-    oracle = Leave(torch.where(asked, (settled + late).clamp(max=FULL), edges))
+    kinds = torch.where(asked, queries, edges)
+    oracle = torch.where(asked, (settled + late).clamp(max=FULL), edges)
     policy = haltkit.policy(options.policy)
     runs = {
         "fixed": lambda: model(forests.inputs, fixed).argmax(-1),
-        "kinds": lambda: compact(kinds),
-        "oracle": lambda: compact(oracle),
+        "kinds": lambda: leaving(kinds),
+        "oracle": lambda: leaving(oracle),
         "policy": lambda: compact(policy),
     }
     times = in_turns(runs, options.repeats)
@@ -101,7 +85,7 @@ def main() -> None:
         "policy": options.policy,
     }
     answers = {"fixed": (seen[fixed - 1], torch.full_like(seen[0], fixed))}
-    answers |= {name: compact(one) for name, one in (("kinds", kinds), ("oracle", oracle), ("policy", policy))}
+    answers |= {"kinds": leaving(kinds), "oracle": leaving(oracle), "policy": compact(policy)}
     rows = int(asked.sum())
     print(f"{options.forests} forests, {rows:,} queries; agreement with {FULL} steps at least {options.least:g}")
     for name, label in said.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.attachment import Loop
+from haltkit.comparison.baselines import with_baselines
 from haltkit.comparison.measure import measure
 from haltkit.comparison.possible import Possible, possible
 from haltkit.comparison.settings import Given, candidates, choose_settings
@@ -55,15 +56,16 @@ def compare(
         loss: from (output, sample) to what is lost; see :class:`~haltkit.subject.Subject`.
         samples: what the model is run on.
         granularity: for every policy that does not say its own: token, sequence, batch or world.
-        recorded: headroom and regret are measured on the first samples, until so many rows were recorded; 0: they are
-            not measured.
+        recorded: headroom and regret are measured on the first samples, until so many rows were recorded, and on all
+            samples where rows can be given depths of their own; 0: they are not measured, and neither the oracle nor
+            depths by kind are tried.
         repeats, timed, on_tick: see :func:`haltkit.comparison.measure.measure`.
         about: ``loop``, ``loops``, ``body`` and the other fields of a description, and further attributes of a
             :class:`~haltkit.subject.Subject`.
 
     Raises:
         AttachError: the loop is not described, or cannot be halted as described.
-        ValueError: bad policies, thresholds or loss.
+        ValueError: bad policies, thresholds or loss, or kinds of rows of which nothing can be known.
     """
     if isinstance(model, Subject):
         given = [name for name, value in {"run": run, "loss": loss, **about}.items() if value is not None]
@@ -86,12 +88,14 @@ def compare(
         settings = choose_settings(subject, look, wanted, taus, granularity)
         for setting in (settings[0], settings[-1]):  # warm up before anything is timed
             subject.run(subject.samples[0], setting)
-    oracles: list[Mapping[str, Tensor]] = []
-    headroom, unknown = _headroom(subject, recorded, oracles)
+        oracles: list[Mapping[str, Tensor]] = []
+        headroom, unknown = _headroom(subject, recorded, oracles)
+        settings = with_baselines(subject, settings, oracles) if recorded else settings
     result = measure(
         subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
     )
-    return replace(result, headroom=headroom, no_headroom=unknown)
+    told = {} if subject.kinds is None else {"kinds": subject.kinds.what}
+    return replace(result, headroom=headroom, no_headroom=unknown, about={**result.about, **told})
 
 
 def _headroom(subject: Subject, recorded: int, oracles: list[Mapping[str, Tensor]]) -> tuple[dict[str, Possible], str]:
@@ -100,7 +104,8 @@ def _headroom(subject: Subject, recorded: int, oracles: list[Mapping[str, Tensor
         return {}, "it was not asked for"
     if subject.readout is None:
         return {}, "the subject has no readout from its state"
+    enough = None if subject.driver.rows_leave else recorded
     try:
-        return possible(subject, enough=recorded, on_sample=oracles.append), ""
+        return possible(subject, enough=enough, on_sample=oracles.append), ""
     except TrajectoryError as error:  # a model that cannot be told to go to a depth can still be compared
         return {}, str(error)

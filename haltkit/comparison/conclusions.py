@@ -49,9 +49,11 @@ class Finding:
         policy: the sweep.
         kind, level: the quality, a loss above full depth or a share of agreement.
         best: its fastest setting of this quality for sure; None: it has none.
-        fixed: the fastest fixed depth of this quality for sure; None: there is none.
+        fixed: the fastest fixed depth of this quality for sure, one for all rows or by kind; None: there is none.
         against_fixed: whether the policy is faster than the fixed depth, said only if all of two or more repeats agree;
             ``cannot tell`` from a single repeat; None where one of the two settings is missing.
+        one_depth: the fastest depth of this quality for sure that all rows of a region have; None: there is none.
+        oracle: the fastest oracle of this quality for sure, which nobody can pick; None: there is none.
     """
 
     policy: str
@@ -60,6 +62,8 @@ class Finding:
     best: Row | None
     fixed: Row | None
     against_fixed: Faster | None
+    one_depth: Row | None = None
+    oracle: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ def conclude(
     found = []
     for kind, level in qualities:
         fixed = _fastest((row for row in rows if row.fixed), level, kind)
+        one_depth = _fastest((row for row in rows if row.decided == "depth"), level, kind)
+        oracle = _fastest((row for row in rows if row.oracle), level, kind)
         for name in names:
-            best = _fastest((row for row in rows if row.policy == name and not row.fixed), level, kind)
+            best = _fastest((row for row in rows if row.policy == name and row.decided == "policy"), level, kind)
             compared = None if best is None or fixed is None else _faster(best, fixed)
-            found.append(Finding(name, kind, level, best, fixed, compared))
+            found.append(Finding(name, kind, level, best, fixed, compared, one_depth, oracle))
     middle = levels[len(levels) // 2]
-    winner = _fastest((row for row in rows if not row.fixed), middle, "loss")
+    winner = _fastest((row for row in rows if row.decided == "policy"), middle, "loss")
     good = [row for row in rows if within(row, middle) == "yes"]
     undecided = all(row.same_as_full for row in good) and any(within(row, middle) == "cannot tell" for row in rows)
     return Conclusion(

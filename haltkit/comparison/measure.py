@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from haltkit import signals, timing
-from haltkit.comparison.rows import Row
+from haltkit.comparison.rows import Row, decided_by
 from haltkit.comparison.table import Comparison
 from haltkit.driving import Pass
 from haltkit.headroom import RegretAccount
@@ -205,9 +205,9 @@ def measure(
 
 def _row(setting: Setting, sums: _Sums, unit: str, full_time: float, timed_items: int) -> Row:
     repeats = tuple(1e3 * seconds / timed_items for seconds in sums.times)
-    ended = sum(sums.outcomes.values())
+    ended, decided = sum(sums.outcomes.values()), decided_by(setting)
     return Row(
-        policy="fixed" if setting.depth is not None else setting.sweep or setting.label,
+        policy="fixed" if decided in ("depth", "kind") else setting.sweep or setting.label,
         spec=setting.text,
         tau=setting.tau if setting.depth is None else None,
         depth=None if setting.depth is None else dict(setting.depth.steps),
@@ -224,6 +224,7 @@ def _row(setting: Setting, sums: _Sums, unit: str, full_time: float, timed_items
         ms_repeats=repeats,
         speedup=full_time / statistics.median(sums.times),
         outcomes={name: count / ended for name, count in sums.outcomes.items()} if ended else {},
+        decided=decided,
         causal=setting.causal,
         label=setting.label,
         regret={name: account.result() for name, account in sums.regrets.items() if account.rows},

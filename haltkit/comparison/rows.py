@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from haltkit.headroom import Regret
 from haltkit.setting import Setting
 
-__all__ = ["Row", "policies_of", "sweep_spread"]
+__all__ = ["Decided", "Row", "decided_by", "policies_of", "sweep_spread"]
+
+# What decides how deep rows go: policies, one depth, a depth for each kind of row, or hindsight, which nobody has.
+Decided = Literal["policy", "depth", "kind", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,10 @@ class Row:
     """What was measured at one setting.
 
     Attributes:
-        policy: the sweep that the setting belongs to; ``fixed`` heads the fixed depths.
-        spec: the setting as text; None for a policy object that no spec can say.
+        policy: the sweep that the setting belongs to; ``fixed`` heads the fixed depths, and ``oracle`` the oracle's.
+        spec: the setting as text; None for depths of rows, and for a policy object that no spec can say.
         tau: the threshold, where the setting has one number.
-        depth: the fixed steps by region; None where policies decide.
+        depth: the fixed steps by region; None where not all rows have the same.
         loss: mean over the items, in ``unit``.
         unit: of the loss and of what is said about it; ``nats`` for cross-entropy.
         delta, delta_se: difference to full depth's loss on the same items, and its standard error, paired and
@@ -32,7 +36,8 @@ class Row:
         ms_spread: least and greatest of the repeats.
         ms_repeats: every repeat, in order; repeat ``i`` of all settings ran side by side.
         speedup: full depth's median time over this one's.
-        outcomes: share of the rows of all regions that ended in each way; empty for a fixed depth, which nothing ends.
+        outcomes: share of the rows of all regions that ended in each way; empty for depths, which nothing ends.
+        decided: what decides how deep rows go.
         causal: no row's depth depends on another row.
         label: what tells the setting from its neighbours.
         regret: against the oracle by region, on the rows whose oracle depth is known; empty where none is.
@@ -57,6 +62,7 @@ class Row:
     ms_repeats: tuple[float, ...]
     speedup: float
     outcomes: dict[str, float] = field(default_factory=dict)
+    decided: Decided = "policy"
     causal: bool = True
     label: str = ""
     regret: dict[str, Regret] = field(default_factory=dict)
@@ -65,8 +71,13 @@ class Row:
 
     @property
     def fixed(self) -> bool:
-        """Whether this is a fixed depth, which no policy decides."""
-        return self.depth is not None
+        """Whether this is a fixed depth, the same for all rows or by kind, which no policy decides."""
+        return self.decided in ("depth", "kind")
+
+    @property
+    def oracle(self) -> bool:
+        """Whether rows leave at depths that only a pass to full depth tells."""
+        return self.decided == "oracle"
 
     @property
     def perplexity(self) -> float | None:
@@ -81,9 +92,16 @@ class Row:
         return self.delta == 0 and self.kl_to_full in (0, None) and self.agreement in (1, None)
 
 
+def decided_by(setting: Setting) -> Decided:
+    """What decides how deep rows go under a setting."""
+    if setting.by_row is not None:
+        return "oracle" if setting.by_row.hindsight else "kind"
+    return "policy" if setting.depth is None else "depth"
+
+
 def policies_of(rows: Iterable[Row]) -> list[str]:
-    """The policies by name, in the order of their rows; fixed depths are none."""
-    return list(dict.fromkeys(row.policy for row in rows if not row.fixed))
+    """The policies by name, in the order of their rows; fixed depths and the oracle are none."""
+    return list(dict.fromkeys(row.policy for row in rows if row.decided == "policy"))
 
 
 def sweep_spread(rows: Iterable[Row], policy: str) -> float | None:

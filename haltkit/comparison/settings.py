@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from haltkit.specs import (
 )
 from haltkit.subject import Subject
 
-__all__ = ["Candidate", "Sweeps", "candidates", "choose_settings", "suggested_depths"]
+__all__ = ["Candidate", "Sweeps", "candidates", "choose_settings", "in_order", "suggested_depths"]
 
 SUGGESTED = 6  # depths at most
 # Thresholds are picked to stop a typical row after these shares of the model's own depth.
@@ -162,8 +162,12 @@ def choose_settings(
     depths += [depth for depth in dict.fromkeys(asked) if depth.same is None]
     policies = [setting for setting in made if setting.depth is None]
     suggested = suggested_depths(policies, look.recordings[0], sweeps.readout, known=depths) if policies else []
-    others = sorted([*depths[1:], *suggested], key=lambda depth: (depth.same is None, sorted(depth.steps.values())))
-    return [*map(Setting, [depths[0], *others]), *policies]
+    return [*map(Setting, [depths[0], *in_order([*depths[1:], *suggested])]), *policies]
+
+
+def in_order(depths: Iterable[Depth]) -> list[Depth]:
+    """Depths as tables list them: those that are the same in every region, then the others, each from the least on."""
+    return sorted(depths, key=lambda depth: (depth.same is None, sorted(depth.steps.values())))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from haltkit.comparison.conclusions import AGREEMENT_LEVELS, NATS_LEVELS, SHARES, Conclusion, conclude
 from haltkit.comparison.possible import Possible
-from haltkit.comparison.rows import Row, policies_of
+from haltkit.comparison.rows import Decided, Row, policies_of
 from haltkit.headroom import Regret
 from haltkit.setting import Setting
 
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def policies(self) -> list[str]:
-        """The policies by name, in the order of their rows; fixed depths are none."""
+        """The policies by name, in the order of their rows; fixed depths and the oracle are none."""
         return policies_of(self.rows)
 
     def conclusion(self) -> Conclusion:
@@ -151,7 +151,10 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 
 def _row_from_json(values: Mapping[str, Any]) -> Row:
-    values = {"regret": {}, "promise": "", **values}
+    known = "policy" if values.get("depth") is None else "depth"  # in files of before there were depths by kind
+    values = {"regret": {}, "promise": "", "decided": known, **values}
+    if values["decided"] not in get_args(Decided):
+        raise ValueError(f"decided={values['decided']!r}: known are {', '.join(get_args(Decided))}")
     made = {f.name: values[f.name] for f in fields(Row) if f.name != "setting"}
     made["regret"] = {
         name: Regret(**{**one, **{e: math.nan if one[e] is None else one[e] for e in _CLUSTERED}})

@@ -84,6 +84,9 @@ def draw_frontier(axes: Any, result: Comparison, styles: Styles) -> None:
     differing = [row for row in rows if row.depth is not None and len(set(row.depth.values())) > 1]
     _depths(axes, same, "fixed depth", marker="s", linestyle="-")
     _depths(axes, differing, "fixed depth for each region", marker="v", linestyle=":")
+    by_kind = [row for row in rows if row.decided == "kind"]
+    _depths(axes, by_kind, f"fixed depth by {result.about.get('kinds', 'kind of row')}", marker="^", linestyle="-.")
+    _depths(axes, [row for row in rows if row.oracle], "oracle: needs full depth", marker="*", linestyle="none")
     for name in result.policies:
         style = styles[name]
         own = sorted((row for row in rows if row.policy == name and not row.fixed), key=lambda row: row.ms)
@@ -150,7 +153,7 @@ def _label(axes: Any, named: Mapping[str, tuple[float, float]], points: Sequence
 
 
 def _depths(axes: Any, rows: list[Row], label: str, **look: str) -> None:
-    """Fixed depths, joined in the order of their time."""
+    """Depths that no policy decides, joined in the order of their time."""
     rows.sort(key=lambda row: row.ms)
     if rows:
         times, lost = [row.ms for row in rows], [row.delta for row in rows]

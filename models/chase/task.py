@@ -8,12 +8,13 @@ in the input tells how many hops a query takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
+from haltkit.kinds import Kinds
 from haltkit.models.chase.forest import Forest, read_forest
 from haltkit.models.chase.trees import chains, encode, trees
 from haltkit.models.config import ConfigError, from_dict
@@ -75,6 +76,7 @@ class Chase:
     granularity: Literal["token", "sequence"] = "token"
     across: int = 8
     full_depth: int = 48  # twice the steps that nearly all queries need
+    kinds: Kinds | None = field(default=Kinds(lambda batch: batch.asked.long(), ("edges", "queries")), repr=False)
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -124,6 +124,7 @@ def reasoner_subject(
         granularity=task.granularity,
         fixed_depths=FIXED_DEPTHS,
         target_steps=TARGET_STEPS,
+        kinds=task.kinds,
         about=about or {},
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haltkit.kinds import Kinds
 from haltkit.models.config import ConfigError
 from haltkit.trust import check_import
 
@@ -96,6 +97,7 @@ class Task(Protocol):
         positions: rows in the longest sequence.
         levels: of the curriculum.
         across: rows per line where they are shown.
+        kinds: tells the rows of a batch apart by what the input shows; None: they are all alike, or nothing shows.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Task(Protocol):
     positions: int
     levels: Sequence[Level]
     across: int
+    kinds: Kinds | None
 
     def sample(self, rng: np.random.Generator, level: int, count: int) -> Batch:
         """``count`` sequences of a level of the curriculum; what they are depends on ``rng`` alone."""

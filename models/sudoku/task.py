@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from haltkit.kinds import Kinds
 from haltkit.models.config import ConfigError, from_dict
 from haltkit.models.reasoner.task import Batch, Level, from_numpy
 from haltkit.models.sudoku.board import (
@@ -30,7 +31,17 @@ from haltkit.models.sudoku.board import (
     solutions,
 )
 
-__all__ = ["Puzzle", "Sudoku", "SudokuSettings", "canonical", "encode", "generate", "make_task", "scramble"]
+__all__ = [
+    "Puzzle",
+    "Sudoku",
+    "SudokuSettings",
+    "canonical",
+    "empty_cells",
+    "encode",
+    "generate",
+    "make_task",
+    "scramble",
+]
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,11 @@ def encode(boards: np.ndarray, solved: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return inputs, solved - 1, np.zeros((count, cells), dtype=np.int64)
 
 
+def empty_cells(inputs: Tensor) -> Tensor:
+    """How many cells of each board have no given, ``(B, n * n, 4)`` to ``(B,)``: the difficulty that a board shows."""
+    return (inputs[..., 0] == 0).sum(-1)
+
+
 @cache
 def _pool(side: int, seed: int, count: int, fewest: int, most: int) -> np.ndarray:
     """``count`` base boards and solutions, ``(count, 2, n, n)``; board ``i`` depends on ``seed`` and ``i`` alone."""
@@ -180,6 +196,7 @@ class Sudoku:
     item: str = "board"
     granularity: Literal["token", "sequence"] = "sequence"
     full_depth: int = 28
+    kinds: Kinds | None = field(default=Kinds(lambda batch: empty_cells(batch.inputs), what="empty cells"), repr=False)
 
     @property
     def columns(self) -> tuple[int, ...]:

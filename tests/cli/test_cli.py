@@ -166,7 +166,7 @@ def test_compare_at_thresholds_and_granularity_of_ones_own(trained: Path, tmp_pa
     assert "Non-causal" not in done.stdout
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert [row["tau"] for row in rows if row["policy"] == "norm"] == [0.05, 0.5]
-    assert rows[-1]["spec"] == "any(accel:tau=0.1|fixed:steps=3)"
+    assert [row["spec"] for row in rows if row["decided"] == "policy"][-1] == "any(accel:tau=0.1|fixed:steps=3)"
     done = haltkit(
         "compare",
         trained / "final",
@@ -184,7 +184,8 @@ def test_compare_at_thresholds_and_granularity_of_ones_own(trained: Path, tmp_pa
         tmp_path / "s.json",
     )
     assert "Non-causal" in done.stdout
-    last = json.loads((tmp_path / "s.json").read_text())["rows"][-1]
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    last = [row for row in rows if row["decided"] == "policy"][-1]
     assert last["spec"] == "any(accel:tau=0.1,granularity=sequence|fixed:steps=3)"
     assert last["causal"] is False
 

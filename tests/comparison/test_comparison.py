@@ -153,7 +153,9 @@ def test_faster_means_in_every_repeat(result: Comparison) -> None:
     def verdict(mine: tuple[float, ...], fixed: tuple[float, ...]) -> str | None:
         rows = [
             replace(result.rows[0], ms_repeats=fixed, ms=sorted(fixed)[1]),
-            replace(result.rows[0], policy="p", spec="p", depth=None, ms_repeats=mine, ms=sorted(mine)[1]),
+            replace(
+                result.rows[0], policy="p", spec="p", depth=None, decided="policy", ms_repeats=mine, ms=sorted(mine)[1]
+            ),
         ]
         return conclude(rows, (0.01,)).findings[0].against_fixed
 
@@ -165,7 +167,9 @@ def test_faster_means_in_every_repeat(result: Comparison) -> None:
 def test_one_measurement_is_no_verdict_and_full_depth_is_within_itself(result: Comparison) -> None:
     rows = [
         replace(result.rows[0], ms_repeats=(2.0,), delta_se=math.inf),
-        replace(result.rows[0], policy="p", spec="p", depth=None, ms_repeats=(1.0,), delta_se=math.inf),
+        replace(
+            result.rows[0], policy="p", spec="p", depth=None, decided="policy", ms_repeats=(1.0,), delta_se=math.inf
+        ),
     ]
     assert within(rows[0], 0.001) == "yes"
     assert conclude(rows, (0.01,)).findings[0].against_fixed == "cannot tell"

@@ -78,7 +78,7 @@ def test_all_front_ends_of_compare_agree_on_one_model(
 ) -> None:
     result = haltkit.compare(subject, policies=POLICIES, taus=TAUS, repeats=1)
     expected = figures(result.rows)
-    assert {row.policy for row in result.rows} == {"fixed", "norm", "2=accel;3-4=norm"}
+    assert {row.policy for row in result.rows} == {"fixed", "norm", "2=accel;3-4=norm", "oracle"}
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "subjects_of_mine", sys.modules[__name__])
     SUBJECTS[:] = [subject]
