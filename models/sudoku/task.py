@@ -215,10 +215,15 @@ class Sudoku:
     def levels(self) -> Sequence[Level]:
         return (Level(0, self.settings.steps, self.settings.batch),)
 
-    def sample(self, rng: np.random.Generator, level: int, count: int) -> Batch:
+    @property
+    def base_boards(self) -> np.ndarray:
+        """Boards that training draws from, and their solutions, ``(boards, 2, n, n)``, made at the first call."""
         s = self.settings
-        pool = _pool(s.side, s.seed, s.boards, s.fewest, s.most)
-        moved = scramble(rng, pool[rng.integers(0, len(pool), count)], s.side).reshape(count, 2, -1)
+        return _pool(s.side, s.seed, s.boards, s.fewest, s.most)
+
+    def sample(self, rng: np.random.Generator, level: int, count: int) -> Batch:
+        pool = self.base_boards
+        moved = scramble(rng, pool[rng.integers(0, len(pool), count)], self.settings.side).reshape(count, 2, -1)
         return from_numpy(*encode(moved[:, 0], moved[:, 1]))
 
     def test_sets(self, count: int, seed: int) -> dict[str, Batch]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sudoku import Sudoku as OtherSudoku
 
 from haltkit.models.config import ConfigError
 from haltkit.models.reasoner.checkpoint import bundled_reasoner
@@ -98,6 +99,23 @@ def test_a_board_is_known_again_in_every_disguise(side: int, seed: int) -> None:
     other = pair[0].flatten().tolist()
     other[other.index(0)] = side
     assert canonical(other, side) != first
+
+
+@pytest.mark.parametrize(("side", "empty"), [(4, 10), (6, 18), (6, 24)])
+def test_the_solver_agrees_with_one_that_others_wrote(side: int, empty: int) -> None:
+    """Whether a board has one solution, and which, on boards of py-sudoku: some have one, others several."""
+    high, wide = BOXES[side]
+    found = []
+    for seed in range(40):
+        theirs = OtherSudoku(wide, high, seed=seed).difficulty((empty + 0.5) / side**2)
+        board = tuple(digit or 0 for row in theirs.board for digit in row)
+        ours = solutions(board, 2)
+        assert board.count(0) == empty
+        assert (len(ours) > 1) == theirs.has_multiple_solutions()
+        if len(ours) == 1:
+            assert ours[0] == tuple(digit for row in theirs.solve().board for digit in row)
+        found.append(len(ours))
+    assert {1, 2} == set(found)
 
 
 def test_disguises_reach_every_cell_and_digit() -> None:
