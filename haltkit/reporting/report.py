@@ -94,6 +94,10 @@ def _about(diagnosis: Diagnosis) -> str:
     return "; ".join(parts)
 
 
+# Lines of their own for depths that not all rows share.
+_SHOWN = {"kind": "fixed depth by kind", "oracle": "oracle (needs full depth)"}
+
+
 def _compared(compared: Comparison) -> dict[str, Any]:
     return {
         "metric": compared.metric,
@@ -102,7 +106,7 @@ def _compared(compared: Comparison) -> dict[str, Any]:
         "level": compared.levels[len(compared.levels) // 2],
         "rows": [
             {
-                "policy": row.policy,
+                "policy": _SHOWN.get(row.decided, row.policy),
                 "setting": row.spec or row.label or row.policy,
                 "tau": row.tau,
                 "loss": row.loss,

@@ -44,6 +44,11 @@ def slow_accel(found: dict[str, Any]) -> None:
         r["ms"] = 9.0
 
 
+def oracle(found: dict[str, Any]) -> None:
+    """Faster than any policy, and none."""
+    found["comparison"]["rows"].append({**row("oracle", 1.0, 5.0, 0.1), "tau": None, "decided": "oracle"})
+
+
 def young_and(spoil: Spoil) -> Spoil:
     return lambda found: (spoil(found), young(found))
 
@@ -85,6 +90,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("P12", flat_kl, NO),
     ("P13", slow_accel, NO),
     ("P14", slow_accel, NO),
+    ("P14", oracle, YES),
 ]
 
 

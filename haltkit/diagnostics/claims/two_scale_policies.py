@@ -117,6 +117,8 @@ def _gain(diagnosis: Diagnosis) -> Answer:
         return cannot_tell(missing or "there is no comparison")
     fastest: dict[str, Row] = {}
     for row in diagnosis.comparison.rows[1:]:
+        if row.oracle:  # nobody can pick it, so it is no other policy
+            continue
         if row.delta + 2 * row.delta_se <= FLAT and (row.policy not in fastest or row.ms < fastest[row.policy].ms):
             fastest[row.policy] = row
     others = [row for name, row in fastest.items() if name not in ("accel", "fixed")]
