@@ -137,8 +137,10 @@ def conclude(
             found.append(Finding(name, kind, level, best, fixed, compared, one_depth, oracle))
     middle = levels[len(levels) // 2]
     winner = _fastest((row for row in rows if row.decided == "policy"), middle, "loss")
-    good = [row for row in rows if within(row, middle) == "yes"]
-    undecided = all(row.same_as_full for row in good) and any(within(row, middle) == "cannot tell" for row in rows)
+    said = [(row, within(row, middle)) for row in rows if not row.oracle]
+    undecided = all(row.same_as_full for row, sure in said if sure == "yes") and any(
+        s == "cannot tell" for _, s in said
+    )
     return Conclusion(
         tuple(found), middle, winner, _fastest((row for row in rows if row.fixed), middle, "loss"), undecided
     )

@@ -101,6 +101,14 @@ def test_the_oracle_is_no_policy_and_no_depth_that_anybody_can_pick(result: Comp
         assert finding.fixed is not finding.oracle
 
 
+def test_what_the_oracle_reaches_for_sure_decides_nothing(result: Comparison) -> None:
+    """Full depth alone is good for sure, a policy may be, and the oracle is: there are too few items to tell."""
+    full, oracle = result.rows[0], next(row for row in result.rows if row.oracle)
+    maybe = replace(next(row for row in result.rows if row.decided == "policy"), delta=0.0, delta_se=1.0, agreement=0.5)
+    surely = replace(oracle, delta=-1.0, delta_se=0.0, agreement=0.5)
+    assert replace(result, rows=(full, maybe, surely)).conclusion().undecided
+
+
 def test_a_policy_is_held_against_the_depths_by_kind_where_they_are_faster(result: Comparison) -> None:
     speed = {"kind": (2.0, 2.0), "depth": (4.0, 4.0), "policy": (3.0, 3.0), "oracle": (1.0, 1.0)}
     timed = [replace(row, ms=speed[row.decided][0], ms_repeats=speed[row.decided]) for row in result.rows]
