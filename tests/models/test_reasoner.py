@@ -16,6 +16,7 @@ from haltkit import run_loop
 from haltkit.models.config import ConfigError
 from haltkit.models.reasoner.checkpoint import load_reasoner, save_reasoner
 from haltkit.models.reasoner.config import (
+    SHIPPED,
     LayerConfig,
     RateConfig,
     ReasonerConfig,
@@ -252,7 +253,7 @@ def test_checkpoints_come_back_and_wrong_ones_are_refused(tmp_path: Path) -> Non
         load_reasoner(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["chase", "sudoku", "sudoku-9x9"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_shipped_configs_load(name: str) -> None:
     config = load_reasoner_config(name)
     task = make_task(config.task, config.settings)
