@@ -68,6 +68,7 @@ class Entry:
         needs: the modules that it is imported from; none for loops of one's own.
         build: makes it.
         exact: the steps at which a halt must be exactly equal; None: 1 to loops - 1. Empty: it must be refused.
+        rounds: equal to rounding is enough, because the model itself rounds differently when run with fewer loops.
         why: for the page, where not every step is exact.
     """
 
@@ -76,6 +77,7 @@ class Entry:
     build: Callable[[Size], Case]
     exact: tuple[int, ...] | None = None
     why: str = ""
+    rounds: bool = False
 
     @property
     def installed(self) -> bool:
@@ -598,9 +600,8 @@ ENTRIES = (
         "spiral-lm",
         "spiral",
         spiral,
-        (3, 4, 5),
-        "equal to rounding at 1 and 2: the model makes the modulations of all its steps in one product, which rounds "
-        "differently for fewer",
+        why="the model makes the modulations of all its steps in one product, which rounds differently for fewer",
+        rounds=True,
     ),
     Entry("own loop, for", "", _own(Own)),
     Entry("own loop, while", "", _own(While)),
@@ -672,7 +673,7 @@ def look(entry: Entry) -> Found:
         except Exception as error:  # whatever the model says where the proposal does not fit
             found.refused = found.refused or type(error).__name__
             continue
-        if report.ok:
+        if report.ok or (entry.rounds and report.halted is not None and report.halted <= ROUNDING):
             found.exact.append(k)
         if report.alone is not None:
             found.alone.append(report.alone)
@@ -699,6 +700,8 @@ def share(entry: Entry, repeats: int) -> tuple[int, int, float]:
 
 def steps_text(found: Found, entry: Entry, case: Case) -> str:
     every = found.exact == list(range(1, case.loops))
+    if every and entry.rounds:
+        return "every k, to rounding"
     return "every k" if every else ", ".join(map(str, found.exact)) if found.exact else "refused"
 
 
