@@ -67,13 +67,14 @@ def policies(json_path: JsonPath = None) -> None:
 
 def _keys(record: PolicyRecord) -> dict[str, str]:
     """What each key of a policy's specs may be."""
-    from haltkit.weights import Weights
+    from haltkit.weights import is_weights
 
     hints = typing.get_type_hints(record.policy)
     keys = {}
     for name, field in record.fields.items():
-        if hints[name] is Weights:
-            keys[name] = "required, a safetensors file"
+        if is_weights(hints[name]):
+            required = "required" if field.default is dataclasses.MISSING else "optional"
+            keys[name] = f"{required}, a safetensors file"
             continue
         allowed = "|".join(map(str, typing.get_args(hints[name])))
         default = "required" if field.default is dataclasses.MISSING else str(field.default)

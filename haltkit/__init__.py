@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from haltkit.loop import Outcome as Outcome
     from haltkit.loop import run_loop as run_loop
     from haltkit.protocol import HaltingPolicy as HaltingPolicy
+    from haltkit.protocol import Heads as Heads
     from haltkit.protocol import LoopStep as LoopStep
     from haltkit.protocol import Verdict as Verdict
     from haltkit.queue import run_queue as run_queue
@@ -61,7 +62,7 @@ _HOMES = {
     "haltkit.bodies": ("CompactBody", "FreezingBody", "GuardedBody", "LoopBody"),
     "haltkit.kinds": ("Kinds",),
     "haltkit.loop": ("LoopObserver", "LoopResult", "Outcome", "run_loop"),
-    "haltkit.protocol": ("HaltingPolicy", "LoopStep", "Verdict"),
+    "haltkit.protocol": ("HaltingPolicy", "Heads", "LoopStep", "Verdict"),
     "haltkit.recording.recorder": ("Record", "Recorder", "record"),
     "haltkit.comparison": ("Comparison", "compare"),
     "haltkit.registry": ("register",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from haltkit.weights import WeightsMisfit, held_by
 __all__ = [
     "Granularity",
     "HaltingPolicy",
+    "Heads",
     "LoopStep",
     "Readout",
     "ThresholdPolicy",
@@ -28,7 +30,9 @@ __all__ = [
     "check_state",
     "check_tau",
     "check_temperature",
+    "each_head",
     "granularity_of",
+    "has_logits",
     "judge",
     "map_state",
     "read",
@@ -38,6 +42,47 @@ Readout = Callable[[Tensor], Tensor]
 Granularity = Literal["token", "sequence", "batch", "world"]
 S = TypeVar("S")
 MOST = 2**31 - 1  # steps, slots or hits: what an int32 holds
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a model reads from its state, where that is more than logits: give it wherever a readout is given.
+
+    ::
+
+        heads = haltkit.Heads(model.lm_head, lambda x: model.early_exit_gate(x).squeeze(-1))
+        haltkit.attach(model, "gate:tau=0.1,rule=cumulative", loop=loop, readout=heads)
+
+    Args:
+        logits: from the state ``(..., D)`` to logits ``(..., V)``; None: only the gate is known.
+        gate: from the state ``(..., D)`` to ``(...)``, the logit of the probability to exit here: the model's own exit
+            head, for the policy ``gate``.
+    """
+
+    logits: Readout | None
+    gate: Readout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``(..., V)``.
+
+        Raises:
+            ValueError: only the gate is known.
+        """
+        if self.logits is None:
+            raise ValueError("these heads have a gate and no logits: give Heads the readout from the state to logits")
+        return self.logits(x)
+
+
+def has_logits(readout: Readout | None) -> bool:
+    """Whether logits can be read: there is a readout, and not a gate alone."""
+    return readout is not None and not (isinstance(readout, Heads) and readout.logits is None)
+
+
+def each_head(readout: Readout, change: Callable[[Readout], Readout]) -> Readout:
+    """The readout with every function in it changed; a gate stays beside its readout."""
+    if not isinstance(readout, Heads):
+        return change(readout)
+    return Heads(None if readout.logits is None else change(readout.logits), change(readout.gate))
 
 
 class Verdict(NamedTuple):
@@ -63,7 +108,7 @@ class LoopStep:
         region: the name of the loop.
 
     What several policies may use is computed once, when first used: :attr:`d`, :attr:`step_norm`,
-    :attr:`logits` and :meth:`log_probabilities`.
+    :attr:`logits`, :meth:`log_probabilities` and :attr:`gate`.
     """
 
     def __init__(
@@ -85,6 +130,7 @@ class LoopStep:
         self._d: Tensor | None = None
         self._step_norm: Tensor | None = None
         self._logits: Tensor | None = None
+        self._gate: Tensor | None = None
         self._log_probabilities: dict[float, Tensor] = {}
 
     @property
@@ -109,7 +155,7 @@ class LoopStep:
             ValueError: the loop was given no readout, or one that does not give logits row by row.
         """
         if self._logits is None:
-            if self._readout is None:
+            if self._readout is None or not has_logits(self._readout):
                 which = "the loop" if self.region == "loop" else f"region {self.region!r}"
                 raise ValueError(
                     f"this policy looks at logits, but {which} has no readout: pass readout=, a function from the "
@@ -117,6 +163,30 @@ class LoopStep:
                 )
             self._logits = read(self._readout, self.x)
         return self._logits
+
+    @property
+    def gate(self) -> Tensor:
+        """The logit of the model's own probability to exit after this step, ``(...)``; computed at most once.
+
+        Raises:
+            ValueError: the loop was given no gate, or one that does not give one number per row.
+        """
+        if self._gate is None:
+            if not isinstance(self._readout, Heads):
+                raise ValueError(
+                    "this policy reads the model's own exit head, a gate that the model has not: pass "
+                    "readout=haltkit.Heads(readout, gate), where gate is a function from the state (..., D) to one "
+                    "logit per row (...), or fit one with 'haltkit fit --policy gate'"
+                )
+            gate: Any = self._readout.gate(self.x)
+            if not isinstance(gate, Tensor) or gate.shape != self.x.shape[:-1]:
+                found = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+                raise ValueError(
+                    f"the gate turned states {tuple(self.x.shape)} into {found}: one logit per row, "
+                    f"{tuple(self.x.shape[:-1])}, is expected"
+                )
+            self._gate = signals.measured(gate)
+        return self._gate
 
     def log_probabilities(self, temperature: float = 1.0) -> Tensor:
         """``log softmax(logits / temperature)``, ``(..., V)``: computed at most once per step and temperature.

@@ -194,6 +194,11 @@ def entropy_change(entropy: Tensor, entropy_prev: Tensor) -> Tensor:
     return (entropy - entropy_prev).abs()
 
 
+def going_on(gate: Tensor) -> Tensor:
+    """``1 - lambda = sigmoid(-gate)``, the probability of not exiting at this step by a gate's logit; (0, 1)."""
+    return torch.sigmoid(-gate)
+
+
 def margin(log_p: Tensor) -> Tensor:
     """``p_(1) - p_(2)``, the gap between the two most probable, ``(..., V)`` to ``(...)``, in [0, 1].
 

@@ -13,6 +13,7 @@ from haltkit import signals
 from haltkit.loop import Keep, Outcome
 from haltkit.protocol import (
     HaltingPolicy,
+    Heads,
     LoopStep,
     Readout,
     Verdict,
@@ -21,7 +22,6 @@ from haltkit.protocol import (
     granularity_of,
     judge,
     map_state,
-    read,
 )
 
 __all__ = ["QueueItem", "QueueResult", "SlotBody", "Slots", "place"]
@@ -204,15 +204,11 @@ class Slots:
     def _judge(self, new: Tensor, k: Tensor, active: Tensor) -> Tensor:
         """Which rows the policy halts, ``(n, ...)``. Newcomers are judged apart: their state begins here."""
         x_prev = cast(_Batch, self.batch).x
-        logits: list[Tensor] = []
+        everything = LoopStep(k, new, x_prev, active, self.readout)  # each head is read at most once, for all slots
 
         def step_of(rows: Callable[[Tensor], Tensor], k: int | Tensor, active: Tensor) -> LoopStep:
-            def rows_read(_: Tensor) -> Tensor:
-                if not logits:  # at most once per step, for all slots
-                    logits.append(read(cast(Readout, self.readout), new))
-                return rows(logits[0])
-
-            return LoopStep(k, rows(new), rows(x_prev), active, None if self.readout is None else rows_read)
+            heads = Heads(lambda _: rows(everything.logits), lambda _: rows(everything.gate))
+            return LoopStep(k, rows(new), rows(x_prev), active, heads)
 
         judged, newcomers, halt = self.judged, self.newcomers, None
         if newcomers is None or len(newcomers) < len(new):

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "WeightsMisfit", "held_by"]
+__all__ = ["Weights", "WeightsMisfit", "held_by", "is_weights"]
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -128,6 +128,11 @@ class Weights:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def is_weights(hint: Any) -> bool:
+    """Whether a field of this type holds weights; ``Weights | None`` may do without."""
+    return hint is Weights or Weights in get_args(hint)
 
 
 def held_by(policy: Any) -> list[Weights]:

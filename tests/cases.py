@@ -60,6 +60,14 @@ def write_probe(width: int) -> str:
     return str(path)
 
 
+def write_gate(width: int) -> str:
+    """A file with the weights of a gate for states of this width in the region ``loop``."""
+    path = Path(tempfile.mkdtemp()) / "gate.safetensors"
+    state = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    Weights({"loop/state": state, "loop/bias": torch.tensor([-0.5])}).save(path)
+    return str(path)
+
+
 # Every registered policy under the examples of its record, and every wrapper.
 SPECS = {
     **example_specs(),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from haltkit.protocol import Heads
+
 
 @dataclass(frozen=True)
 class Map:
@@ -86,7 +88,15 @@ def wiggle(x: Tensor) -> Tensor:
     return pace * x + 0.1 * torch.tanh(x.flip(-1)) + 0.05
 
 
-def readout(x: Tensor) -> Tensor:
+def _logits(x: Tensor) -> Tensor:
     """Logits ``(..., 5)`` of any state, row by row."""
     weight = torch.sin(torch.arange(5 * x.shape[-1], dtype=x.dtype)).view(5, -1)
     return x @ weight.T
+
+
+def _gate(x: Tensor) -> Tensor:
+    """A gate that opens as the state shrinks, in no region linear."""
+    return 1.5 - x.square().mean(-1).sqrt()
+
+
+readout = Heads(_logits, _gate)

@@ -15,6 +15,7 @@ from haltkit.comparison.measure import measure
 from haltkit.comparison.possible import Possible, possible
 from haltkit.comparison.settings import Given, candidates, choose_settings
 from haltkit.comparison.table import Comparison
+from haltkit.protocol import has_logits
 from haltkit.recording.trajectory import TrajectoryError
 from haltkit.subject import Subject
 
@@ -102,7 +103,7 @@ def _headroom(subject: Subject, recorded: int, oracles: list[Mapping[str, Tensor
     """What halting could save by region, or why that is not known; the oracle depths are added to ``oracles``."""
     if not recorded:
         return {}, "it was not asked for"
-    if subject.readout is None:
+    if not has_logits(subject.readout):
         return {}, "the subject has no readout from its state"
     enough = None if subject.driver.rows_leave else recorded
     try:

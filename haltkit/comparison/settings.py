@@ -14,7 +14,7 @@ from haltkit.attachment.saved import load_card
 from haltkit.card import is_card
 from haltkit.comparison.thresholds import PAPER_TAUS, taus_of
 from haltkit.driving import Look
-from haltkit.protocol import HaltingPolicy, Readout, check_tau
+from haltkit.protocol import HaltingPolicy, Readout, check_tau, has_logits
 from haltkit.recording.replay import readout_of_recordings, replay
 from haltkit.recording.trajectory import RegionTrajectory
 from haltkit.registry import records
@@ -76,7 +76,7 @@ def candidates(policies: str | Sequence[Given] | None, subject: Subject) -> list
         ValueError: a bad spec, or regions that are not the model's.
     """
     if policies is None:
-        usable = [r.name for r in records() if r.swept and (subject.readout is not None or not r.needs_readout)]
+        usable = [r.name for r in records() if r.swept and (has_logits(subject.readout) or not r.needs_readout)]
         policies = ",".join(sorted(usable))
     given: Sequence[Given] = parse_choices(policies) if isinstance(policies, str) else policies
     return [_candidate(one, subject) for one in given]

@@ -4,6 +4,7 @@ from haltkit.policies.acceleration import Acceleration
 from haltkit.policies.cosine import CosineDistance
 from haltkit.policies.entropy import EntropyChange
 from haltkit.policies.fixed import Fixed
+from haltkit.policies.gate import Gate
 from haltkit.policies.kl import KL
 from haltkit.policies.margin import Margin
 from haltkit.policies.normalized_acceleration import NormalizedAcceleration
@@ -20,6 +21,7 @@ __all__ = [
     "CosineDistance",
     "EntropyChange",
     "Fixed",
+    "Gate",
     "Margin",
     "NormalizedAcceleration",
     "NormalizedStepNorm",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.policies.linear import check_linear, linear
 from haltkit.protocol import LoopStep, Verdict, check_tau
-from haltkit.weights import Weights, WeightsMisfit
+from haltkit.weights import Weights
 
 __all__ = ["FEATURES", "Probe", "features"]
 
@@ -40,26 +41,6 @@ def features(step: LoopStep, d_prev: Tensor, names: tuple[str, ...] = FEATURES) 
     return torch.stack([found[name] for name in names], -1)
 
 
-def _checked(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """The features that the probe of each region uses, by region in order of their names."""
-    needed = ("state", "bias", *FEATURES)
-    regions = sorted({name.rpartition("/")[0] for name in tensors})
-    names = {f"{region}/{name}" for region in regions for name in needed}
-    if wrong := sorted(names ^ set(tensors)):
-        raise WeightsMisfit(
-            f"these are not a probe's weights: {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}. A "
-            f"probe has REGION/NAME for the names {', '.join(needed)}: make it with 'haltkit fit'"
-        )
-    for name, tensor in tensors.items():
-        fits = tensor.ndim == 1 and (len(tensor) == 1 or name.endswith("/state"))
-        if not fits or not tensor.is_floating_point():
-            raise WeightsMisfit(
-                f"these are not a probe's weights: {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, where "
-                f"{'(D,)' if name.endswith('/state') else '(1,)'} in floating point is expected"
-            )
-    return {region: tuple(name for name in FEATURES if bool(tensors[f"{region}/{name}"])) for region in regions}
-
-
 @dataclass(frozen=True)
 class Probe:
     """Halt a row when the fitted probability that its prediction will still change is below ``tau``.
@@ -85,18 +66,19 @@ class Probe:
         check_tau(self.tau)
         if self.tau > 1:
             raise ValueError(f"tau={self.tau} is above 1: it is a probability")
-        object.__setattr__(self, "used", _checked(self.weights.tensors))
+        tensors = self.weights.tensors
+        used = {
+            region: tuple(name for name in FEATURES if bool(tensors[f"{region}/{name}"]))
+            for region in check_linear("probe", tensors, FEATURES)
+        }
+        object.__setattr__(self, "used", used)
 
     def init(self, x0: Tensor) -> Tensor:
         return torch.zeros_like(signals.measured(x0))
 
     def update(self, state: Tensor, step: LoopStep) -> tuple[Tensor, Verdict]:
-        x = signals.measured(step.x)
-        known = self.weights.like(x)
-        if step.region not in self.used:
-            raise WeightsMisfit(f"the probe was fitted for {', '.join(self.used)}, and this loop is {step.region!r}")
+        logit, known = linear("probe", self.weights, step)
         names = self.used[step.region]
-        logit = x @ known[f"{step.region}/state"] + known[f"{step.region}/bias"]
         if names:
             logit = logit + features(step, state, names) @ torch.cat([known[f"{step.region}/{n}"] for n in names])
         score = torch.sigmoid(-logit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.loop import Keep, LoopResult, Outcome, run_loop
-from haltkit.protocol import LoopStep, Readout, Verdict, judge
+from haltkit.protocol import LoopStep, Readout, Verdict, each_head, judge
 from haltkit.recording.trajectory import RegionTrajectory, TrajectoryError
 from haltkit.specs import PolicyLike, policy_of
 
@@ -45,26 +45,29 @@ def _states(trajectory: RegionTrajectory) -> Tensor:
 def _fitting(readout: Readout, width: int) -> Readout:
     """The readout; where it cannot take the states, the recording is of another model, or the readout elsewhere."""
 
-    def fitting(x: Tensor) -> Tensor:
-        try:
-            return readout(x)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise TrajectoryError(
-                f"the recording's states, of width {width}, do not fit the readout: it is of another model, or on "
-                "another device, where haltkit.readout_of_recordings(readout, model) would carry them "
-                f"({' '.join(str(error).split())})"
-            ) from error
+    def fitting(head: Readout) -> Readout:
+        def read(x: Tensor) -> Tensor:
+            try:
+                return head(x)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise TrajectoryError(
+                    f"the recording's states, of width {width}, do not fit the readout: it is of another model, or on "
+                    "another device, where haltkit.readout_of_recordings(readout, model) would carry them "
+                    f"({' '.join(str(error).split())})"
+                ) from error
 
-    return fitting
+        return read
+
+    return each_head(readout, fitting)
 
 
 def readout_of_recordings(readout: Readout, model: nn.Module) -> Readout:
     """A model's readout for recorded states, which lie on the CPU wherever the model is; so do its logits."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    return lambda x: readout(x.to(device)).to(x.device)
+    return each_head(readout, lambda head: lambda x: head(x.to(device)).to(x.device))
 
 
 def replay(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import PolicyRecord, record_of
-from haltkit.weights import Weights
+from haltkit.weights import Weights, is_weights
 from haltkit.wrappers import AllOf, AnyOf, CheckEvery, MinSteps, Patience, Pooled
 
 __all__ = ["COMBINED", "WRAPPER_KEYS", "Spec", "value_of"]
@@ -129,7 +129,7 @@ class Spec:
     def _files(self) -> dict[str, str]:
         """Those of this spec's own keys that name files of weights."""
         hints = typing.get_type_hints(record_of(self.name).policy)
-        return {key: value for key, value in self.keys if hints.get(key) is Weights}
+        return {key: value for key, value in self.keys if is_weights(hints.get(key))}
 
     def build(self) -> HaltingPolicy[Any]:
         """The policy.
@@ -218,7 +218,7 @@ def value_of(text: str, hint: Any, key: str, spec: Spec) -> Any:
             raise ValueError(f"{key}={text} in {str(spec)!r}: {kind} is expected") from None
     if hint is str:
         return text
-    if hint is Weights:
+    if is_weights(hint):
         return Weights.load(text)
     raise ValueError(f"{key} of {spec.name} is of type {hint}, which a spec cannot write: build it in Python")
 

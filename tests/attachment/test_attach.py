@@ -18,6 +18,7 @@ import haltkit
 from cases import SPECS, STEPS, WIDTH, Refiner, state_of
 from haltkit.attachment import errors
 from haltkit.attachment.description import Loop
+from haltkit.protocol import Heads
 from haltkit.recording.recorder import Recorder
 from standins import AtDepths
 
@@ -263,10 +264,10 @@ def test_what_attach_refuses(model: Refiner, x: Tensor) -> None:
     "spec", [*SPECS.values(), "norm:tau=0.1,granularity=sequence", "norm:tau=1,granularity=batch,pool=max"]
 )
 def test_an_empty_batch_passes_through(model: Refiner, spec: str, shape: tuple[int, ...]) -> None:
-    plain = model(torch.zeros(shape))
+    plain, heads = model(torch.zeros(shape)), Heads(lambda x: x, lambda x: x[..., 0])
     executions: tuple[Any, ...] = ("masked",) if "=batch" in spec else ("masked", "compact")
     for execution in executions:
-        with haltkit.attach(model, spec, body=["core"], readout=lambda x: x, execution=execution) as session:
+        with haltkit.attach(model, spec, body=["core"], readout=heads, execution=execution) as session:
             assert model(torch.zeros(shape)).shape == plain.shape
         assert session.steps["loop"].shape == session.outcome["loop"].shape == shape[:-1]
         assert (session.computed, session.skipped) == (1, STEPS - 1)

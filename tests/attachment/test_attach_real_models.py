@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import haltkit
 from cases import hrm_model
 from haltkit.attachment.description import Loop
+from haltkit.attachment.presets import preset_for
+from haltkit.recording.recorder import Recorder
 from standins import with_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's packages warn as they like
@@ -434,6 +436,50 @@ def test_alberts_with_heads_and_with_several_groups_are_known() -> None:
     with haltkit.attach(grouped, "group0=fixed:steps=2;group1=fixed:steps=3") as session:
         assert torch.equal(grouped(IDS).last_hidden_state, x)
         assert {name: int(steps.max()) for name, steps in session.steps.items()} == {"group0": 2, "group1": 3}
+
+
+@torch.no_grad()
+def test_the_gate_of_a_model_with_act_stops_where_the_model_itself_does() -> None:
+    torch.manual_seed(0)
+    target = mythos()
+    model: Any = target.model
+    model.recurrent.cfg.act_threshold = 0.9
+    torch.nn.init.normal_(model.recurrent.act.halt.weight, std=0.05, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.constant_(model.recurrent.act.halt.bias, 0.0)
+    recorder = Recorder()
+    with haltkit.attach(model, None, observer=recorder) as session:
+        target.run()
+    own = session.steps["loop"]
+    recorded = recorder.trajectory["loop"]
+    readout = preset_for(model)[1]
+    taken = haltkit.replay("gate:tau=0.1,rule=sum", recorded, readout=readout)
+    assert int(taken.steps.max()) == int(own.max()) < 6
+    assert int(taken.steps.min()) < int(taken.steps.max())
+    with haltkit.attach(model, "gate:tau=0.1,rule=sum,granularity=batch,pool=max") as session:
+        target.run()
+    assert (session.steps["loop"] == own.max()).all()
+
+
+@torch.no_grad()
+def test_the_gate_of_a_tiny_recursive_model_judges_a_sequence_as_its_own_head_does() -> None:
+    torch.manual_seed(0)
+    target = tiny_recursive()
+    model: Any = target.model
+    torch.nn.init.normal_(model.to_halt_pred[1].weight, std=3.0, generator=torch.Generator().manual_seed(2))
+    outputs, latents = model.get_initial()
+    inputs, _ = model.embed_inputs_with_registers(IDS)
+    found = []
+    for _ in range(5):
+        outputs, latents = model.refine_latent_then_output_once(inputs, outputs, latents)
+        found.append(model.to_halt_pred(outputs).sigmoid())
+    probabilities = torch.stack(found)  # (5, B)
+    limit = float(probabilities[2].mean())
+    halts = probabilities > limit  # which tells the two sequences apart at the third step
+    expected = torch.where(halts.any(0), halts.int().argmax(0) + 1, 5)
+    with haltkit.attach(model, f"gate:tau={1 - limit},granularity=sequence") as session:
+        target.run()
+    assert len(set(expected.tolist())) > 1
+    assert torch.equal(session.steps["loop"], expected.unsqueeze(1).expand_as(session.steps["loop"]))
 
 
 def test_a_stranger_of_a_known_name_is_told_so() -> None:

@@ -13,14 +13,19 @@ from torch import Tensor
 
 import haltkit
 from cases import SPECS as CASES
-from cases import write_probe
+from cases import write_gate, write_probe
 from haltkit.loop import LoopResult
 from haltkit.protocol import LoopStep, Verdict, map_state
 from haltkit.recording.recorder import Recorder
 from haltkit.recording.replay import scores
 from maps import MAPS, contraction, diverger, orbit, readout, rotation, slider, wiggle
 
-SPECS = {**CASES, "probe": f"probe:tau=0.3,weights={write_probe(6)}"}
+SPECS = {
+    **CASES,
+    "probe": f"probe:tau=0.3,weights={write_probe(6)}",
+    "gate fitted": f"gate:tau=0.3,weights={write_gate(6)}",
+    "gate fitted, cumulative": f"gate:tau=0.1,rule=cumulative,weights={write_gate(6)}",
+}
 THRESHOLDS = [name for name in SPECS if "tau" in SPECS[name] and name not in ("any", "all")]
 every_policy = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 seeds = st.integers(0, 2**31)
