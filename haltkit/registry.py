@@ -223,6 +223,13 @@ _BUILTIN = (
         examples=("tau=0.3", "tau=0.1,rule=cumulative", "tau=0.1,rule=sum"),
     ),
     PolicyRecord(
+        "table",
+        policies.Table,
+        "depth[kind of row], looked up before the loop; of 'haltkit fit --policy table'",
+        "steps; from 1",
+        wrapped=False,
+    ),
+    PolicyRecord(
         "fixed",
         policies.Fixed,
         "steps - k",

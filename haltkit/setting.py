@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from haltkit.kinds import DepthByRow
-from haltkit.policies import Fixed
+from haltkit.policies import Fixed, Table
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.specs import Policies, UnprintablePolicy, policy_for_regions, text_of
 
@@ -111,6 +111,11 @@ class Setting:
     def depth(self) -> Depth | None:
         """The fixed depth that all rows have; None for depths of rows and for policies."""
         return self.how if isinstance(self.how, Depth) else None
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether some policy is a table, which a subject turns into depths of rows."""
+        return any(isinstance(policy, Table) for policy in self.policies.values())
 
     @property
     def by_row(self) -> DepthByRow | None:

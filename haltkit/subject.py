@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from haltkit.attachment import Loop
 from haltkit.attachment.presets import preset_for
 from haltkit.driving import Adaptive, ByAttaching, ByModules, ByRow, Driver, Look, Pass, RunPass
-from haltkit.kinds import Kinds
+from haltkit.kinds import DepthByRow, Kinds
+from haltkit.policies import Table
 from haltkit.protocol import HaltingPolicy, Readout
 from haltkit.recording.layers import LayerStates, record_layers
 from haltkit.recording.recorder import Record
@@ -48,6 +49,8 @@ class Subject:
             is chosen by; None: 0.1%, 1% and 5% of full depth's loss.
         logits: from the output to logits ``(B, T, V)``, for agreement and KL with full depth; None: not measured.
         readout: from the state to logits, for policies that look at predictions.
+        labels: from a sample to the right class of each row, ``(B, T)`` int64, as the readout numbers classes; below 0
+            where a row is asked nothing. None: the data have none, and nothing that needs them is measured.
         layers: region to the paths of the layers inside, in the order of one step.
         depth: the residual stream from bottom to top: modules that run once, and regions by name. Empty: the regions.
         tokens: from token ids ``(T,)`` to their text.
@@ -75,6 +78,7 @@ class Subject:
     levels: tuple[float, float, float] | None = None
     logits: Callable[[Any], Tensor] | None = None
     readout: Readout | None = None
+    labels: Callable[[Any], Tensor] | None = None
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     depth: Sequence[str] = ()
     tokens: Callable[[Tensor], list[str]] | None = None
@@ -201,7 +205,35 @@ class Subject:
         with subject.using(Setting.of("accel:tau=1e-3", subject.regions)) as run:
             done = run(sample)  # a Pass
         """
-        return self.driver.using(setting, self.full_depth)
+        return self.driver.using(self._known(setting), self.full_depth)
+
+    def _known(self, setting: Setting) -> Setting:
+        """The setting, with tables replaced by the depths of rows that they say.
+
+        Raises:
+            ValueError: tables in some regions only, or no kinds to look up.
+        """
+        if not setting.looked_up:
+            return setting
+        tables = {name: policy for name, policy in setting.policies.items() if isinstance(policy, Table)}
+        if len(tables) < len(setting.policies):
+            raise ValueError(
+                f"a table in {', '.join(tables)} alone: depths of rows are for all regions, so give the others a table "
+                "too, in which every kind may have the same depth"
+            )
+        if self.kinds is None:
+            raise ValueError(
+                f"a table is looked up by kind of row, and {self.name} does not say its rows' kinds: give the Subject "
+                "kinds=, run the text model in mode forward, or use another policy"
+            )
+        of = self.kinds.of
+
+        def depths(sample: Any) -> dict[str, Tensor]:
+            kinds = of(sample)
+            return {name: table.steps(kinds, name) for name, table in tables.items()}
+
+        deepest = {name: table.deepest(name) for name, table in tables.items()}
+        return replace(setting, how=DepthByRow(depths, deepest, f"table by {self.kinds.what}"))
 
     @torch.no_grad()
     def run(self, sample: Any, setting: Setting | int | Policies) -> Pass:

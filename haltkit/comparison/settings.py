@@ -279,7 +279,7 @@ def suggested_depths(
     baseline that a policy must beat.
 
     Args:
-        settings: of policies, which are judged on the recording.
+        settings: of policies, which are judged on the recording; a table cannot be.
         recorded: the loops at full depth by region, on some sample.
         readout: for recorded states (see :func:`haltkit.readout_of_recordings`).
         known: depths that are there already.
@@ -288,7 +288,7 @@ def suggested_depths(
         the ``SUGGESTED`` least deep ones that are not known already.
     """
     found: set[tuple[int, ...]] = set()
-    for setting in settings:
+    for setting in (one for one in settings if not one.looked_up):
         with torch.no_grad():
             steps = [replay(setting.policies[name], region, readout=readout).steps for name, region in recorded.items()]
         found.add(tuple(max(1, round(float(taken.double().mean()))) for taken in steps))

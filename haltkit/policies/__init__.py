@@ -14,6 +14,7 @@ from haltkit.policies.settling import Settling
 from haltkit.policies.stable import Stable
 from haltkit.policies.step_norm import StepNorm
 from haltkit.policies.step_size_change import StepSizeChange
+from haltkit.policies.table import Table
 
 __all__ = [
     "KL",
@@ -30,4 +31,5 @@ __all__ = [
     "Stable",
     "StepNorm",
     "StepSizeChange",
+    "Table",
 ]

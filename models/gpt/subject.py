@@ -14,7 +14,7 @@ from torch import Tensor
 from haltkit.comparison.conclusions import NATS_LEVELS
 from haltkit.comparison.thresholds import TARGET_STEPS
 from haltkit.driving import ByModules, Pass
-from haltkit.kinds import per_row
+from haltkit.kinds import Kinds, per_row
 from haltkit.loop import Execution
 from haltkit.models.checkpoint import BUNDLED, Checkpoint, load_checkpoint
 from haltkit.models.gpt.decoding import Decoder
@@ -135,6 +135,8 @@ def gpt_subject(
         levels=NATS_LEVELS,
         logits=lambda output: output,
         readout=model.readout,
+        labels=lambda window: window[:, 1:],
+        kinds=Kinds(_inputs, what="token id") if isinstance(running, _Forward) else None,
         layers=layers,
         depth=[n if isinstance(layer, Region) else f"layers.{n}" for n, layer in model.layers.items()],
         tokens=None if tokenizer is None else text,

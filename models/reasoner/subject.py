@@ -118,6 +118,7 @@ def reasoner_subject(
         logits=lambda output: output,
         tokens=task.words,
         readout=model.readout,
+        labels=lambda sample: sample.labels,
         layers={},
         inputs=_inputs,
         full_depth=max_loops,

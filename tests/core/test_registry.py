@@ -417,7 +417,7 @@ def test_a_policy_for_each_region() -> None:
         ("acel:tau=1", "did you mean accel"),
         (
             "wobble",
-            "known: norm, norm-rel, kl, accel, accel-rel, speed, settle, cosine, entropy, margin, stable, probe, gate, fixed",
+            "known: norm, norm-rel, kl, accel, accel-rel, speed, settle, cosine, entropy, margin, stable, probe, gate, table, fixed",
         ),
         ("norm:tua=1", "did you mean tau"),
         ("norm", "needs tau"),
