@@ -9,7 +9,7 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
-from haltkit.cli.oracles import LEVEL, describe_headroom
+from haltkit.cli.oracles import LEVEL, ORACLES, describe_headroom, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
@@ -23,6 +23,10 @@ def headroom(
     context: typer.Context,
     model: Model = None,
     level: Annotated[float, typer.Option(help="Share of rows on which the fixed depth may lose nothing.")] = LEVEL,
+    oracle: Annotated[
+        str, typer.Option(metavar="|".join(ORACLES), help="What an oracle waits for; see cli/README.md.")
+    ] = "stable",
+    epsilon: Annotated[float | None, typer.Option(min=0, help="Of eps-loss, in nats. \\[default: 0.01]")] = None,
     max_loops: MaxLoops = 32,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
@@ -35,18 +39,19 @@ def headroom(
 
     if not 0 < level <= 1:
         raise ValueError(f"--level {level} is outside (0, 1]: it is a share of rows")
+    chosen = oracle_of(oracle, epsilon)
     json_path = check_writable(json_path)
     options = {"text": text, "max_loops": max_loops, "tokens": tokens, "batch": batch}
     passes = {"data": None, "split": "validation", "execution": "masked", "ragged": True}
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description="recording at full depth", total=len(subject.samples))
-        found = possible(subject, on_sample=lambda _: tick(advance=1))
+        found = possible(subject, chosen, on_sample=lambda _: tick(advance=1))
     console = make_console(json_path)
     for name, region in found.items():
         _print(console, name, region, level)
     regions = {name: _values(one, level) for name, one in found.items()}
-    write_results(console, json_path, {"level": level, "regions": regions})
+    write_results(console, json_path, {"level": level, "epsilon": chosen.epsilon, "regions": regions})
 
 
 def _print(console: Console, name: str, region: Possible, level: float) -> None:

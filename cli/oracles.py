@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from haltkit.cli.grid import Column, print_grid, print_wrapped
 
@@ -11,13 +11,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from haltkit.comparison import Comparison, Row
+    from haltkit.comparison.oracle import Oracle
     from haltkit.comparison.possible import Possible
-    from haltkit.headroom import Auc
+    from haltkit.headroom import Auc, Definition
 
-__all__ = ["LEVEL", "describe_auc", "describe_headroom", "print_headroom", "print_regret"]
+__all__ = ["LEVEL", "ORACLES", "describe_auc", "describe_headroom", "oracle_of", "print_headroom", "print_regret"]
+
+# What --oracle and --target name: see haltkit.headroom.oracles.
+ORACLES = ("stable", "eps-loss", "right", "best")
 
 # The share of rows on which the fixed depth that headroom is measured against may lose nothing.
 LEVEL = 0.99
+
+
+def oracle_of(definition: str, epsilon: float | None) -> Oracle:
+    """The oracle that the options name.
+
+    Raises:
+        ValueError: an unknown definition, or an epsilon for one that has none.
+    """
+    from haltkit.comparison.oracle import Oracle
+
+    if epsilon is not None and definition != "eps-loss" and definition in ORACLES:
+        raise ValueError(f"--epsilon is for eps-loss, and {definition} has none")
+    return Oracle(cast("Definition", definition), epsilon)
 
 
 def describe_auc(area: Auc, digits: int = 2) -> str:
@@ -36,9 +53,11 @@ def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list
     seen = ""
     if best is not None:
         seen = f"; at step {region.step} {best[0]} tells settled rows with AUC {describe_auc(best[1])}"
+    lose = "that of the least loss" if known.definition == "best" else f"{level:.0%} of which lose nothing"
+    missing = f"; {known.undefined:,} rows have no oracle depth" if known.undefined else ""
     return [
         f"{name}: oracle {known.mean_depth:.2f}{error} steps, best fixed depth {known.fixed_depth(level)} (on "
-        f"{known.rows:,} rows, {level:.0%} of which lose nothing)",
+        f"{known.rows:,} rows, {lose}{missing})",
         f"  headroom {known.headroom(level):.0%}{seen}",
         f"  {region.conclusion(level)}",
     ]

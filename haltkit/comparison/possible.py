@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from haltkit import signals
+from haltkit.comparison.oracle import EPSILON, Oracle, Readings, mean_of_asked, readings
 from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount
-from haltkit.protocol import Readout
+from haltkit.protocol import has_logits
 from haltkit.recording.replay import readout_of_recordings
 from haltkit.recording.trajectory import RegionTrajectory
 from haltkit.subject import Subject
@@ -25,6 +26,7 @@ __all__ = ["Possible", "possible"]
 LAG = 1
 # Below this gain, or this area under the curve, a policy does not pay for its overhead.
 LEAST_GAIN, LEAST_AUC = 1.1, 0.75
+STABLE = Oracle()
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Possible:
     """What was found in one region.
 
     Attributes:
-        headroom: of the *stable* oracle, by the readout of this region's states.
+        headroom: of one definition of the oracle, by the readout of this region's states.
         aucs: per signal, how well it tells at steps 1 to K which rows have settled.
     """
 
@@ -92,6 +94,7 @@ def _number(value: float | None) -> float:
 @torch.no_grad()
 def possible(
     subject: Subject,
+    oracle: Oracle = STABLE,
     *,
     enough: int | None = None,
     on_sample: Callable[[Mapping[str, Tensor]], None] | None = None,
@@ -102,31 +105,35 @@ def possible(
 
     Args:
         subject: with samples and a readout.
+        oracle: its definition; an epsilon that is not given is 0.01 nats. All but ``stable`` need the subject's labels:
+            rows without one are left out, losses are cross-entropies of the readout in nats, and a whole sequence's is
+            the mean over its rows.
         enough: no further sample is recorded once so many rows of a region were; None: all samples are.
         on_sample: told, sample by sample, of the oracle depth of each row by region, ``(rows...)``; 0: it has none.
 
     Raises:
-        ValueError: the subject has no samples, no looped region or no readout.
+        ValueError: the subject has no samples, no looped region, no readout, or no labels where the oracle needs them;
+            or no row has an oracle depth.
     """
-    if subject.readout is None:
+    if subject.readout is None or not has_logits(subject.readout):
         raise ValueError(f"{subject.name} has no readout from its state: give the Subject a readout=")
+    labels = oracle.labels(subject)
+    epsilon = EPSILON if oracle.epsilon is None else oracle.epsilon
     readout = readout_of_recordings(subject.readout, subject.model)
     steps = subject.full_depth or subject.look().full_depth
     whole = subject.granularity == "sequence"
-    found = {name: HeadroomAccount(steps, region=name, item_dims=int(whole)) for name in subject.regions}
+    found = {
+        name: HeadroomAccount(steps, oracle.definition, region=name, epsilon=epsilon, item_dims=int(whole))
+        for name in subject.regions
+    }
     seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
     rows = dict.fromkeys(subject.regions, 0)
     for sample in subject.samples:
         depths: dict[str, Tensor] = {}
         for name, region in subject.record(subject.inputs(sample), steps).regions.items():
-            predictions, scores = _readings(region, readout)
-            present = region.present.cpu()
-            if whole:
-                predictions = torch.where(present, predictions, predictions[-1])
-                scores = {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in scores.items()}
-                present = present.any(-1)
-            depths[name] = found[name].add(predictions=predictions, present=present).masked_fill(~present, 0)
-            seen[name].add(scores, depths[name])
+            read = readings(region, readout, labels(sample), margins=True)
+            depths[name] = _added(found[name], read, whole)
+            seen[name].add(_scores(region, read, whole), depths[name])
             rows[name] += int((depths[name] > 0).sum())
         if on_sample is not None:
             on_sample(depths)
@@ -137,13 +144,28 @@ def possible(
     return {name: Possible(account.result(), seen[name].result()) for name, account in found.items()}
 
 
-def _readings(region: RegionTrajectory, readout: Readout) -> tuple[Tensor, dict[str, Tensor]]:
-    """Top predictions and scores that are small where a row has settled, each ``(K, rows...)``."""
-    assert region.states is not None  # Subject.record keeps states
-    predictions, margins = [], []
-    for state in region.states[1:]:
-        log_p = signals.log_probabilities(readout(state))
-        predictions.append(signals.top(log_p).cpu())
-        margins.append(-signals.margin(log_p).cpu())
-    sizes = signals.normalized(region.step_norms(), region.state_norms()).cpu()
-    return torch.stack(predictions), {"step norm": sizes, "margin": torch.stack(margins)}
+def _added(account: HeadroomAccount, read: Readings, whole: bool) -> Tensor:
+    """Add what a recording says; the oracle depth of each row, or whole sequence, 0 where it has none."""
+    predictions, losses, labels, asked = (
+        None if part is None else part.cpu() for part in (read.predictions, read.losses, read.labels, read.asked)
+    )
+    assert predictions is not None
+    assert asked is not None
+    if whole:  # what is asked nothing, or is padding, is the same at every step
+        predictions = predictions.masked_fill(~asked, 0)
+        labels = None if labels is None else labels.masked_fill(~asked, 0)
+        losses = None if losses is None else mean_of_asked(losses, asked)
+        asked = asked.any(-1)
+    depths = account.add(predictions=predictions, losses=losses, labels=labels, present=asked)
+    return depths.masked_fill(~asked, 0)
+
+
+def _scores(region: RegionTrajectory, read: Readings, whole: bool) -> dict[str, Tensor]:
+    """Scores that are small where a row has settled, each ``(K, rows...)``; of a sequence that of its last row."""
+    assert read.margins is not None
+    sizes = signals.normalized(region.step_norms(), region.state_norms())
+    found = {"step norm": sizes.cpu(), "margin": -read.margins.cpu()}
+    if not whole:
+        return found
+    present = region.present.cpu()
+    return {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in found.items()}
