@@ -1,23 +1,46 @@
-"""``haltkit fit``: learn when a model's rows have settled."""
+"""``haltkit fit``: learn when a model's rows have settled, or how deep each kind of row goes."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, seed_option
-from haltkit.cli.oracles import describe_auc
+from haltkit.cli.oracles import ORACLES, describe_auc, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+
+if TYPE_CHECKING:
+    from haltkit.comparison.fitting import Fitted
+    from haltkit.comparison.oracle import Oracle
+    from haltkit.subject import Subject
+
+
+POLICIES = ("probe", "gate", "table")
 
 
 def fit(
     context: typer.Context,
     model: Model = None,
+    policy: Annotated[
+        str, typer.Option(metavar="probe|gate|table", help="When to halt, an exit head, or a depth per kind of row.")
+    ] = "probe",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(ORACLES),
+            help="What counts as settled. \\[default: stable; of a gate eps-loss]",
+            show_default=False,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of eps-loss, in nats. \\[default: keeps 99% of the gain; of a table 0.01]"),
+    ] = None,
     level: Annotated[
         float,
         typer.Option(
@@ -25,7 +48,7 @@ def fit(
         ),
     ] = 0.995,
     margin: Annotated[
-        bool, typer.Option(help="Let the probe see the margin of the prediction: the readout runs at every step.")
+        bool, typer.Option(help="Let a probe see the margin of the prediction: the readout runs at every step.")
     ] = True,
     seed: Annotated[int, seed_option("Of the split into samples to learn, choose and report on.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the fitted weights.")] = None,
@@ -39,11 +62,15 @@ def fit(
     device: Device = "auto",
     json_path: JsonPath = None,
 ) -> None:
-    """Fit a probe per region that halts a row once its prediction will not change any more."""
+    """Fit a policy per region that halts a row once its prediction will not change any more, or gains no more."""
     from haltkit.card import Card
     from haltkit.comparison.choice import save_fitted
-    from haltkit.comparison.fitting import fit_probe
 
+    if policy not in POLICIES:
+        raise ValueError(f"--policy {policy}: allowed are {', '.join(POLICIES)}")
+    if not margin and policy != "probe":
+        raise ValueError(f"--no-margin is for a probe: a {policy} does not see the margin")
+    oracle = oracle_of(target or ("eps-loss" if policy == "gate" else "stable"), epsilon)
     json_path = check_writable(json_path)
     if save is not None:
         Card.check_folder(save)
@@ -52,16 +79,19 @@ def fit(
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description=f"fitting on {len(subject.samples)} samples")
-        found = fit_probe(subject, level=level, margin=margin, seed=seed)
+        found = _fitted(subject, policy, level, margin, oracle, seed)
     row, console = found.row, make_console(json_path)
     say(
         console,
         f"Agreement with full depth {row.agreement:.4f} ± {row.agreement_se:.4f}, on sequences that were not fitted on",
     )
-    for name, tau in found.taus.items():
-        known, missed, area = found.headroom[name].headroom, row.regret.get(name), found.aucs[name]
-        say(console, f"Region {name}: probe tau={tau:g}, learned from {found.learned[name]:,} steps of rows")
-        say(console, f"  AUC at step {found.headroom[name].step}: {describe_auc(area, 3)}")
+    cut = "" if found.target.epsilon is None else f" of {found.target.epsilon:.3g} nats"
+    say(console, f"Taught {found.target.definition}{cut}")
+    for name, chosen in found.policies().items():
+        known, missed = found.headroom[name].headroom, row.regret.get(name)
+        say(console, f"Region {name}: {_described(found, name, chosen)}")
+        if found.aucs:
+            say(console, f"  AUC at step {found.headroom[name].step}: {describe_auc(found.aucs[name], 3)}")
         say(
             console,
             f"  oracle {known.mean_depth:.2f} steps; fixed depth {known.fixed_depth(level)} for agreement {level:g}",
@@ -73,10 +103,37 @@ def fit(
             )
     depths = {name: one.headroom.fixed_depth(level) for name, one in found.headroom.items()}
     measured = {"aucs": found.aucs, "headroom": {name: one.to_json() for name, one in found.headroom.items()}}
-    chosen = {"level": level, "taus": found.taus, "learned": found.learned, "fixed_depths": depths}
+    made = {"policy": found.kind, "target": found.target, "taus": found.taus, "learned": found.learned}
     write_results(
-        console, json_path, {**chosen, "full_depth": found.full_depth, "row": replace(row, setting=None), **measured}
+        console,
+        json_path,
+        {
+            "level": level,
+            **made,
+            "fixed_depths": depths,
+            "full_depth": found.full_depth,
+            "row": replace(row, setting=None),
+            **measured,
+        },
     )
     if save is not None:
         save_fitted(save, found, subject, str(subject.about.get("text", subject.name)))
         say(console, f"Saved {save}")
+
+
+def _fitted(subject: Subject, policy: str, level: float, margin: bool, target: Oracle, seed: int) -> Fitted:
+    from haltkit.comparison.fitting import fit_gate, fit_probe, fit_table
+
+    if policy == "probe":
+        return fit_probe(subject, level=level, margin=margin, target=target, seed=seed)
+    return (fit_gate if policy == "gate" else fit_table)(subject, level=level, target=target, seed=seed)
+
+
+def _described(found: Fitted, region: str, chosen: object) -> str:
+    from haltkit.policies import Table
+
+    learned = f"learned from {found.learned[region]:,}"
+    if not isinstance(chosen, Table):
+        return f"{found.kind} tau={found.taus[region]:g}, {learned} steps of rows"
+    depths = chosen.weights.tensors[f"{region}/depths"]
+    return f"table of {len(depths):,} kinds, {int(depths.min())} to {chosen.deepest(region)} steps, {learned} rows"

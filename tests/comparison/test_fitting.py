@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from countdown import Count, Countdown, readout
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,10 +20,13 @@ from cases import run_command
 from haltkit.card import Card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified, save_fitted, save_winner
-from haltkit.comparison.fitting import Fitted, fit_probe
+from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table
+from haltkit.comparison.fitting.table import shrunk_depths
+from haltkit.comparison.oracle import Oracle
 from haltkit.driving import Pass
 from haltkit.identity import Identity
-from haltkit.policies import Probe
+from haltkit.kinds import Kinds, per_row
+from haltkit.policies import Fixed, Gate, Probe, Table
 from haltkit.policies.probe import FEATURES
 from haltkit.protocol import HaltingPolicy, LoopStep
 from haltkit.subject import Subject
@@ -39,6 +45,12 @@ def _subject(count: int = 16, **more: Any) -> Subject:
         result = haltkit.run_loop(model.body, inputs, policies["loop"], max_steps=budget, readout=readout)
         return Pass(result.x * model.scale, {"loop": result.steps}, {"loop": result.outcome})
 
+    def by_row(inputs: Tensor, steps: Mapping[str, Tensor]) -> Pass:
+        most = int(steps["loop"].max())
+        each = per_row(steps["loop"], inputs.shape[:-1])
+        result = haltkit.run_loop(model.body, inputs, Fixed(most), max_steps=most, budget=each)
+        return Pass(result.x * model.scale, {"loop": result.steps}, {"loop": result.outcome})
+
     generator = torch.Generator().manual_seed(0)
     hops = torch.randint(1, 6, (count, 3, 4), generator=generator).float()
     given: dict[str, Any] = {
@@ -48,6 +60,9 @@ def _subject(count: int = 16, **more: Any) -> Subject:
         "loss": lambda output, sample: (output[..., 1] < sample[..., 0]).float(),
         "full_depth": STEPS,
         "adaptive": adaptive,
+        "by_row": by_row,
+        "labels": lambda sample: torch.ones(sample.shape[:-1], dtype=torch.int64),
+        "kinds": Kinds(lambda sample: sample[..., 0].long(), what="hops"),
     }
     return Subject.of_modules(model, run, {"loop": "body"}, **(given | more))
 
@@ -232,6 +247,133 @@ def test_a_probe_of_another_loop_is_refused() -> None:
 def test_what_cannot_be_fitted_is_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_probe(_subject(**more))
+
+
+@pytest.mark.parametrize("target", [None, Oracle("eps-loss", 0.1), Oracle("right"), Oracle("best"), Oracle("stable")])
+def test_a_gate_learns_from_the_state_alone_when_further_steps_save_nothing(target: Oracle | None) -> None:
+    """A linear function of the state, count - hops, says so exactly, whichever way that is put."""
+    subject = _subject(24)
+    found = fit_gate(subject, level=0.99, target=target)
+    assert isinstance(found.policies()["loop"], Gate)
+    assert set(found.weights.tensors) == {"loop/state", "loop/bias"}
+    missed = found.row.regret["loop"]
+    assert (found.row.agreement, missed.early) == (1, 0)
+    assert missed.wasted < 0.05
+    assert found.aucs["loop"].value == 1
+    hops, count = found.weights.tensors["loop/state"].tolist()
+    assert hops < 0 < count
+    if target is None:
+        assert found.target == Oracle("eps-loss", 0.0)  # a step too few costs nats, so that nothing less is to be cut
+
+
+def test_a_gate_for_whole_sequences_waits_for_the_last_row(tmp_path: Path) -> None:
+    subject = _subject(24, granularity="sequence")
+    found = fit_gate(subject, level=0.99)
+    assert found.row.regret["loop"].early == 0
+    save_fitted(tmp_path / "card", found, subject, "numbers")
+    assert Card.load(tmp_path / "card").policies(["loop"]) == found.policies()
+
+
+def test_rows_that_are_asked_nothing_are_taught_by_their_own_prediction() -> None:
+    """Queries alone have labels; the others must halt all the same."""
+    asked = torch.tensor([1, 1, -100, -100])
+    labels = lambda sample: asked.expand(sample.shape[:-1])  # noqa: E731
+    found = fit_gate(_subject(24, labels=labels), level=0.99)
+    assert found.row.regret["loop"].wasted < 0.05
+    assert found.row.steps["loop"] < 4
+
+
+def test_a_table_of_kinds_that_say_everything_is_the_oracle(tmp_path: Path) -> None:
+    subject = _subject(24)
+    found = fit_table(subject, level=0.99)
+    assert found.weights.tensors["loop/depths"].tolist()[1:] == [1, 2, 3, 4, 5]
+    assert found.row.agreement == 1
+    assert found.row.regret["loop"].wasted == found.row.regret["loop"].early == 0
+    assert not found.aucs
+    save_fitted(tmp_path / "card", found, subject, "numbers")
+    policies = Card.load(tmp_path / "card").policies(["loop"])
+    assert isinstance(policies["loop"], Table)
+    compared = haltkit.compare(subject, policies=[str(tmp_path / "card")], repeats=1)
+    (row,) = (row for row in compared.rows if not row.fixed)
+    assert row.regret["loop"].wasted == 0
+
+
+def test_a_table_of_kinds_that_say_nothing_is_a_fixed_depth() -> None:
+    found = fit_table(_subject(24, kinds=Kinds(lambda sample: torch.zeros(sample.shape[:-1]).long())), level=0.99)
+    (depth,) = found.weights.tensors["loop/depths"].tolist()
+    assert depth == found.row.steps["loop"] == 5
+
+
+def test_a_table_for_whole_sequences_goes_by_the_kind_of_the_sequence() -> None:
+    most = Kinds(lambda sample: sample[..., 0].flatten(1).amax(-1).long())
+    found = fit_table(_subject(32, granularity="sequence", kinds=most), level=0.9)
+    assert found.row.regret["loop"].early == 0
+    assert found.row.regret["loop"].wasted < 0.5
+    with pytest.raises(ValueError, match=r"kinds of sequences \(B,\)"):
+        fit_table(_subject(24, granularity="sequence"))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=60),
+    st.floats(0.05, 1.0),
+    st.floats(0.5, 100),
+)
+def test_depths_are_quantiles_that_lean_on_their_region(
+    rows: list[tuple[int, int]], share: float, strength: float
+) -> None:
+    def quantile(depths: list[int]) -> int:
+        return next(k for k in range(1, 10) if sum(d <= k for d in depths) >= share * len(depths))
+
+    overall = quantile([depth for _, depth in rows])
+    table, other = shrunk_depths(*torch.tensor(rows).unbind(-1), share, strength)
+    assert other == overall
+    for kind, depth in enumerate(table.tolist()):
+        own = [d for one, d in rows if one == kind]
+        exact = (len(own) * quantile(own) + strength * overall) / (len(own) + strength) if own else overall
+        assert abs(depth - exact) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("fit", [fit_probe, fit_gate, fit_table])
+def test_labels_asked_for_that_the_data_lack_are_refused(fit: Any) -> None:
+    subject = _subject(labels=None)
+    with pytest.raises(ValueError, match="right needs labels, and the data of model have none"):
+        fit(subject, target=Oracle("right"))
+
+
+def test_a_table_without_kinds_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not say its rows' kinds"):
+        fit_table(_subject(kinds=None))
+
+
+@pytest.mark.parametrize("policy", ["gate", "table"])
+def test_the_command_fits_gates_and_tables(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = tmp_path / "card"
+    asked = ("--sequences", 32, "--batch", 4, "--level", 0.8, "--max-loops", 12, "--policy", policy)
+    assert run_command("fit", "chase", *asked, "--save", card, "--json", tmp_path / "f.json") == 0
+    assert Card.load(card).policy.startswith(f"{policy}:")
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["policy"] == policy
+    assert found["target"]["definition"] == ("eps-loss" if policy == "gate" else "stable")
+    assert run_command("compare", "chase", "--policies", card, "--max-loops", 12, "--repeats", 1) == 0
+    assert "card" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "prob"), "allowed are probe, gate, table"),
+        (("--policy", "table", "--no-margin"), "--no-margin is for a probe"),
+        (("--target", "wrong"), "allowed are stable, eps-loss, right, best"),
+        (("--epsilon", "0.1"), "--epsilon is for eps-loss"),
+    ],
+)
+def test_what_cannot_be_asked_of_fit_is_one_line(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("fit", "chase", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_the_command_writes_a_card_that_compare_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

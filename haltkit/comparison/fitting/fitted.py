@@ -1,0 +1,151 @@
+"""What every kind of fit shares: the split, the choice on live runs, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltkit.comparison.measure import measure
+from haltkit.comparison.oracle import Oracle, Readings, readings
+from haltkit.comparison.possible import Possible, possible
+from haltkit.comparison.rows import Row
+from haltkit.headroom import Auc
+from haltkit.protocol import HaltingPolicy, Readout, has_logits
+from haltkit.recording.replay import readout_of_recordings
+from haltkit.recording.trajectory import RegionTrajectory
+from haltkit.setting import Setting
+from haltkit.subject import Subject
+from haltkit.weights import Weights
+
+__all__ = ["Fitted", "Fitting"]
+
+Policies = Mapping[str, HaltingPolicy[Any]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted policy for each region, and how it does on samples that it was neither fitted nor chosen on.
+
+    Attributes:
+        kind: ``probe``, ``gate`` or ``table``.
+        target: what it was taught.
+        chosen: the policy of each region.
+        weights: of all regions; see :class:`haltkit.policies.Probe`, ``Gate`` and ``Table``.
+        taus: the threshold of each region; empty for a table.
+        row: what a live run measured: agreement with full depth, steps, regret.
+        headroom: of the same samples, by region.
+        aucs: how well each region's probe or gate tells rows that have settled (by the target) at the step nearest to
+            the oracle's mean, on recordings; empty for a table.
+        learned: by region, pairs of a row and a step that it was fitted on; of a table, rows.
+        full_depth: steps of the recordings, and the budget.
+    """
+
+    kind: str
+    target: Oracle
+    chosen: dict[str, HaltingPolicy[Any]]
+    weights: Weights
+    taus: dict[str, float]
+    row: Row
+    headroom: dict[str, Possible]
+    aucs: dict[str, Auc]
+    learned: dict[str, int]
+    full_depth: int
+
+    def policies(self) -> dict[str, HaltingPolicy[Any]]:
+        """The policy of each region."""
+        return dict(self.chosen)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A subject's samples in three parts: half to learn from, a quarter to choose and a quarter to report on.
+
+    Whole samples, so that no sequence is in two of them. Make one with :meth:`of`.
+    """
+
+    learn: Subject
+    choose: Subject
+    report: Subject
+    steps: int
+    readout: Readout
+    generator: torch.Generator
+    level: float
+
+    @classmethod
+    def of(cls, subject: Subject, level: float, seed: int) -> Fitting:
+        """Split the samples.
+
+        Raises:
+            ValueError: too few samples, no readout or logits, or a level outside (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} is outside (0, 1): it is a share")
+        if subject.readout is None or not has_logits(subject.readout) or subject.logits is None:
+            raise ValueError(f"{subject.name} has no readout or no logits: give the Subject readout= and logits=")
+        count = len(subject.samples)
+        if count < 4:
+            raise ValueError(
+                f"{count} samples: fitting needs at least 4, to learn on two, choose on one and report on one. Give "
+                "more sequences (--sequences), or make smaller samples of them (--batch)"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(count, generator=generator).tolist()
+        parts = order[: count // 2], order[count // 2 : 3 * count // 4], order[3 * count // 4 :]
+        learn, choose, report = (replace(subject, samples=[subject.samples[i] for i in part]) for part in parts)
+        steps = subject.full_depth or subject.look().full_depth
+        readout = readout_of_recordings(subject.readout, subject.model)
+        return cls(learn, choose, report, steps, readout, generator, level)
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole sequences halt."""
+        return self.learn.granularity == "sequence"
+
+    def recorded(
+        self, subject: Subject, sample: Any, labels: Callable[[Any], Tensor | None]
+    ) -> dict[str, tuple[RegionTrajectory, Readings]]:
+        """One sample at full depth, by region, and what the readout says of it."""
+        found = subject.record(subject.inputs(sample), self.steps).regions
+        return {name: (region, readings(region, self.readout, labels(sample))) for name, region in found.items()}
+
+    def try_live(
+        self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]
+    ) -> list[tuple[float, float]]:
+        """The quality of each candidate on the samples that choose, and its steps over all regions.
+
+        The quality is agreement with full depth; where whole sequences halt, the share that was not halted before all
+        of their predictions were final, in any region.
+
+        Args:
+            candidates: policies by region.
+            oracles: the *stable* oracle's depths, sample by sample.
+        """
+        regions = self.choose.regions
+        settings = [Setting.of(self.steps, regions), *(Setting.of(one, regions) for one in candidates)]
+        rows = measure(self.choose, settings, oracles=oracles, repeats=1).rows[1:]
+        return [(_quality(row, self.whole), sum(row.steps.values())) for row in rows]
+
+    def refuse(self, best: float) -> ValueError:
+        """What is said where no candidate reaches the level."""
+        several = "; an inner region's readout may say little about what later regions need"
+        return ValueError(
+            f"no setting reaches {self.level:g} on live runs (the best has {best:.4f}): ask for less, or fit on more "
+            f"samples{several if len(self.choose.regions) > 1 else ''}"
+        )
+
+    def reported(self, policies: Policies) -> tuple[Row, dict[str, Possible]]:
+        """What a live run of the chosen policies measures on the samples that report, and their headroom."""
+        full, setting = Setting.of(self.steps, self.report.regions), Setting.of(policies, self.report.regions)
+        oracles: list[Mapping[str, Tensor]] = []
+        headroom = possible(self.report, on_sample=oracles.append)
+        return measure(self.report, [full, setting], oracles=oracles, repeats=1).rows[1], headroom
+
+
+def _quality(row: Row, whole: bool) -> float:
+    if whole:
+        return 1 - max(missed.early for missed in row.regret.values())
+    return row.agreement or 0.0

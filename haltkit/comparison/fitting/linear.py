@@ -1,0 +1,255 @@
+"""Fit ``probe`` and ``gate``: a logistic regression per region, and thresholds that hold on live runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haltkit import signals
+from haltkit.comparison.fitting.fitted import Fitted, Fitting, Policies
+from haltkit.comparison.oracle import Oracle, gain_cut, taught
+from haltkit.headroom import Auc, auc, fit_logistic
+from haltkit.headroom.clusters import sequence_of_rows
+from haltkit.headroom.oracles import agrees, from_then_on
+from haltkit.policies import Gate, Probe
+from haltkit.policies.probe import FEATURES, features
+from haltkit.protocol import HaltingPolicy, LoopStep, Verdict
+from haltkit.recording.replay import replay, scores
+from haltkit.subject import Subject
+from haltkit.weights import Weights
+from haltkit.wrappers import Pooled
+
+__all__ = ["fit_gate", "fit_probe"]
+
+# A row is learned from until so many steps after it has settled: a policy has halted it by then.
+AFTER = 3
+# Agreement on recordings of the candidates for the thresholds, from safe to eager.
+SHARES = (0.9999, 0.9995, 0.998, 0.995, 0.99, 0.97, 0.9)
+RIDGE = 1e-5  # against many pairs
+BETWEEN = 3  # steps from one of them to the next
+MOST_PAIRS = 200_000  # of a row and a step that are learned from in one region, drawn from all
+
+
+def fit_probe(
+    subject: Subject, *, level: float = 0.99, margin: bool = True, target: Oracle | None = None, seed: int = 0
+) -> Fitted:
+    """Fit a probe by region whose target is, unless said otherwise, "the top prediction will not change any more".
+
+    Half of the samples are learned from, a quarter chooses the thresholds, a quarter is reported on; whole samples, so
+    that no sequence is in two of them. Learning uses recordings at full depth. Thresholds are chosen and reported on
+    live runs, because in a recording rows go on seeing the later states of rows that would have halted.
+
+    Args:
+        subject: with at least four samples, a readout and logits.
+        level: the share of positions whose prediction must be full depth's where the thresholds are chosen; where whole
+            sequences halt, the share of sequences that must not halt before all of their predictions are final.
+            Candidates go from safe to eager, a threshold per region each; the last before the first that falls short is
+            chosen. It is the same whatever the target.
+        margin: whether the probe sees the gap between the two most probable classes, which needs the readout at every
+            step.
+        target: what it is taught; None: ``stable``.
+        seed: of the split, and of the pairs that are drawn where there are more than enough.
+
+    Raises:
+        ValueError: too few samples, no readout or logits, labels asked for that the data lack, a level outside (0, 1),
+            a region in which everything has settled at the first step, so that nothing can be learned, or no threshold
+            that reaches the level.
+    """
+    kind = _Kind("probe", FEATURES if margin else FEATURES[:-1], FEATURES, Probe)
+    return _fit(subject, kind, target or Oracle(), level, seed)
+
+
+def fit_gate(subject: Subject, *, level: float = 0.99, target: Oracle | None = None, seed: int = 0) -> Fitted:
+    """Fit a linear exit head by region on the frozen model: a gate's second stage.
+
+    The target is, unless said otherwise, the measured marginal gain: "the loss that further steps would still save is
+    small" (:class:`haltkit.comparison.oracle.Oracle`, ``eps-loss``). Ouro's second stage (arXiv 2510.25741) teaches
+    its gate by the loss that the next step saves; here it is what all further steps save, because a step may gain
+    nothing and the one after it much.
+
+    Args:
+        subject, level, target, seed: as for :func:`fit_probe`.
+
+    Raises:
+        ValueError: as :func:`fit_probe`.
+    """
+
+    def gate(tau: float, weights: Weights) -> Gate:
+        return Gate(tau, weights=weights)
+
+    return _fit(subject, _Kind("gate", (), (), gate), target or Oracle("eps-loss"), level, seed)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is fitted: the features beside the state, those that its weights name, and the policy at a threshold."""
+
+    name: str
+    used: tuple[str, ...]
+    named: tuple[str, ...]
+    policy: Callable[[float, Weights], HaltingPolicy[Any]]
+
+    def policies(self, taus: Mapping[str, float], weights: Weights, whole: bool) -> dict[str, HaltingPolicy[Any]]:
+        made: dict[str, Any] = {name: self.policy(tau, weights) for name, tau in taus.items()}
+        return {name: Pooled(one, "sequence", "max") if whole else one for name, one in made.items()}
+
+
+@dataclass
+class _Rows:
+    """What one sample says about one region, ``(K, B, T)``, or ``(K, B)`` of sequences that halt as one."""
+
+    scores: Tensor
+    same: Tensor  # whether the prediction is full depth's
+    final: Tensor  # the step from which on it is, 0 where there is nothing to halt
+    settled: Tensor  # by the target
+    depths: Tensor  # by the target, 0 where nothing is asked
+
+
+@torch.no_grad()
+def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int) -> Fitted:
+    target.labels(subject)
+    fitting = Fitting.of(subject, level, seed)
+    if target.definition == "eps-loss" and target.epsilon is None:
+        target = replace(target, epsilon=_gain_cut(fitting, target))
+    tensors, learned = _learn(fitting, kind, target)
+    weights = Weights(tensors)
+    taus = _chosen(fitting, kind, target, weights)
+    policies = kind.policies(taus, weights, fitting.whole)
+    row, headroom = fitting.reported(policies)
+    judged = _judge(fitting, fitting.report, kind, target, weights)
+    aucs = {name: _auc(rows, headroom[name].step) for name, rows in judged.items()}
+    return Fitted(kind.name, target, policies, weights, taus, row, headroom, aucs, learned, fitting.steps)
+
+
+def _gain_cut(fitting: Fitting, target: Oracle) -> float:
+    """The cut of the last region, whose readout is the model's own; the others are measured by it."""
+    labels, last = target.labels(fitting.learn), fitting.learn.regions[-1]
+    found = (fitting.recorded(fitting.learn, sample, labels)[last][1] for sample in fitting.learn.samples)
+    return gain_cut((read.losses, read.asked) for read in found if read.losses is not None)
+
+
+class _Listening:
+    """A policy that halts nothing and keeps the state and the features of every step."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.seen: list[Tensor] = []
+
+    def init(self, x0: Tensor) -> Tensor:
+        return torch.zeros_like(signals.measured(x0))
+
+    def update(self, state: Tensor, step: LoopStep) -> tuple[Tensor, Verdict]:
+        seen = [signals.measured(step.x), *([features(step, state, self.names)] if self.names else [])]
+        self.seen.append(torch.cat(seen, -1))
+        nothing = torch.zeros_like(step.active)
+        return step.d, Verdict(nothing.float(), nothing)
+
+
+def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The weights of every region, and how many pairs of a row and a step each was fitted on."""
+    subject, labels = fitting.learn, target.labels(fitting.learn)
+    most = -(-MOST_PAIRS // len(subject.samples))
+    inputs: dict[str, list[Tensor]] = {name: [] for name in subject.regions}
+    targets: dict[str, list[Tensor]] = {name: [] for name in subject.regions}
+    for sample in subject.samples:
+        for name, (region, read) in fitting.recorded(subject, sample, labels).items():
+            listening = _Listening(kind.used)
+            replay(listening, region, readout=fitting.readout)
+            seen = torch.stack(listening.seen)
+            settled, depths = taught(target, read)
+            k = torch.arange(1, len(seen) + 1).view(-1, *[1] * depths.ndim)
+            use = ((k <= depths + AFTER) & (depths > 0) & seen.isfinite().all(-1)).flatten().nonzero()
+            drawn = use[torch.randperm(len(use), generator=fitting.generator)[:most]].squeeze(-1)
+            inputs[name].append(seen.flatten(0, -2)[drawn])
+            targets[name].append(settled.flatten()[drawn])
+    tensors: dict[str, Tensor] = {}
+    for name, parts in inputs.items():
+        known = torch.cat(targets[name])
+        if known.all() or not known.any():
+            raise ValueError(
+                f"region {name!r}: every row has settled at the first step by {target.definition}, so nothing can be "
+                "learned"
+            )
+        fitted = fit_logistic(torch.cat(parts), known, RIDGE)
+        width = len(fitted.weight) - len(kind.used)
+        tensors |= {f"{name}/state": fitted.weight[:width].float(), f"{name}/bias": fitted.bias.reshape(1).float()}
+        fitted_on = dict(zip(kind.used, fitted.weight[width:], strict=True))
+        tensors |= {f"{name}/{one}": fitted_on.get(one, torch.zeros(1)).reshape(1).float() for one in kind.named}
+    return tensors, {name: sum(map(len, parts)) for name, parts in targets.items()}
+
+
+def _judge(fitting: Fitting, subject: Subject, kind: _Kind, target: Oracle, weights: Weights) -> dict[str, list[_Rows]]:
+    """The policy's scores over whole recordings, by region and sample."""
+    found: dict[str, list[_Rows]] = {name: [] for name in subject.regions}
+    labels = target.labels(subject)
+    for sample in subject.samples:
+        for name, (region, read) in fitting.recorded(subject, sample, labels).items():
+            present = region.present
+            same = agrees(read.predictions) | ~present
+            measured = scores(kind.policy(1.0, weights), region, readout=fitting.readout)
+            settled, depths = target.settled(read, fitting.whole)
+            if fitting.whole:
+                same, measured = same.all(-1), measured.masked_fill(~present, -torch.inf).amax(-1)
+                present = present.any(-1)
+            final = from_then_on(same).masked_fill(~present, 0)
+            found[name].append(_Rows(measured, same, final, settled, depths))
+    return found
+
+
+def _chosen(fitting: Fitting, kind: _Kind, target: Oracle, weights: Weights) -> dict[str, float]:
+    """The most eager thresholds that reach the level on live runs, as every safer candidate does."""
+    judged = _judge(fitting, fitting.choose, kind, target, weights)
+    found = [{name: _threshold(rows, share) for name, rows in judged.items()} for share in SHARES]
+    dense = [_between(a, b, part / BETWEEN) for a, b in pairwise(found) for part in range(BETWEEN)] + found[-1:]
+    candidates = [taus for number, taus in enumerate(dense) if taus not in dense[:number]]
+    policies: list[Policies] = [kind.policies(taus, weights, fitting.whole) for taus in candidates]
+    numbers = range(len(fitting.choose.samples))
+    oracles = [{name: rows[number].final for name, rows in judged.items()} for number in numbers]
+    tried = fitting.try_live(policies, oracles)
+    good = list(takewhile(lambda one: one[0] >= fitting.level, tried))
+    if not good:
+        raise fitting.refuse(tried[0][0])
+    return candidates[len(good) - 1]
+
+
+def _between(safe: Mapping[str, float], eager: Mapping[str, float], part: float) -> dict[str, float]:
+    """Thresholds that are a part of the way, on the scale of their logarithms."""
+    return {name: float(f"{tau ** (1 - part) * eager[name] ** part:.3g}") for name, tau in safe.items()}
+
+
+def _threshold(found: Sequence[_Rows], share: float) -> float:
+    """The largest of a grid of thresholds at which, as at every smaller one, enough rows agree on the recordings."""
+    asked = torch.cat([rows.scores[:, rows.final > 0].flatten() for rows in found])
+    ordered = asked[asked.isfinite()].sort().values
+    places = torch.linspace(0, len(ordered) - 1, 501).long()
+    grid = sorted({float(f"{tau:.3g}") for tau in ordered[places].clamp(1e-6, 1.0).tolist()})
+    chosen = grid[0]
+    for tau in grid:
+        agreed = torch.cat([_agreed(rows, tau)[rows.final > 0] for rows in found])
+        if float(agreed.double().mean()) < share:
+            break
+        chosen = tau
+    return chosen
+
+
+def _agreed(rows: _Rows, tau: float) -> Tensor:
+    """Whether the prediction at which each row halts under a threshold is full depth's."""
+    below = rows.scores < tau
+    steps = torch.where(below.any(0), below.int().argmax(0), len(below) - 1)
+    return rows.same.gather(0, steps.unsqueeze(0)).squeeze(0)
+
+
+def _auc(found: Sequence[_Rows], k: int) -> Auc:
+    asked = [(rows.depths > 0).flatten() for rows in found]
+    measured = torch.cat([rows.scores[k - 1].flatten()[one] for rows, one in zip(found, asked, strict=True)])
+    settled = torch.cat([rows.settled[k - 1].flatten()[one] for rows, one in zip(found, asked, strict=True)])
+    sequences, first = [], 0
+    for rows, one in zip(found, asked, strict=True):
+        sequences.append((first + sequence_of_rows(rows.depths.shape, None))[one])
+        first += len(rows.depths)
+    return auc(measured, settled, torch.cat(sequences))
