@@ -23,11 +23,11 @@ __all__ = ["fit_table", "shrunk_depths"]
 # Rows of its region that are added to each kind's own: what makes a rare kind like its region.
 STRENGTHS = (2.0, 20.0, 200.0)
 # Of a kind's rows that have settled at its depth.
-SHARES = (1.0, 0.9995, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5)
+SHARES = (1.0, 0.9995, 0.999, 0.998, 0.997, 0.995, 0.993, 0.99, 0.985, 0.98, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5)
 # Fewest steps of any kind in the regions before the last.
 FLOORS = (1, 2, 3, 4, 6)
 # Of a row that halts with another prediction than full depth's, in steps.
-PRICES = (30_000.0, 10_000.0, 3_000.0, 1_000.0, 500.0, 250.0, 120.0, 60.0, 30.0, 10.0)
+PRICES = tuple(10 * 1.7**power for power in range(17))
 
 
 @torch.no_grad()
