@@ -221,6 +221,7 @@ _BUILTIN = (
         "1 - lambda_k, lambda_k = sigmoid(gate(x_k)); prod_j (1 - lambda_j) (cumulative); 1 - sum_j lambda_j (sum)",
         "a probability; [0, 1]",
         examples=("tau=0.3", "tau=0.1,rule=cumulative", "tau=0.1,rule=sum"),
+        cost="tau=1e-12,rule=cumulative",
     ),
     PolicyRecord(
         "table",

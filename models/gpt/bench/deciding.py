@@ -12,7 +12,7 @@ from torch import Tensor
 
 from haltkit.comparison.settings import Candidate, Sweeps
 from haltkit.models.gpt.model import Block
-from haltkit.protocol import HaltingPolicy, LoopStep, Readout, judge
+from haltkit.protocol import HaltingPolicy, Heads, LoopStep, Readout, judge
 from haltkit.registry import records
 from haltkit.specs import Policies
 from haltkit.specs import policy as build_policy
@@ -44,6 +44,13 @@ def _update(policy: HaltingPolicy[Any], state: Any, x: Tensor, x_prev: Tensor, a
     judge(policy, state, LoopStep(2, x, x_prev, active, head))
 
 
+def _heads(width: int, vocabulary: int, device: torch.device | str, dtype: torch.dtype) -> Heads:
+    """A readout and an exit head, both linear."""
+    readout = torch.nn.Linear(width, vocabulary, bias=False).to(device, dtype)
+    leave = torch.nn.Linear(width, 1).to(device, dtype)
+    return Heads(readout, lambda x: leave(x).squeeze(-1))
+
+
 @torch.inference_mode()
 def policy_cost(
     widths: Sequence[int],
@@ -60,7 +67,7 @@ def policy_cost(
         for width in widths:
             torch.manual_seed(0)
             body = Block(width, max(1, width // 64), 4, "branch").to(device, dtype)
-            head = torch.nn.Linear(width, vocabulary, bias=False).to(device, dtype)
+            head = _heads(width, vocabulary, device, dtype)
             for count in rows:
                 # Sequences of 256: attention over thousands of keys would flatter every policy.
                 shape = (max(1, count // 256), min(count, 256), width)
