@@ -18,7 +18,7 @@ from haltkit.kinds import DepthByRow, per_row
 from haltkit.setting import Depth, Setting
 from haltkit.subject import Subject
 
-__all__ = ["GOALS", "allocate", "depths_by_kind", "oracle_settings", "refine", "with_baselines"]
+__all__ = ["GOALS", "allocate", "depths_by_kind", "has_few_kinds", "oracle_settings", "refine", "with_baselines"]
 
 # Shares of rows that agree with full depth, for which depths by kind are looked for.
 GOALS = (0.95, 0.99, 0.995, 0.999, 1.0)
@@ -26,6 +26,8 @@ GOALS = (0.95, 0.99, 0.995, 0.999, 1.0)
 LAGS = (0, 1, 2, 4, 8)
 # Depths are looked for by running them where there are so few of them; otherwise on recordings alone.
 FEW = 4
+# With more kinds, such as token ids, depths chosen on these very samples would be learned by heart: fit a table.
+MOST_KINDS = 256
 RAISES = 3  # how much deeper than on its own a kind is tried, for others to be less deep
 
 Point = tuple[int, ...]
@@ -48,7 +50,7 @@ def with_baselines(
         ValueError: a subject with kinds of whose rows nothing is known: it lacks logits, or a readout.
     """
     known = bool(oracles) and len(oracles) == len(subject.samples)
-    if subject.kinds is not None and (subject.logits is None or not known):
+    if has_few_kinds(subject) and (subject.logits is None or not known):
         raise ValueError(f"{subject.name} has kinds=, and depths by kind are looked for by logits= and readout=")
     if not subject.driver.rows_leave or not known:
         return list(settings)
@@ -80,13 +82,13 @@ def oracle_settings(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) -
 
 
 def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) -> list[Setting]:
-    """For each of :data:`GOALS` the depths by kind that take the fewest steps; empty where there are no kinds.
+    """For each of :data:`GOALS` the depths by kind that take the fewest steps; empty without kinds, or of too many.
 
     A few depths are looked for by running the first sample; many are read off the recordings of all samples, which is
     exact where rows of different kinds do not see each other. Where the same depth for all kinds takes the fewest
     steps, the setting is that fixed depth.
     """
-    if subject.kinds is None:
+    if subject.kinds is None or not has_few_kinds(subject):
         return []
     kinds = [subject.kinds.of(sample).cpu() for sample in subject.samples]
     count = len(subject.kinds.names or ()) or 1 + max(int(one.max()) for one in kinds)
@@ -101,6 +103,14 @@ def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) ->
         same = all(len(set(depths)) == 1 for depths in found)
         made.append(Setting(Depth({r: d[0] for r, d in steps.items()}) if same else subject.kinds.depths(steps)))
     return made
+
+
+def has_few_kinds(subject: Subject) -> bool:
+    """Whether rows are of kinds, and of no more than :data:`MOST_KINDS`, so that a depth for each can be looked for."""
+    if subject.kinds is None:
+        return False
+    count = len(subject.kinds.names or ())
+    return (count or 1 + max(int(subject.kinds.of(sample).max()) for sample in subject.samples)) <= MOST_KINDS
 
 
 def _settled(kinds: Sequence[Tensor], depths: Sequence[Tensor], count: int, full: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.attachment import Loop
-from haltkit.comparison.baselines import with_baselines
+from haltkit.comparison.baselines import has_few_kinds, with_baselines
 from haltkit.comparison.measure import measure
 from haltkit.comparison.possible import Possible, possible
 from haltkit.comparison.settings import Given, candidates, choose_settings
@@ -95,7 +95,7 @@ def compare(
     result = measure(
         subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
     )
-    told = {} if subject.kinds is None else {"kinds": subject.kinds.what}
+    told = {"kinds": subject.kinds.what} if subject.kinds is not None and has_few_kinds(subject) else {}
     return replace(result, headroom=headroom, no_headroom=unknown, about={**result.about, **told})
 
 

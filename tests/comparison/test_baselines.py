@@ -165,6 +165,13 @@ tables = st.integers(1, 3).flatmap(
 )
 
 
+def test_so_many_kinds_that_each_would_be_learned_by_heart_are_left_to_a_table() -> None:
+    ids = Kinds(lambda inputs: (1000 * inputs[..., 0]).long(), what="token id")
+    result = haltkit.compare(countdown(kinds=ids), policies="norm:tau=0.5", repeats=1)
+    assert not rows(result, "kind")
+    assert "kinds" not in result.about
+
+
 @given(tables, st.sampled_from((0.5, 0.7, 0.9, *GOALS)))
 @example([[3, 0, 3, 4, 2], [0, 4, 0, 1, 0], [3, 3, 0, 2, 0]], 0.9)  # prices alone cost more than one depth for all
 @example([[0, 0, 5, 0, 5], [0, 0, 5, 0, 5], [5, 0, 0, 0, 0]], 0.9)  # a price lowers two kinds at once, or neither
