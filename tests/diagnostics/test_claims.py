@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,22 @@ import pytest
 
 from cases import run_command
 from diagnoses import UNKNOWN, YES, regions, results, rulings
-from haltkit.diagnostics import CLAIMS, Diagnosis, claims_table, judge
+from haltkit.diagnostics import CLAIMS, Diagnosis, Judgement, claims_table, judge
 
 REPRODUCTION = Path(__file__).parent.parent.parent / "examples" / "reproduction"
+
+
+def without_figures(judgement: Judgement) -> Judgement:
+    return replace(judgement, measured={}, untrained={})
+
+
+def figures(judgement: Judgement) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part, values in (("trained", judgement.measured), ("untrained", judgement.untrained)):
+        for name, value in values.items():
+            for what, number in (("value", value.value), ("spread", value.spread)):
+                found[f"{part}, {name}, {what}"] = math.nan if number is None else number
+    return found
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +43,9 @@ FOLDERS = [REPRODUCTION, REPRODUCTION / "one-region", *(REPRODUCTION / "reasoner
 def test_the_committed_results_are_judged_as_the_committed_table_says(folder: Path) -> None:
     stored = Diagnosis.load(folder / "diagnose.json")
     again = judge(stored)
-    assert again == stored.claims
+    assert [without_figures(one) for one in again] == [without_figures(one) for one in stored.claims]
+    for one, known in zip(again, stored.claims, strict=True):  # sums round differently on another processor
+        assert figures(one) == pytest.approx(figures(known), rel=1e-9, nan_ok=True)
     assert claims_table(replace(stored, claims=again)) == (folder / "claims.md").read_text(encoding="utf-8")
 
 
