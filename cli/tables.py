@@ -139,7 +139,7 @@ def print_conclusion(console: Console, result: Comparison) -> None:
             if one is not best:
                 say(f"    one depth for all rows: {cost_of(one, item) if one else _NO_DEPTH}")
             if oracle is not None:
-                say(f"    nobody can pick this, for it needs full depth: {cost_of(oracle, item)}")
+                say(f"    for reference, which needs full depth first: {cost_of(oracle, item)}")
         say(f"    {_said(finding, item)}")
     if any(finding.against_fixed == "cannot tell" for finding in concluded.findings):
         say("One repeat gives no error of the time, so which is faster cannot be told: measure with --repeats 3.")
