@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from haltkit.attachment.outputs import writes_of
 from haltkit.attachment.strides import Strides
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Witness",
     "candidates",
     "contents",
+    "fingerprint",
     "grown",
     "is_cache",
     "named_tensors",
@@ -78,11 +81,21 @@ def _passive(value: Any) -> bool:
 
 def contents(value: Any, depth: int = DEPTH) -> dict[Any, Any]:
     """What the tensors inside an object are at present: shape, and how often written where that is counted."""
-    return {path: (tuple(tensor.shape), _writes(tensor)) for path, tensor in _inside(value, depth).items()}
+    return {path: (tuple(tensor.shape), writes_of(tensor)) for path, tensor in _inside(value, depth).items()}
 
 
-def _writes(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def fingerprint(value: Any) -> dict[Any, Any]:
+    """As :func:`contents`; of inference tensors, whose writes are not counted, the sum of what they hold as text."""
+    return {
+        path: (tuple(tensor.shape), _sum(tensor) if writes is None else writes)
+        for path, tensor in _inside(value).items()
+        for writes in [writes_of(tensor)]
+    }
+
+
+def _sum(tensor: Tensor) -> str:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return str(real.sum(dtype=torch.float32).item())  # NaN as text equals itself
 
 
 class Witness:
@@ -90,7 +103,7 @@ class Witness:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
-        self._before = [(tensor, _writes(tensor)) for tensor in _inside(cache).values()]
+        self._before = [(tensor, writes_of(tensor)) for tensor in _inside(cache).values()]
         self._length = 0 if self._before else size(cache)  # all that is seen of one whose tensors are hidden
 
     @property
@@ -100,7 +113,7 @@ class Witness:
         if len(now) != len(self._before) or (not now and size(self.cache) != self._length):
             return True
         for tensor, (before, writes) in zip(now, self._before, strict=True):
-            if tensor is not before or _writes(tensor) != writes:
+            if tensor is not before or writes_of(tensor) != writes:
                 return True
         in_place = getattr(self.cache, "is_compileable", True)  # transformers' name for caches of a fixed size
         return bool(in_place) and any(writes is None for _, writes in self._before)

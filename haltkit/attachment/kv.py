@@ -20,7 +20,7 @@ from haltkit.attachment.caches import (
     Turn,
     Witness,
     candidates,
-    contents,
+    fingerprint,
     grown,
     is_cache,
     named_tensors,
@@ -136,7 +136,7 @@ class CacheUse:
         if is_cache(value) or MEMORY.depth(value, self.book.loop) is not None:
             self._found(value)
         elif self._iteration <= 1 and not any(value is known for known, _ in self._looked):
-            self._looked.append((value, contents(value)))
+            self._looked.append((value, fingerprint(value)))
 
     def starts_at(self, x0: Tensor | None) -> None:
         """The loop begins at ``x0``, which the scope may have been given, and which is no cache."""
@@ -171,7 +171,7 @@ class CacheUse:
         if self._copying is not None:
             self._copying.call_ends()
         for value, before in list(self._looked):
-            if contents(value) != before:
+            if fingerprint(value) != before:
                 self._looked = [entry for entry in self._looked if entry[0] is not value]
                 if not isinstance(value, Tensor) or state is None or value.shape != state.shape:
                     self._found(value)

@@ -19,6 +19,7 @@ __all__ = [
     "structure_of",
     "tensors_in",
     "with_first_tensor",
+    "writes_of",
 ]
 
 
@@ -42,6 +43,11 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
         parts = (tensor, *output[1:])
         return type(output)(*parts) if hasattr(output, "_fields") else parts
     return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: tensor})
+
+
+def writes_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been written to; None of an inference tensor, which does not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def largest(tensor: Tensor) -> float:

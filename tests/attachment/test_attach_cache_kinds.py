@@ -155,22 +155,30 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 
 
-@torch.no_grad()
 @kinds
 @pytest.mark.parametrize("depths", [(2, 6, 6), (6, 2, 6), (3, 3, 4), (1, 2, 2), (3, 1, 1)])
 @pytest.mark.parametrize("kv", ["refuse", "copy"])
-def test_another_depth_is_refused_for_caches_of_every_kind(kind: str, depths: tuple[int, ...], kv: Any) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_another_depth_is_refused_for_caches_of_every_kind(
+    kind: str, depths: tuple[int, ...], kv: Any, mode: Any
+) -> None:
     build, first = KINDS[kind]
     with (
+        mode(),
         pytest.raises(errors.KVDepthMismatch),
         haltkit.attach(build().eval(), AtDepths(*depths), body=["cell"], kv=kv) as session,
     ):
         decode(session.model, first)
 
 
-@torch.no_grad()
 @kinds
-def test_one_depth_is_exact_for_caches_of_every_kind(kind: str) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_depth_is_exact_for_caches_of_every_kind(kind: str, mode: Any) -> None:
+    with mode():
+        exact_at_one_depth(kind)
+
+
+def exact_at_one_depth(kind: str) -> None:
     build, first = KINDS[kind]
     expected = decode(build().eval(), first, (3, 3, 3))
     for kv, policy in (("refuse", "fixed:steps=3"), ("uniform", AtDepths(3, 5, 2))):
