@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from haltkit.attachment.onecall import ModelCalls
 from haltkit.attachment.override import Interceptor, Overrides
 from haltkit.attachment.region import Completed, Passing, Region
 from haltkit.attachment.regions import around, nesting
-from haltkit.attachment.retiring import Holding, Retiring
+from haltkit.attachment.retiring import Freezing, HaltedEntries, Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
@@ -30,8 +30,6 @@ from haltkit.queue import check_slots, in_turn
 from haltkit.recording.trajectory import Trajectory
 
 __all__ = ["Halting", "HaltingSession"]
-
-R = TypeVar("R", bound=Retiring)
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class HaltingSession(Session):
         self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
         self.number = next_number()
         self._passing, self._calls = Passing(), ModelCalls(self.regions, how.total_steps)
-        inside, compact = around(how.loops), how.execution == "compact"
+        inside = around(how.loops)
         self._overrides: list[Overrides] = []
         self._parts = {
             name: Region(
@@ -94,8 +92,7 @@ class HaltingSession(Session):
                 max_steps=how.max_steps.get(name),
                 throughout=how.throughout,
                 disturb_before=how.disturb_before.get(name, 0),
-                retiring=self._retiring(Retiring, loop, inside[name]) if compact else None,
-                holding=self._retiring(Holding, loop, inside[name]) if not compact and not how.state_only else None,
+                halted_entries=self._halted_entries(loop, inside[name]),
             )
             for name, loop in how.loops.items()
         }
@@ -107,9 +104,12 @@ class HaltingSession(Session):
         """The module whose output is a loop's state."""
         return find_module(self.model, call_parts(loop.state_module)[0])
 
-    def _retiring(self, kind: type[R], loop: Loop, inside: Collection[str]) -> R:
-        """What halted entries leave: the modules of a loop's body, ``inside`` which of them other loops run."""
-        return kind(self._bodies(loop), self._passing.through, inside)
+    def _halted_entries(self, loop: Loop, inside: Collection[str]) -> HaltedEntries | None:
+        """What becomes of a loop's halted entries; ``inside``: modules of its body that other loops run in."""
+        given = self._bodies(loop), self._passing.through, inside
+        if self.how.execution == "compact":
+            return Retiring(*given)
+        return None if self.how.state_only else Freezing(*given)
 
     def _bodies(self, loop: Loop) -> dict[str, nn.Module]:
         """The modules of a loop's body, or whose methods it names, by path."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
 from haltkit.attachment.onecall import OneCall, by_entry
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
-from haltkit.attachment.retiring import Holding, Retiring
+from haltkit.attachment.retiring import HaltedEntries, Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside
 from haltkit.loop import LoopRun
@@ -57,14 +57,13 @@ class Frame:
         allow_grad: bool,
         inputs: Inputs | None,
         disturb_before: int = 0,
-        retiring: Retiring | None = None,
-        holding: Holding | None = None,
+        halted_entries: HaltedEntries | None = None,
         joining: Joining | None = None,
     ) -> None:
         self.region, self.loop, self._start, self._judging, self.kv = region, loop, start, judging, kv
         self.whole = whole
         self.allow_grad, self.inputs, self.disturb_before = allow_grad, inputs, disturb_before
-        self.retiring, self.holding, self.joining = retiring, holding, joining
+        self.halted_entries, self.joining = halted_entries, joining
         self.run: LoopRun | None = None
         self.halted = False
         self.computed = self.skipped = 0  # iterations
@@ -112,55 +111,62 @@ class Frame:
         return output
 
     def _compute(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a body module gives; where rows can be retired, only those still active are computed, and the items of a
-        queue are computed together."""
+        """What a body module gives. Entries that have halted keep what they had; the items of a queue are computed
+        together."""
+        place = len(self._tape)
         if self.joining is not None:
             if self.kv.in_use:
                 raise RowsMeet(f"a queue: {name!r} is given a cache, and the items of a queue have none in common")
-            return self.joining.compute(BodyCall(name, len(self._tape), forward, args, kwargs))
-        place = len(self._tape)
+            return self.joining.compute(BodyCall(name, place, forward, args, kwargs))
         state_of = self.loop.state_of if name == self.loop.state_module else None
         call = BodyCall(name, place, forward, args, kwargs, state_of)
-        if self.retiring is None:
-            return self._computed_whole(call)
+        before = self._last[place] if place < len(self._last) else None
+        how = self.halted_entries
+        if isinstance(how, Retiring):
+            return self._retired(how, call, before)
+        self._returned = None
+        return forward(*args, **kwargs) if how is None else self._frozen(how, call, before)
+
+    def _retired(self, how: Retiring, call: BodyCall, before: Recorded | None) -> Any:
+        """Compact execution: what a call gives, of whose entries only those still active are computed."""
         if self.kv.in_use:
             raise RowsMeet(
-                f"execution='compact': {name!r} is given a cache, whose entries would have to be retired with the "
+                f"execution='compact': {call.name!r} is given a cache, whose entries would have to be retired with the "
                 "rows: use execution='masked'"
             )
-        self.retiring.refuse_training()
+        how.refuse_training()
         if self.run is None or self._present is None:
-            return forward(*args, **kwargs)
-        self._expect(name, self._last[place].name if place < len(self._last) else "")
-        return self._without_halted(self.retiring, call, self._present, len(self.run.active))
+            return call.forward(*call.args, **call.kwargs)
+        self._expect(call.name, "" if before is None else before.name)
+        return self._without_halted(how, call, before, self._present, len(self.run.active))
 
-    def _without_halted(self, retiring: Retiring, call: BodyCall, present: Tensor, batch: int) -> Any:
-        """What a call gives the entries that go on; the others have what it gave them in the iteration before."""
-        if len(present) == batch:
-            output = retiring.call(call, present, batch)
-        else:
-            before, whole = self._last[call.place].again(self.allow_grad), self.whole
-            output = retiring.call(
-                call, present, batch, before, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
-            )
-        self._returned = retiring.axes(call, batch)
-        return output
-
-    def _computed_whole(self, call: BodyCall) -> Any:
+    def _frozen(self, how: HaltedEntries, call: BodyCall, before: Recorded | None) -> Any:
         """Masked execution: what a call gives. Entries that have halted keep what it gave them, the state and all else
         that the loop may carry."""
-        self._returned = None
-        holding, stopped = self.holding, self._stopped
-        if holding is None or stopped is None or not stopped.ndim or self.kv.in_use or self.kv.runs_on:
+        stopped = self._stopped
+        if stopped is None or not stopped.ndim or self.kv.in_use or self.kv.runs_on:
             return call.forward(*call.args, **call.kwargs)
-        before = self._last[call.place] if call.place < len(self._last) else None
         if before is None or before.name != call.name:
             return call.forward(*call.args, **call.kwargs)
-        if len(self._last) == 1 == len(mapped_tensors(before.output)) and not holding.encloses(call.name):
+        if len(self._last) == 1 == len(mapped_tensors(before.output)) and not how.encloses(call.name):
             return call.forward(*call.args, **call.kwargs)  # the state is all there is
         if self._present is None:  # once in an iteration: it waits for the device
             self._present = by_entry(~stopped).nonzero().squeeze(-1)
-        return self._without_halted(holding, call, self._present, len(stopped))
+        return self._without_halted(how, call, before, self._present, len(stopped))
+
+    def _without_halted(
+        self, how: HaltedEntries, call: BodyCall, before: Recorded | None, present: Tensor, batch: int
+    ) -> Any:
+        """What a call gives the entries that go on; the others have what it gave them in the iteration before."""
+        if len(present) == batch or before is None:
+            output = how.call(call, present, batch, None, True, lambda gathered: nullcontext())
+        else:
+            kept, whole = before.again(self.allow_grad), self.whole
+            output = how.call(
+                call, present, batch, kept, self._leaves, lambda gathered: whole.entries(present, batch, gathered)
+            )
+        self._returned = how.axes(call, batch)
+        return output
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ended, self._outputs = False, 0
@@ -201,9 +207,9 @@ class Frame:
             self._stopped = ~self.run.active
         self._spend(by_entry(self.run.active))
         self._present = None
-        if self.retiring is not None and self.run.active.ndim:
+        if isinstance(self.halted_entries, Retiring) and self.run.active.ndim:
             self._present = by_entry(self.run.active).nonzero().squeeze(-1)
-            self._leaves = self.retiring.proven([entry.name for entry in self._last])
+            self._leaves = self.halted_entries.can_leave([entry.name for entry in self._last])
 
     def _spend(self, entries: Tensor | None) -> None:
         """Entries begin a step of the joint budget; None: all of them."""
@@ -283,7 +289,8 @@ class Frame:
                         "nothing. Halt under torch.no_grad(), or say allow_grad=True if that is meant"
                     )
         before = iter(old)
-        axes = iter(self._returned if self._returned is not None else [0] * len(new))
+        known = self._returned
+        axes = iter(known if known is not None and len(known) == len(new) else [0] * len(new))
 
         def rows(tensor: Tensor) -> Tensor:
             kept = next(before)
@@ -364,9 +371,11 @@ class Frame:
             TapeMismatch: it does not.
         """
         if name != recorded:
+            did = f"called {recorded!r}" if recorded else "ended"
             raise TapeMismatch(
-                f"after the halt the model called {name!r} where its last iteration called {recorded!r}: the body is "
-                "not the same modules in the same order each time. Name in body= all that one iteration calls"
+                f"the model called {name!r} where its iteration before {did}, so outputs of halted rows cannot be "
+                "given again: the body is not the same modules in the same order each time. Name in body= all that one "
+                "iteration calls"
             )
 
     def _replay(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

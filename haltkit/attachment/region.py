@@ -20,7 +20,7 @@ from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse
 from haltkit.attachment.onecall import ModelCalls, OneCall, Part
 from haltkit.attachment.override import Interceptor
-from haltkit.attachment.retiring import Holding, Retiring
+from haltkit.attachment.retiring import HaltedEntries
 from haltkit.attachment.steadiness import ENOUGH, Inputs
 from haltkit.attachment.tally import Tally
 from haltkit.loop import LoopObserver, LoopResult, LoopRun
@@ -88,14 +88,13 @@ class Region:
         max_steps: int | None = None,
         throughout: tuple[int, ...] | None = None,
         disturb_before: int = 0,
-        retiring: Retiring | None = None,
-        holding: Holding | None = None,
+        halted_entries: HaltedEntries | None = None,
     ) -> None:
         self.name, self.loop, self.policy = name, loop, policy
         self.passing, self.calls, self.caches = passing, calls, caches
         self.readout, self.observer = readout, observer
-        self.allow_grad, self.max_steps, self.throughout = allow_grad, max_steps, throughout
-        self.disturb_before, self.retiring, self.holding = disturb_before, retiring, holding
+        self.allow_grad, self.max_steps, self.card, self.throughout = allow_grad, max_steps, card, throughout
+        self.disturb_before, self.halted_entries = disturb_before, halted_entries
         self.joining: Joining | None = None  # the queue in progress
         self._check = check  # whether the inputs of a halted body are still to be checked
         self.tally = Tally()
@@ -234,8 +233,7 @@ class _ScopeCall:
             allow_grad=region.allow_grad,
             inputs=region.watch(),
             disturb_before=region.disturb_before,
-            retiring=region.retiring,
-            holding=region.holding,
+            halted_entries=region.halted_entries,
             joining=region.joining if Joining.active() else None,
         )
 

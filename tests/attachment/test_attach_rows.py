@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import haltkit
 from cases import WIDTH, Refiner, needs
-from haltkit.attachment import retiring
+from haltkit.attachment import proving
 from haltkit.attachment.errors import AttachError, BatchNotFound, RowsMeet
 from standins import Counting, SlotCache
 
@@ -202,7 +202,7 @@ def test_an_error_of_our_own_is_not_taken_for_a_batch_that_does_not_fit(
     def broken(*_: Any) -> None:
         raise NameError("ours")
 
-    monkeypatch.setattr(retiring, function, broken)
+    monkeypatch.setattr(proving, function, broken)
     model = Looped(nn.Linear(WIDTH, WIDTH))
     with (
         haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution="compact"),
@@ -293,14 +293,18 @@ def test_a_tiny_recursive_model_gives_each_board_what_it_gets_alone() -> None:
 
 
 class Transposing(nn.Module):
-    """Carries its state and, sequence first, a second one; counts its calls, and draws random numbers."""
+    """Carries its state and, sequence first, a second one; counts its calls, in two ways, and draws random numbers."""
+
+    counted: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.map, self.other, self.calls = encoder(), nn.Linear(WIDTH, WIDTH, dtype=torch.float64), 0
+        self.register_buffer("counted", torch.zeros(()))
 
     def forward(self, x: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += 1
+        self.counted += 1
         torch.rand(3)
         new = torch.tanh(self.map(x) + beside.transpose(0, 1))
         return new, torch.tanh(self.other(new)).transpose(0, 1) + 0.5 * beside
@@ -341,9 +345,11 @@ def test_trials_leave_random_numbers_and_counters_as_they_were(execution: Any) -
     expected = torch.rand(3)
     torch.manual_seed(1)
     model.body.calls = 0
+    model.body.counted.zero_()
     with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution=execution):
         model(x)
     assert model.body.calls == max(DEPTHS)
+    assert model.body.counted == max(DEPTHS)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -369,3 +375,66 @@ def test_rows_that_meet_keep_their_state_alone_in_masked_execution() -> None:
     with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"]):
         for _ in range(2):
             assert torch.equal(model(x), h)
+
+
+class Lengths(nn.Module):
+    """Masks each entry by its length, which is given as a number in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor, lengths: Any) -> Tensor:
+        new = torch.tanh(self.map(x))
+        for row, length in enumerate(lengths[: len(x)]):
+            new[row, length:] = 0
+        return new
+
+
+@torch.no_grad()
+def test_a_list_of_one_number_per_entry_is_refused() -> None:
+    """Where the entries tried have the same length, a trial proves nothing about the others."""
+    lengths = [4, 4, 2, 4, 3, 4]
+    model, x = Looped(Lengths(), lengths), values(len(DEPTHS), 4, WIDTH)
+    with (
+        haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution="compact"),
+        pytest.raises(BatchNotFound, match="a list of 6 numbers"),
+    ):
+        model(x)
+    alone = torch.cat([Looped(model.body, [n])(x[i : i + 1], DEPTHS[i]) for i, n in enumerate(lengths)])
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"]):
+        assert torch.equal(model(x), alone)
+
+
+class Graph(nn.Module):
+    """Nodes that read their neighbours, by number."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.map, self.seen = nn.Linear(WIDTH, WIDTH, dtype=torch.float64), seen
+
+    def forward(self, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(len(x))
+        gathered = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+        new = torch.tanh(self.map(gathered))
+        return new, new.sum(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edges", [len(DEPTHS), 9])
+def test_rows_that_are_read_by_number_are_never_tried_without_each_other(edges: int) -> None:
+    """An index beyond the end is an error that a process with a GPU does not survive."""
+    drawn, seen = torch.Generator().manual_seed(0), list[int]()
+    pairs = torch.randint(0, len(DEPTHS), (2, edges), generator=drawn)
+    model, x = Looped(Graph(seen), pairs), values(len(DEPTHS), WIDTH)
+    expected, depths = x, torch.tensor(DEPTHS).unsqueeze(-1)
+    for k in range(1, max(DEPTHS) + 1):
+        expected = torch.where(depths >= k, model.body(expected, pairs)[0], expected)
+    with haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"]):
+        assert torch.equal(model(x), expected)
+    with (
+        haltkit.attach(model, Drawn(tuple(DEPTHS)), body=["body"], execution="compact"),
+        pytest.raises(RowsMeet, match="see each other"),
+    ):
+        model(x)
+    assert set(seen) == {len(DEPTHS)}
