@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from haltkit.attachment.attach import attach
+from haltkit.attachment.counting import Taken
 from haltkit.attachment.description import Loop
 from haltkit.attachment.kv import KVMode
+from haltkit.loop import Outcome
 from haltkit.protocol import Readout
 from haltkit.specs import Policies
 
@@ -25,7 +27,7 @@ SUPPORTED = ("greedy_search", "sample")
 
 def generation(
     policy: Policies | PathLike[str],
-    *,
+    *prepared: Any,
     max_steps: int | Mapping[str, int] | None = None,
     total_steps: int | None = None,
     loop: Loop | None = None,
@@ -46,27 +48,41 @@ def generation(
         out.sequences, out.steps, out.outcome
 
     The loop over tokens is transformers' own, so greedy decoding, sampling, padded batches, logits processors, stopping
-    criteria and streamers are what they are without haltkit. The model is attached for the time of the call.
+    criteria and streamers are what they are without haltkit. (Not so ``stop_strings=``: transformers hands no tokenizer
+    on to a callable. Give ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.) The model is attached for the
+    time of the call.
 
     With ``return_dict_in_generate=True`` the output has three more fields, for the position that each new token was
     read from. ``steps``, ``(batch, new tokens, regions)`` int64: the steps it took, over all turns of a loop that runs
     inside another one. ``outcome``, of the same shape, int8: an :class:`~haltkit.Outcome` each, of the newest turn.
-    ``regions``: their names, in that order. Entries that have ended go on as padding, and are counted.
+    ``regions``: their names, in that order. Entries that have ended go on as padding, and are counted; a region that
+    did not run for a token has 0 steps, ``ABSENT``.
 
     Args:
         policy, max_steps, total_steps, loop, loops, readout, kv, kv_stride, check, fields: as for
             :func:`haltkit.attach`. A cache whose slots belong to iterations needs a ``kv`` other than ``refuse`` where
             the depth varies from token to token. Without one (``use_cache=False``) every token is exact at its own
             depth.
+        prepared: nothing. It is what ``generate`` hands over where this function was given without a call of it.
 
     Returns:
         a callable, to be used in as many calls, and on as many models, as it fits.
 
     Raises:
         AttachError: from ``generate``: the model's loop cannot be halted as described.
-        ValueError: from ``generate``: beam search, assisted generation, an encoder-decoder, or attention that is not
-            causal; a bad policy.
+        ValueError: an observer. From ``generate``: beam search, assisted generation, an encoder-decoder, or attention
+            that is not causal; a bad policy; this function in place of what it returns.
     """
+    if prepared:
+        raise ValueError(
+            "custom_generate=haltkit.generation is the function itself: call it with a policy, as in "
+            "custom_generate=haltkit.generation('norm:tau=0.2', max_steps=32)"
+        )
+    if "observer" in fields:
+        raise ValueError(
+            "haltkit.generation counts steps by an observer of its own: use haltkit.attach(model, policy, "
+            "observer=...) around model.generate(...) to record"
+        )
     how = dict(fields, max_steps=max_steps, total_steps=total_steps, loop=loop, loops=loops, readout=readout)
     return Generation(policy, {**how, "kv": kv, "kv_stride": kv_stride, "check": check})
 
@@ -96,13 +112,14 @@ class Generation:
         """The decoding method that ``generate`` calls, with what it has prepared."""
         given = _arguments_of_generate()
         _check_mode(model, generation_config, given)
-        counter = _Counter(len(input_ids))
-        with attach(model, self.policy, observer=counter, **self.how) as session:
+        taken = Taken()
+        with attach(model, self.policy, observer=taken, **self.how) as session:
+            counter = _Counter(len(input_ids), taken, session.regions)
             calls = model.register_forward_pre_hook(counter.call_begins)
             try:
                 output = model._sample(
                     input_ids,
-                    logits_processor=type(logits_processor)([*logits_processor, counter]),
+                    logits_processor=type(logits_processor)([counter, *logits_processor]),
                     stopping_criteria=stopping_criteria,
                     generation_config=generation_config,
                     streamer=given.get("streamer", streamer),
@@ -113,8 +130,8 @@ class Generation:
         if generation_config.return_dict_in_generate:
             new = output.sequences.shape[1] - input_ids.shape[1]
             output["regions"] = session.regions
-            output["steps"] = counter.stacked(counter.steps, session.regions)[:, :new]
-            output["outcome"] = counter.stacked(counter.outcomes, session.regions)[:, :new]
+            output["steps"] = torch.stack(counter.steps, 1)[:, :new]
+            output["outcome"] = torch.stack(counter.outcomes, 1)[:, :new]
         return output
 
 
@@ -155,43 +172,40 @@ def _check_mode(model: Any, config: Any, given: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass
 class _Counter:
-    """Steps of each new token: it observes the loops, and is the last logits processor, called once per token."""
+    """Steps of each new token: the first logits processor, which is called once per token.
 
-    batch: int
-    steps: dict[str, list[Tensor]] = field(default_factory=dict)
-    outcomes: dict[str, list[Tensor]] = field(default_factory=dict)
-    _newest: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of the call in progress, by region
+    Later processors may call the model themselves (classifier-free guidance): these loops choose no token.
 
-    def begin(self, name: str, x0: Tensor) -> None:
-        """A loop starts."""
+    Attributes:
+        taken: observes the loops.
+        steps, outcomes: of each token, ``(batch, regions)``.
+    """
 
-    def step(self, name: str, k: int, x: Tensor) -> None:
-        """A loop has taken a step."""
+    def __init__(self, batch: int, taken: Taken, regions: Sequence[str]) -> None:
+        self.batch, self.taken, self.regions = batch, taken, regions
+        self.steps, self.outcomes = list[Tensor](), list[Tensor]()
 
-    def end(self, name: str, steps: Tensor, outcome: Tensor) -> None:
-        """A loop is over: what it came to at the last position, from which the next token is read."""
+    def call_begins(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model is called; a long prompt may take several calls, of which the last one gives the token."""
+        self.taken.clear()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A token is about to be chosen: note what the loops came to at the last position, from which it is read."""
+        steps, outcomes = zip(*(self._last(name, scores.device) for name in self.regions), strict=True)
+        self.steps.append(torch.stack(steps, -1))
+        self.outcomes.append(torch.stack(outcomes, -1))
+        return scores
+
+    def _last(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Steps and outcome of a region at the last position, ``(batch,)`` each; none where it has not run."""
+        if name not in self.taken.steps:
+            none = torch.zeros(self.batch, dtype=torch.int64, device=device)
+            return none, torch.full_like(none, Outcome.ABSENT, dtype=torch.int8)
+        steps, outcome = self.taken.steps[name], self.taken.outcomes[name]
         if steps.ndim != 2 or len(steps) != self.batch:
             raise ValueError(
                 f"region {name!r}: its state has rows {tuple(steps.shape)}, and (batch, tokens) with batch "
                 f"{self.batch} is needed to know which of them a new token is read from"
             )
-        before, _ = self._newest.get(name, (0, None))
-        self._newest[name] = before + steps[:, -1], outcome[:, -1]
-
-    def call_begins(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """The model is called; a long prompt may take several calls, of which the last one gives the token."""
-        self._newest.clear()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """A token is about to be chosen."""
-        for name, (steps, outcome) in self._newest.items():
-            self.steps.setdefault(name, []).append(steps)
-            self.outcomes.setdefault(name, []).append(outcome)
-        return scores
-
-    @staticmethod
-    def stacked(found: Mapping[str, list[Tensor]], regions: tuple[str, ...]) -> Tensor:
-        """``(batch, new tokens, regions)``."""
-        return torch.stack([torch.stack(found[name], 1) for name in regions], -1)
+        return steps[:, -1], outcome[:, -1]

@@ -105,6 +105,35 @@ def test_steps_are_those_of_the_position_that_a_token_was_read_from(model: Any) 
         assert torch.equal(out.outcome[:, token, 0], session.outcome["loop"][:, -1])
 
 
+def test_steps_of_a_token_are_not_those_of_a_processor_that_calls_the_model(model: Any) -> None:
+    """Classifier-free guidance runs the model once more per token, at depths of its own."""
+    how = haltkit.generation(AtDepths(3, 1, 2, 1, 4, 1), check=False)
+    out = generated(model, use_cache=False, guidance_scale=1.5, max_new_tokens=3, custom_generate=how)
+    assert out.steps[:, :, 0].tolist() == [[3, 2, 4]] * len(IDS)
+
+
+class Refining(nn.Module):
+    """A loop that runs for a prompt alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4 if x.shape[1] > 1 else 0):
+            x = torch.tanh(self.core(x))
+        return x
+
+
+def test_a_region_that_does_not_run_for_a_token_has_no_steps() -> None:
+    model = gpt2()
+    model.transformer.ln_f = Refining().eval()
+    loop = haltkit.Loop(["transformer.ln_f.core"], scope="transformer.ln_f")
+    out = generated(model, eos_token_id=None, custom_generate=haltkit.generation("fixed:steps=2", loop=loop))
+    assert out.steps[:, :, 0].tolist() == [[2, *[0] * (NEW - 1)]] * len(IDS)
+    assert out.outcome[0, :, 0].tolist() == [haltkit.Outcome.CONVERGED, *[haltkit.Outcome.ABSENT] * (NEW - 1)]
+
+
 def test_rows_that_max_steps_stops_have_spent_their_budget(model: Any) -> None:
     out = generated(model, custom_generate=haltkit.generation("norm:tau=1e-30", max_steps=3))
     expected = with_config(model.config, lambda: generated(model), H_cycles=3)
@@ -164,6 +193,40 @@ def test_an_assistant_is_refused_by_name(model: Any) -> None:
         generated(
             model, inputs=IDS[:1], assistant_model=hrm_model(), custom_generate=haltkit.generation("fixed:steps=2")
         )
+
+
+@pytest.mark.parametrize(
+    ("custom_generate", "token"),
+    [
+        (lambda: haltkit.generation, "call it with a policy"),
+        (lambda: haltkit.generation("norm:tau=1", observer=haltkit.Recorder()), "around model.generate"),
+    ],
+    ids=["not called", "an observer"],
+)
+def test_what_is_no_generation_is_told_so(model: Any, custom_generate: Callable[[], Any], token: str) -> None:
+    with pytest.raises(ValueError, match=token):
+        generated(model, custom_generate=custom_generate())
+
+
+def test_a_stop_string_is_a_criterion(model: Any) -> None:
+    """transformers gives its own stop strings a tokenizer, and a callable none."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from transformers.generation import StopStringCriteria
+
+    words = [*(f"<{i}>" for i in range(50)), "abcdef"]  # the last is what transformers looks for
+    level = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<0>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(level))
+    keys: dict[str, Any] = {"inputs": IDS[:1]}
+    whole = generated(model, **keys).sequences[0, IDS.shape[1] :].tolist()
+    stop = [f"<{whole[2]}>"]
+    expected = generated(model, stop_strings=stop, tokenizer=tokenizer, **keys)
+    criteria = [StopStringCriteria(tokenizer, stop)]
+    out = generated(model, stopping_criteria=criteria, custom_generate=haltkit.generation("fixed:steps=4"), **keys)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.sequences.shape[1] < IDS.shape[1] + NEW
+    assert out.steps.shape[1] == out.sequences.shape[1] - IDS.shape[1]
 
 
 def gpt2() -> Any:
