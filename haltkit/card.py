@@ -133,6 +133,15 @@ class Card:
         if self.identity is not None:
             self._refuse(self.identity.differences(replace(self.identity, full_depth=full_depth)))
 
+    def check_reach(self, depth: int) -> None:
+        """Whether the card knows loops that run this deep by themselves; not all inputs take a model to its full depth.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.identity is not None and depth > self.identity.full_depth:
+            self.check_depth(depth)
+
     def _refuse(self, differences: Sequence[str]) -> None:
         """Refuse a model that differs, if it does."""
         if differences:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from haltkit.calibration.certificate import Certificate
 from haltkit.cli import main as entry
 from haltkit.models.training.config import RunConfig, load_config
 from haltkit.models.weights import read_tensors
@@ -171,6 +172,30 @@ def hrm_model() -> Any:
         L_cycles=3,
     )
     return HrmTextForCausalLM(config).eval()
+
+
+def certificate_for(spec: str) -> Certificate:
+    """A promise about one setting."""
+    return Certificate(
+        risk="disagreement",
+        epsilon=0.05,
+        delta=0.1,
+        method="betting",
+        correction="fixed-sequence",
+        promise="with probability 0.9 over the draw of the sequences, at most 5% of tokens disagree",
+        unit="sequence",
+        units=100,
+        units_needed=60,
+        settings=(spec,),
+        chosen=0,
+        empirical_risk=0.01,
+        p_value=0.02,
+        bound=0.04,
+        loss_bound=1.0,
+        data_hash="0" * 64,
+        seed=0,
+        reason="it passed",
+    )
 
 
 each_choice_of_the_recipe = pytest.mark.parametrize(

@@ -110,13 +110,18 @@ def attach(
 
     Raises:
         AttachError: a subclass for each thing that would be wrong; see :mod:`haltkit.attachment.errors`.
-        ValueError: no module, a bad policy, one for a region that is not there, or a description that contradicts
-            itself.
+        ValueError: no module, a bad policy, one for a region that is not there, a description that contradicts itself,
+            a card for another model or full depth, or what would be ignored: how to halt, without a policy or on a
+            model that halts itself.
     """
     check_model(model)
     for name, count in _counts(max_steps, total_steps):
         check_count(name, count)
     policy, described, card = _loaded(model, policy, loop, loops, fields)
+    if card is not None:
+        _check_card(card, max_steps, total_steps)
+    halting = _said(allow_grad, kv, kv_stride, execution, max_steps, total_steps)
+    told = readout is not None
     found: Mapping[str, Loop] | HaltsItself
     if described is None:
         found, readout = _preset(model, readout, regions_named(policy))
@@ -125,16 +130,20 @@ def attach(
     if isinstance(found, HaltsItself):
         if policy is None:
             raise ValueError(f"to observe a {type(model).__name__} use haltkit.record(model), or give it a policy")
-        budgets = max_steps is not None or total_steps is not None
-        if kv != "refuse" or kv_stride is not None or allow_grad or execution != "masked" or budgets:
+        if halting or told:
             raise ValueError(
-                f"a {type(model).__name__} halts itself: kv, kv_stride, allow_grad, execution, max_steps and "
-                "total_steps do not apply"
+                f"a {type(model).__name__} halts itself: leave out {', '.join([*halting, *['readout'] * told])}. Its "
+                "readout is its own, and its budget is the depth that it is called with"
             )
         native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card)
         return _attached(native.attach, native.detach)
     regions = checked(found)
     if policy is None:
+        if halting:
+            raise ValueError(
+                f"policy=None only observes, and {', '.join(halting)} would be ignored: give a policy, which may be "
+                "one that never halts, such as fixed:steps=1000000"
+            )
         observing = ObservingSession(model, regions, observer)
         return _attached(observing.attach, observing.detach)
     policies = policy_for_regions(policy, tuple(regions))
@@ -154,9 +163,10 @@ def attach(
         execution,
         _by_region(max_steps, policies),
         total_steps,
+        card,
     )
-    halting = HaltingSession(model, how)
-    return _attached(halting.attach, halting.detach)
+    session = HaltingSession(model, how)
+    return _attached(session.attach, session.detach)
 
 
 def verify(
@@ -196,6 +206,36 @@ def verify(
     policy: Policies = NEVER if known or isinstance(k, int) else dict.fromkeys(k, NEVER)
     with attach(model, policy, loop, loops=loops, execution=execution, **fields) as session:
         return session.verify(run, k, run_at, rows=rows)
+
+
+def _said(
+    allow_grad: bool, kv: KVMode, kv_stride: int | None, execution: Execution, max_steps: Any, total_steps: Any
+) -> list[str]:
+    """Which arguments were given that say how a foreign model is halted."""
+    given = {
+        "allow_grad": allow_grad,
+        "kv": kv != "refuse",
+        "kv_stride": kv_stride is not None,
+        "execution": execution != "masked",
+        "max_steps": max_steps is not None,
+        "total_steps": total_steps is not None,
+    }
+    return [name for name, said in given.items() if said]
+
+
+def _check_card(card: Card, max_steps: int | Mapping[str, int] | None, total_steps: int | None) -> None:
+    """Check that budgets leave a card's policy what it was when it was measured.
+
+    Raises:
+        ValueError: another full depth, or a joint budget under a certificate.
+    """
+    for _, count in _counts(max_steps, None):
+        card.check_depth(count)
+    if total_steps is not None and card.certificate is not None:
+        raise ValueError(
+            f"total_steps={total_steps}: the card's certificate is about its policy without a joint budget. Leave it "
+            f"out, or use the policy without a certificate by its spec, {card.policy!r}"
+        )
 
 
 def _check_execution(execution: Execution, policies: Mapping[str, HaltingPolicy[Any]], kv: KVMode) -> None:

@@ -24,6 +24,7 @@ from haltkit.attachment.retiring import Freezing, HaltedEntries, Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe
+from haltkit.card import Card
 from haltkit.loop import Execution, LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout
 from haltkit.queue import check_slots, in_turn
@@ -43,6 +44,7 @@ class Halting:
         observer: is called at every loop.
         allow_grad, kv, kv_stride, execution, total_steps: see :func:`haltkit.attach`.
         max_steps: of each loop, for regions that have such a budget.
+        card: that the policies are from; it refuses loops that go deeper by themselves than it knows.
         check: look, in the first loop of each region that halts, whether the body's inputs stand still after the halt.
         throughout: watch all loops from the first iteration on, and keep what these iterations were given (verify).
         disturb_before: give disturbed outputs in replayed iterations before this one, by region (verify).
@@ -60,6 +62,7 @@ class Halting:
     execution: Execution = "masked"
     max_steps: Mapping[str, int] = field(default_factory=dict)
     total_steps: int | None = None
+    card: Card | None = None
     throughout: tuple[int, ...] | None = None
     disturb_before: Mapping[str, int] = field(default_factory=dict)
     state_only: bool = False
@@ -90,6 +93,7 @@ class HaltingSession(Session):
                 allow_grad=how.allow_grad,
                 check=how.check,
                 max_steps=how.max_steps.get(name),
+                card=how.card,
                 throughout=how.throughout,
                 disturb_before=how.disturb_before.get(name, 0),
                 halted_entries=self._halted_entries(loop, inside[name]),
@@ -297,6 +301,7 @@ class HaltingSession(Session):
             observer=None,
             max_steps={},
             total_steps=None,
+            card=None,
             throughout=keep,
             disturb_before=disturb_before,
             state_only=state_only,

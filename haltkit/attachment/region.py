@@ -23,6 +23,7 @@ from haltkit.attachment.override import Interceptor
 from haltkit.attachment.retiring import HaltedEntries
 from haltkit.attachment.steadiness import ENOUGH, Inputs
 from haltkit.attachment.tally import Tally
+from haltkit.card import Card
 from haltkit.loop import LoopObserver, LoopResult, LoopRun
 from haltkit.protocol import HaltingPolicy, LoopStep, Readout, Verdict, granularity_of, judge
 
@@ -86,6 +87,7 @@ class Region:
         allow_grad: bool = False,
         check: bool = True,
         max_steps: int | None = None,
+        card: Card | None = None,
         throughout: tuple[int, ...] | None = None,
         disturb_before: int = 0,
         halted_entries: HaltedEntries | None = None,
@@ -167,7 +169,13 @@ class Region:
         return LoopRun(policy, x0, readout=self.readout, observer=observer, name=self.name, budget=budget)
 
     def completed(self, result: LoopResult, done: Completed, kept: Kept, inputs: Inputs | None) -> None:
-        """A loop is over. ``result``: of the rows that it was run for."""
+        """A loop is over. ``result``: of the rows that it was run for.
+
+        Raises:
+            ValueError: it goes deeper by itself than the full depth that the card is for.
+        """
+        if self.card is not None and self.max_steps is None:
+            self.card.check_reach(done.computed + done.skipped)
         self.newest, self.kept, self.watched = done, kept, inputs
         self._check = self._check and (inputs is None or inputs.replayed < ENOUGH)
         self.tally.add(result.steps, result.outcome, done.computed, done.skipped, done.seconds)

@@ -156,8 +156,9 @@ class ForeignWavefront(Front[_Open]):
         if layout not in ("depth-indexed", "last"):
             raise ValueError(f"layout={layout!r}: allowed are 'depth-indexed' and 'last'")
         if not len(prompt) or not all(isinstance(token, int) for token in prompt):
-            raise ValueError("the prompt is a list of at least one token id (integers), as a tokenizer gives")
-        with attach(model, policy, loop, readout=readout, **fields) as session:  # nothing runs: it says what is meant
+            raise ValueError("the prompt is a list of at least one token id (integers): of a tensor, ids.tolist()")
+        # Nothing runs: it says what is meant.
+        with attach(model, policy, loop, readout=readout, max_steps=max_steps, **fields) as session:
             loops, policies, readouts = session.loops, session.policies, session.readouts
         if len(loops) != 1:
             what = f"has the loops {', '.join(loops)}" if loops else "halts itself"

@@ -743,6 +743,9 @@ def test_descriptions_and_policies_that_would_be_ignored_are_refused(model: Refi
             haltkit.attach(model, policy, body=["core"])
     with pytest.raises(ValueError, match="no file 'none.yaml'"):
         haltkit.attach(model, "none.yaml", body=["core"])
+    for how in ({"max_steps": 3}, {"total_steps": 3}, {"execution": "compact"}, {"kv": "freeze"}, {"allow_grad": True}):
+        with pytest.raises(ValueError, match=f"only observes, and {next(iter(how))} would be ignored"):
+            haltkit.attach(model, None, body=["core"], **how)
     model.layers = nn.ModuleList([nn.Linear(2, 2)])
     with (
         pytest.raises(errors.BodyOutsideScope, match="not a ModuleList"),

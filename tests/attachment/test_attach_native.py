@@ -98,6 +98,9 @@ def test_what_the_native_path_refuses(model: LoopedGPT, tokens: Tensor) -> None:
     assert type(model) is LoopedGPT
     with pytest.raises(ValueError, match=r"use haltkit\.record"):
         haltkit.attach(model, None)
+    for how in ({"max_steps": 3}, {"execution": "compact"}, {"readout": model.readout}):
+        with pytest.raises(ValueError, match=f"halts itself: leave out {next(iter(how))}"):
+            haltkit.attach(model, "norm:tau=1", **how)
     with haltkit.attach(model, "norm:tau=1"):
         with pytest.raises(errors.GradientLost, match="no_grad"):
             model(tokens)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
-from cases import STEPS, WIDTH, Refiner, state_of
+from cases import STEPS, WIDTH, Refiner, certificate_for, state_of
 from haltkit.attachment import errors
 from haltkit.attachment.description import Loop
 from haltkit.attachment.saved import load, save
+from haltkit.card import Card
+from haltkit.identity import Identity
 from haltkit.specs import parse_choice
 
 
@@ -186,6 +188,27 @@ def test_a_saved_choice_is_loaded_by_attach(model: Refiner, x: Tensor, tmp_path:
     with pytest.raises(ValueError, match=r"functions \(initial\)"):
         save(tmp_path / "no.yaml", "norm:tau=1", Loop(("core",), initial=lambda a, k: a[0]))
     assert not (tmp_path / "no.yaml").exists()
+
+
+@torch.no_grad()
+def test_a_card_for_one_full_depth_is_refused_at_another_budget(model: Refiner, x: Tensor, tmp_path: Path) -> None:
+    path, spec, loops = tmp_path / "card", "norm:tau=0.3", {"loop": {"body": ["core"]}}
+    identity = Identity.of(model, 6)
+    Card(spec, loops=loops, identity=identity).save(path)
+    for budget in (5, 7, {"loop": 5}):
+        with pytest.raises(ValueError, match="full depth"):
+            haltkit.attach(model, path, max_steps=budget)
+    for given in ({"max_steps": 6}, {"max_steps": {"loop": 6}}, {"max_steps": 6, "total_steps": 3}):
+        with haltkit.attach(model, path, **given):
+            model(x)
+    with haltkit.attach(model, path):  # of its own, the model runs as deep as it is told
+        with pytest.raises(ValueError, match=f"full depth {STEPS} instead of 6"):
+            model(x)
+        for depth in (5, 6):
+            model(x, depth)
+    Card(spec, loops=loops, identity=identity, certificate=certificate_for(spec)).save(path)
+    with pytest.raises(ValueError, match="total_steps=3: the card's certificate"):
+        haltkit.attach(model, path, max_steps=6, total_steps=3)
 
 
 @pytest.mark.parametrize(
