@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
 
@@ -9,39 +10,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from haltkit.attachment.attach import attach
+from haltkit.attachment.counting import Taken
 from haltkit.attachment.generating import generation
-from haltkit.attachment.saved import load_card
-from haltkit.card import is_card
 from haltkit.models.harness.report import Depths, Report, check_batch, rolling_windows
 
 __all__ = ["HaltedLM"]
-
-
-class Depth:
-    """Observes the loops of one call of the model: steps of every row, over all turns of a loop inside another one."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, Tensor] = {}
-        self.outcomes: dict[str, Tensor] = {}
-
-    def begin(self, name: str, x0: Tensor) -> None:
-        """A loop starts."""
-
-    def step(self, name: str, k: int, x: Tensor) -> None:
-        """A loop has taken a step."""
-
-    def end(self, name: str, steps: Tensor, outcome: Tensor) -> None:
-        """A loop is over."""
-        before = self.steps.get(name)
-        self.steps[name] = steps if before is None else before + steps
-        self.outcomes[name] = outcome
-
-    def row(self, index: int) -> Depths:
-        """What one entry of the batch came to."""
-        return Depths(
-            {name: steps[index].tolist() for name, steps in self.steps.items()},
-            {name: outcome[index].tolist() for name, outcome in self.outcomes.items()},
-        )
 
 
 class HaltedLM(HFLM):
@@ -56,7 +29,7 @@ class HaltedLM(HFLM):
 
     Raises:
         ValueError: a policy that pools tokens, at another batch size than 1: padding would change scores; a card for
-            another model, or for another full depth than ``max_steps``.
+            another model, or for another full depth than ``max_steps``; ``steps`` in several processes.
         FileError: ``steps`` cannot be written.
     """
 
@@ -73,38 +46,44 @@ class HaltedLM(HFLM):
         self.how: dict[str, Any] = {} if policy is None else {"max_steps": max_steps, "kv": kv}
         if policy is None and (max_steps is not None or kv != "refuse"):
             raise ValueError("max_steps and kv say how a policy halts: give policy= too, such as policy=fixed:steps=8")
-        if policy is not None and is_card(policy) and max_steps is not None:
-            load_card(policy).check_depth(max_steps)
         super().__init__(*arguments, **named)
-        self._check_batch(named.get("batch_size", 1))
+        if steps is not None and self.world_size > 1:
+            raise ValueError(
+                f"steps={steps} is one file, and {self.world_size} processes share the requests: run one process, or "
+                "leave steps= out"
+            )
+        self._halting = self._settled(named.get("batch_size", 1))
         self._seen: dict[tuple[int, ...], Depths] = {}  # by what the model was given
         self._generated: dict[str, list[Depths]] = defaultdict(list)  # by context
-        self._newest: tuple[Tensor, Depth] | None = None
+        self._newest: tuple[Tensor, Taken] | None = None
         self._row, self._contexts = 0, list[str]()
         self._pairs: list[tuple[Depths, int]] = []  # of the requests scored last, with the length of the continuation
 
-    def _check_batch(self, batch_size: Any) -> None:
+    def _settled(self, batch_size: Any) -> dict[str, Any]:
+        """How :func:`haltkit.attach` halts each call: a card is read, and held against the model's weights, once."""
         if self.policy is None:
-            return
+            return {"policy": None}
         with attach(self.model, self.policy, **self.how) as session:
-            policies = list(session.policies.values())
             session.detach()
-        check_batch(policies, batch_size)
+        check_batch(session.policies.values(), batch_size)
+        found = {"loops": session.loops, "readout": session.readouts} if session.loops else {}  # it halts itself
+        return {**self.how, "policy": session.policies, **found}
 
     # --- passes
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        depth = Depth()
-        with attach(self.model, self.policy, observer=depth, **self.how):
+        taken = Taken()
+        with attach(self.model, observer=taken, **self._halting):
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
-        self._newest, self._row = (inps, depth), 0
+        self._newest, self._row = (inps, taken), 0
         return logits
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
         """The harness takes the rows of the newest pass in order; ``inplen`` is a row's length without padding."""
         if self._newest is not None and inplen is not None:
-            inputs, depth = self._newest
-            self._seen[tuple(inputs[self._row, :inplen].tolist())] = depth.row(self._row).cut(0, inplen)
+            inputs, taken = self._newest
+            given = tuple(inputs[self._row, :inplen].tolist())
+            self._seen[given] = Depths.of_row(taken.steps, taken.outcomes, self._row).cut(0, inplen)
             self._row += 1
         chosen: Tensor = super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
         return chosen
@@ -125,16 +104,27 @@ class HaltedLM(HFLM):
         if self.policy is None:
             tokens: Tensor = super()._model_generate(context, max_length, stop, **named)
             return tokens
-        named["custom_generate"] = generation(self.policy, **self.how)
+        named["custom_generate"] = generation(**self._halting)
         output: Any = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **named)
+        sequences: Tensor = output.sequences
         for row, text in enumerate(self._contexts):
-            found = {"steps": output.steps[row], "outcome": output.outcome[row]}
+            count = self._kept(sequences[row, context.shape[1] :].tolist(), stop)
             steps, outcomes = (
-                {name: values[:, i].tolist() for i, name in enumerate(output.regions)} for values in found.values()
+                {name: values[row, :count, i].tolist() for i, name in enumerate(output.regions)}
+                for values in (output.steps, output.outcome)
             )
             self._generated[text].append(Depths(steps, outcomes))
-        sequences: Tensor = output.sequences
         return sequences
+
+    def _kept(self, tokens: list[int], stop: list[str]) -> int:
+        """How many tokens of a continuation come before its end, with the one that completes a text of ``stop``: the
+        other texts of the batch may go on after it."""
+
+        def ended(count: int) -> bool:
+            text = self.tok_decode(tokens[:count], skip_special_tokens=False)
+            return any(word in text for word in stop if word)
+
+        return bisect_left(range(1, len(tokens)), True, key=ended) + 1
 
     # --- requests
 

@@ -157,10 +157,7 @@ class LoopedLM(TemplateLM):
             tokens.to(device), self.policies, max_loops=self.max_steps, rows=rows.to(device), execution="compact"
         )
         for b, ids in enumerate(given):
-            found = (
-                {name: one[b, : len(ids)].tolist() for name, one in kept.items()} for kept in (out.steps, out.outcome)
-            )
-            yield out.logits[b, : len(ids)].cpu(), Depths(*found)
+            yield out.logits[b, : len(ids)].cpu(), Depths.of_row(out.steps, out.outcome, b).cut(0, len(ids))
 
     # --- requests
 

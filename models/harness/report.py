@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from haltkit.card import Card, is_card
 from haltkit.files import check_output, write_text
@@ -49,6 +50,11 @@ class Depths:
 
     steps: Mapping[str, list[int]]
     outcomes: Mapping[str, list[int]]
+
+    @classmethod
+    def of_row(cls, steps: Mapping[str, Tensor], outcomes: Mapping[str, Tensor], row: int) -> Depths:
+        """Those of one entry of the batch, ``(B, T)`` by region."""
+        return cls(*({name: one[row].tolist() for name, one in kept.items()} for kept in (steps, outcomes)))
 
     def __len__(self) -> int:
         """How many positions; 0 where nothing was counted."""

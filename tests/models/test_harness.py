@@ -21,8 +21,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cases import hrm_model, run_command
-from haltkit.calibration.certificate import Certificate
+from cases import certificate_for, hrm_model, run_command
+from haltkit.attachment import presets
 from haltkit.card import Card
 from haltkit.cli.main import app
 from haltkit.identity import Identity
@@ -238,35 +238,61 @@ def test_pooled_policies_are_refused_at_batches(folder: Path) -> None:
     HaltedLM(pretrained=str(folder / "model"), device="cpu", policy=policy, batch_size=1)
 
 
+def test_a_file_of_steps_is_refused_where_processes_would_write_over_each_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from haltkit.models.harness.foreign import HaltedLM
+
+    monkeypatch.setattr(HaltedLM, "world_size", 2)
+    with pytest.raises(ValueError, match="2 processes"):
+        HaltedLM(pretrained=str(folder / "model"), device="cpu", steps=str(folder / "shared.jsonl"))
+
+
+def test_a_card_describes_the_loop_of_a_model_without_a_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "PRESETS", {})
+    body = ["model.L_module", "model.H_module"]
+    loops = {"core": {"body": body, "scope": "model", "initial": None}}
+    Card("fixed:steps=2", "HrmTextForCausalLM", ("core",), loops).save(folder / "card.yaml")
+    keys = {"policy": folder / "card.yaml", "kv": "uniform"}
+    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice,tiny_generating", "described", **keys)
+    for part in ("context", "continuation"):
+        assert found["config"]["haltkit"][part]["core"]["histogram"].keys() == {"2"}
+    assert "no preset" in refusal(folder, monkeypatch, "tiny_choice", policy="fixed:steps=2")
+
+
+def test_a_text_that_ends_before_others_of_its_batch_is_counted_to_its_end(folder: Path) -> None:
+    from haltkit.models.harness.foreign import HaltedLM
+
+    contexts = [document["question"] for document in documents(folder)]
+
+    def continued(size: int, until: list[str]) -> tuple[list[str], Any]:
+        how = {"policy": "norm:tau=0.05", "kv": "freeze", "batch_size": size, "device": "cpu"}
+        model = HaltedLM(pretrained=str(folder / "model"), dtype="float64", **how)
+        asked = {"max_gen_toks": 8, "until": until, "do_sample": False}
+        made = model.generate_until([own_request(text, asked) for text in contexts])
+        return made, model.get_model_info()["haltkit"]["continuation"]
+
+    free, _ = continued(1, [])
+    until = [free[0].split()[2]]
+    alone, counted = continued(1, until)
+    assert alone != free
+    assert counted["loop"]["tokens"] < 8 * len(contexts)
+    assert continued(3, until) == (alone, counted)
+
+
 def test_a_cards_certificate_is_in_the_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     spec = "norm:tau=0.05"
-    certificate = Certificate(
-        risk="disagreement",
-        epsilon=0.05,
-        delta=0.1,
-        method="betting",
-        correction="fixed-sequence",
-        promise="with probability 0.9 over the draw of the sequences, at most 5% of tokens disagree",
-        unit="sequence",
-        units=100,
-        units_needed=60,
-        settings=(spec,),
-        chosen=0,
-        empirical_risk=0.01,
-        p_value=0.02,
-        bound=0.04,
-        loss_bound=1.0,
-        data_hash="0" * 64,
-        seed=0,
-        reason="it passed",
-    )
+    certificate = certificate_for(spec)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     identity = Identity.of(model, 3)
     Card(spec, type(model).__name__, ("loop",), identity=identity, certificate=certificate).save(folder / "card")
     keys = {"policy": folder / "card", "max_steps": 3}
+    checked, check = list[Any](), Card.check
+    monkeypatch.setattr(Card, "check", lambda *given: (checked.append(given), check(*given))[1])
     told = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "card", **keys)["config"]["haltkit"]["card"]
+    assert len(checked) == 1  # it hashes all weights
     assert told["policy"] == spec
     assert told["identity"] == asdict(identity)
     assert told["certificate"] == {**asdict(certificate), "settings": [spec]}
