@@ -127,4 +127,5 @@ def structure_of(value: Any) -> Any:
         return type(value), *((key, structure_of(part)) for key, part in value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), *(structure_of(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return value if isinstance(value, (bool, int, float, str, type(None))) else (type(value), id(value))
+    plain = isinstance(value, (bool, int, float, str, type(None)))
+    return type(value), value if plain else id(value)  # by type, for True equals 1

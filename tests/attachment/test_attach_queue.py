@@ -129,6 +129,32 @@ def test_items_of_different_shapes_share_a_queue() -> None:
             assert_same(result, expected[result.index])
 
 
+def test_items_whose_arguments_only_seem_equal_are_computed_apart() -> None:
+    """True equals 1, and is something else to a model."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = Scaling()
+
+        def forward(self, x: Tensor, how: Any) -> Tensor:
+            for _ in range(4):
+                x = self.core(x, how)
+            return x
+
+    class Scaling(nn.Module):
+        def forward(self, x: Tensor, how: Any) -> Tensor:
+            return 0.5 * x if how is True else 0.25 * x
+
+    model, given = Scaled(), boards(4, 8)
+    ways = [True, 1, 1.0, True, 1, True, 1.0, 1]
+    with haltkit.attach(model, "fixed:steps=3", body=["core"]) as session:
+        items = zip(given, ways, strict=True)
+        results = list(session.queue(items, lambda item: model(item[0][None], item[1]), 4))
+    for result, board, how in zip(results, given, ways, strict=True):
+        assert torch.equal(result.output[0], board * (0.5 if how is True else 0.25) ** 3)
+
+
 def test_an_empty_item_passes_through_beside_others() -> None:
     model, (first, *others) = Solver(), boards(1, 4)
     given = [first[None], *[first[None, :0]] * 2, *(board[None] for board in others), first[None, :0]]
