@@ -203,7 +203,7 @@ def verify(
             deterministic or returns no tensor.
     """
     known = loop is not None or loops is not None or bool(fields)
-    policy: Policies = NEVER if known or isinstance(k, int) else dict.fromkeys(k, NEVER)
+    policy: Policies = dict.fromkeys(k, NEVER) if isinstance(k, Mapping) and k and not known else NEVER
     with attach(model, policy, loop, loops=loops, execution=execution, **fields) as session:
         return session.verify(run, k, run_at, rows=rows)
 

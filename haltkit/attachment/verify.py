@@ -207,8 +207,8 @@ def verify(
         regions: of the model.
         detached: runs the model as it is.
         probe: attaches a session with other policies.
-        run: calls the model on some input and returns its output; called five times, and once more for each further
-            region; it must be deterministic.
+        run: calls the model on some input and returns its output; called five times (six with ``run_at``), and once
+            more for each further region; it must be deterministic.
         k: where to force a halt, below the number of iterations that the model runs: in every region, or by region.
         run_at: called with ``k``: runs the model on the same input with that many loops, for the comparison that
             settles it.
@@ -219,9 +219,11 @@ def verify(
         GlueDrift: the body's input goes on changing after the halt, so state is carried outside the described modules.
         VaryingInput: likewise, and the input does not depend on the state at all: a recurrence over a sequence.
         StateNotCarried: nothing that the next iteration reads changes when a row is halted.
-        ValueError: a region that is not there, the model ran no more than ``k`` iterations, ``run`` is not
-            deterministic, returns no tensor, or has an empty batch.
+        ValueError: ``k`` is no number of steps, or for a region that is not there, the model ran no more than ``k``
+            iterations, ``run`` is not deterministic, returns no tensor, or has an empty batch.
     """
+    if not isinstance(k, (int, Mapping)) or k == {}:
+        raise ValueError(f"k={k!r}: a number of steps is expected, or a mapping from regions to one each")
     depths = dict.fromkeys(regions, k) if isinstance(k, int) else dict(k)
     if unknown := [name for name in depths if name not in regions]:
         raise ValueError(f"no region {', '.join(unknown)} here; the regions are {', '.join(regions)}")

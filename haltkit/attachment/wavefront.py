@@ -93,6 +93,8 @@ def wavefront(
         ValueError: a bad value, several loops, a model that halts itself, or a policy that pools positions.
     """
     check_count("max_new_tokens", max_new_tokens)
+    if not isinstance(stop, Collection):
+        raise ValueError(f"stop={stop!r}: a collection of token ids is expected, such as [{stop!r}]")
     front = ForeignWavefront(
         model,
         prompt,

@@ -116,7 +116,14 @@ def test_verify_is_exact_for_each_region_and_for_all_together(x: Tensor) -> None
             session.verify(lambda: model(x), 4)
         with pytest.raises(ValueError, match="middle"):
             session.verify(lambda: model(x), {"middle": 2})
+        wrong: tuple[Any, ...] = ("2", 2.5, {})
+        for k in wrong:
+            with pytest.raises(ValueError, match="a number of steps is expected"):
+                session.verify(lambda: model(x), k)
         assert session.computed == 0  # a check is not a use
+    for k in wrong:
+        with pytest.raises(ValueError, match="a number of steps is expected"):
+            haltkit.verify(model, lambda: model(x), k, loops=INSIDE)
 
 
 @torch.no_grad()
