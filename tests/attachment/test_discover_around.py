@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
-from cases import WIDTH
+from cases import WIDTH, needs
 from haltkit.attachment.errors import AttachError, NeverEnds, VaryingInput
 from haltkit.attachment.saved import check_savable
 from haltkit.attachment.verify import difference
 
 STEPS = 6
 X = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(0, 50, (3, 5), generator=torch.Generator().manual_seed(1))
 Loops = tuple[nn.Module, Callable[..., Any]]  # a model, and a function of a number of steps that loops around it
 
 
@@ -244,6 +245,43 @@ def test_the_proposal_is_exact_at_every_step(case: str, given: str) -> None:
     assert difference(halted, run(4)) == 0
     assert session.skipped == STEPS - 4
     assert difference(run(), halted) > 0
+
+
+def trm_refinements() -> Loops:
+    """tiny-recursive-model: calls of the whole model on what the one before gave, as in its deep supervision."""
+    needs("tiny_recursive_model")
+    from tiny_recursive_model import MLPMixer1D, TinyRecursiveModel
+
+    torch.manual_seed(0)
+    network = MLPMixer1D(dim=16, depth=1, seq_len=5)
+    model: Any = TinyRecursiveModel(
+        dim=16, num_tokens=50, network=network, num_refinement_blocks=2, num_latent_refinements=2
+    ).eval()
+
+    def run(n: int = STEPS) -> Tensor:
+        outputs, latents = model.get_initial()
+        answer = outputs
+        for _ in range(n):
+            outputs, latents, answer, _ = model(IDS, outputs, latents)
+        return answer
+
+    return model, run
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # other people's packages warn as they like
+def test_a_loop_around_a_model_of_others_is_proposed_and_exact() -> None:
+    model, run = trm_refinements()
+    best = haltkit.discover(model, run, run).candidates[0]
+    assert best.around
+    assert best.holds
+    assert best.iterations == STEPS
+    looped = haltkit.LoopAround(model, run)
+    for k in range(1, STEPS):
+        report = haltkit.verify(looped, looped, k, run, rows=False, **best.fields())
+        assert report.ok
+        assert report.halted == 0
+        assert difference(run(k), run()) > 0
 
 
 def until_halted(model: Recursive) -> Any:
