@@ -58,6 +58,23 @@ class Kinds:
     names: tuple[str, ...] | None = None
     what: str = "kind of row"
 
+    def count(self, samples: Sequence[Any]) -> int:
+        """How many kinds there are: as many as have names, else one more than the greatest number among the samples.
+
+        Raises:
+            ValueError: a kind below 0, or beyond the names.
+        """
+        found = [kinds for sample in samples if (kinds := self.of(sample)).numel()]
+        low, high = (
+            min((int(one.min()) for one in found), default=0),
+            max((int(one.max()) for one in found), default=0),
+        )
+        known = high + 1 if self.names is None else len(self.names)
+        if low < 0 or high >= known:
+            wanted = "from 0" if self.names is None else f"0 to {known - 1} ({', '.join(self.names)})"
+            raise ValueError(f"a row of kind {low if low < 0 else high}: kinds= numbers kinds {wanted}")
+        return known
+
     def depths(self, steps: Mapping[str, Sequence[int]]) -> DepthByRow:
         """A fixed depth for each kind.
 

@@ -34,7 +34,7 @@ Point = tuple[int, ...]
 
 
 def with_baselines(
-    subject: Subject, settings: Sequence[Setting], oracles: Sequence[Mapping[str, Tensor]]
+    subject: Subject, settings: Sequence[Setting], oracles: Sequence[Mapping[str, Tensor]], unknown: str = ""
 ) -> list[Setting]:
     """Settings with depths by kind among the fixed ones, if the subject has kinds, and with the oracle at the end.
 
@@ -45,13 +45,16 @@ def with_baselines(
         settings: full depth first, then other depths, then policies.
         oracles: the oracle depth of each row by region, of every sample (see
             :func:`haltkit.comparison.possible.possible`).
+        unknown: why there are none.
 
     Raises:
-        ValueError: a subject with kinds of whose rows nothing is known: it lacks logits, or a readout.
+        ValueError: a subject with kinds of whose rows nothing is known, for instance without logits or a readout; or
+            rows of kinds that are none.
     """
     known = bool(oracles) and len(oracles) == len(subject.samples)
     if has_few_kinds(subject) and (subject.logits is None or not known):
-        raise ValueError(f"{subject.name} has kinds=, and depths by kind are looked for by logits= and readout=")
+        why = "it has no logits=" if subject.logits is None else unknown
+        raise ValueError(f"{subject.name} has kinds=, and depths by kind cannot be looked for: {why}")
     if not subject.driver.rows_leave or not known:
         return list(settings)
     by_kind = depths_by_kind(subject, oracles)
@@ -91,8 +94,7 @@ def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) ->
     if subject.kinds is None or not has_few_kinds(subject):
         return []
     kinds = [subject.kinds.of(sample).cpu() for sample in subject.samples]
-    count = len(subject.kinds.names or ()) or 1 + max(int(one.max()) for one in kinds)
-    full = subject.full_depth
+    count, full = subject.kinds.count(subject.samples), subject.full_depth
     settled = {region: _settled(kinds, [depths[region] for depths in oracles], count, full) for region in oracles[0]}
     rows = next(iter(settled.values())).sum(1)  # of each kind
     few = count * len(subject.regions) <= FEW
@@ -107,16 +109,16 @@ def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) ->
 
 def has_few_kinds(subject: Subject) -> bool:
     """Whether rows are of kinds, and of no more than :data:`MOST_KINDS`, so that a depth for each can be looked for."""
-    if subject.kinds is None:
-        return False
-    count = len(subject.kinds.names or ())
-    return (count or 1 + max(int(subject.kinds.of(sample).max()) for sample in subject.samples)) <= MOST_KINDS
+    return subject.kinds is not None and subject.kinds.count(subject.samples) <= MOST_KINDS
 
 
 def _settled(kinds: Sequence[Tensor], depths: Sequence[Tensor], count: int, full: int) -> Tensor:
     """How many rows of each kind settle at each step, ``(kinds, full)``; rows without an oracle depth do not count."""
     table = torch.zeros(count, full, dtype=torch.int64)
     for kind, depth in zip(kinds, depths, strict=True):
+        common = min(kind.ndim, depth.ndim)
+        if kind.shape[:common] != depth.shape[:common]:
+            raise ValueError(f"kinds {tuple(kind.shape)} for rows {tuple(depth.shape)}: one per row or per sequence")
         shape = max(kind.shape, depth.shape, key=len)
         of, at = per_row(kind, shape).flatten(), per_row(depth.cpu(), shape).flatten()
         table.index_put_((of[at > 0], at[at > 0] - 1), torch.ones((), dtype=torch.int64), accumulate=True)
@@ -164,10 +166,13 @@ def allocate(settled: Tensor, goal: float) -> Point:
 
 
 def _live(subject: Subject, rows: Tensor) -> Callable[[float], list[Point]]:
-    """Looks for depths by running the first sample; points that were run are not run again."""
+    """Looks for depths by running the first sample; points that were run are not run again.
+
+    Where sequences halt as one, those count that agree as a whole.
+    """
     assert subject.kinds is not None
     kinds, regions = subject.kinds, subject.regions
-    full = _tops(subject, Setting(Depth.uniform(subject.full_depth, regions)))
+    full, whole = _tops(subject, Setting(Depth.uniform(subject.full_depth, regions))), subject.granularity == "sequence"
     tried: dict[Point, float] = {}
 
     def split(point: Point) -> list[Point]:
@@ -176,7 +181,8 @@ def _live(subject: Subject, rows: Tensor) -> Callable[[float], list[Point]]:
     def agreement(point: Point) -> float:
         if point not in tried:
             setting = Setting(kinds.depths(dict(zip(regions, split(point), strict=True))))
-            tried[point] = float((_tops(subject, setting) == full).double().mean())
+            same = _tops(subject, setting) == full
+            tried[point] = float((same.flatten(1).all(1) if whole else same).double().mean())
         return tried[point]
 
     weights = rows.repeat(len(regions)).tolist()
@@ -184,7 +190,7 @@ def _live(subject: Subject, rows: Tensor) -> Callable[[float], list[Point]]:
 
 
 def _tops(subject: Subject, setting: Setting) -> Tensor:
-    """Top predictions on the first sample; whole sequences where they halt as one."""
+    """Top predictions on the first sample, ``(B, T)``."""
     assert subject.logits is not None
     return subject.logits(subject.run(subject.samples[0], setting).output).argmax(-1)
 

@@ -91,7 +91,7 @@ def compare(
             subject.run(subject.samples[0], setting)
         oracles: list[Mapping[str, Tensor]] = []
         headroom, unknown = _headroom(subject, recorded, oracles)
-        settings = with_baselines(subject, settings, oracles) if recorded else settings
+        settings = with_baselines(subject, settings, oracles, unknown) if recorded else settings
     result = measure(
         subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 import haltkit
 from haltkit.comparison import Comparison, Row
 from haltkit.comparison.baselines import GOALS, allocate, refine
-from haltkit.driving import Pass
+from haltkit.driving import ByModules, Pass
 from haltkit.kinds import Kinds, per_row
 from haltkit.policies import Fixed
 from haltkit.setting import Setting
@@ -148,8 +148,41 @@ def test_where_rows_cannot_leave_there_is_neither() -> None:
 
 @pytest.mark.parametrize("missing", ["logits", "readout"])
 def test_kinds_without_what_depths_are_looked_for_by_are_refused(missing: str) -> None:
-    with pytest.raises(ValueError, match="kinds="):
+    with pytest.raises(ValueError, match=f"kinds=.* no {missing}"):
         haltkit.compare(countdown(kinds=BY_HOPS, **{missing: None}), policies="norm:tau=0.5", repeats=1)
+
+
+def test_kinds_of_a_model_that_cannot_be_told_its_depth_are_refused_for_that_reason() -> None:
+    subject = countdown(kinds=BY_HOPS)
+    assert isinstance(subject.driver, ByModules)
+    stubborn = replace(subject.driver, run=lambda inputs, _: subject.model(inputs, STEPS - 1))
+    with pytest.raises(ValueError, match=f"kinds=.* ran {STEPS - 1} steps"):
+        haltkit.compare(replace(subject, driver=stubborn), policies="norm:tau=0.5", repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [
+        (Kinds(lambda inputs: inputs[..., 0].long(), ("near", "far")), r"kind 5.* 0 to 1 \(near, far\)"),
+        (Kinds(lambda inputs: inputs[..., 0].long() - 2), "kind -1.* from 0"),
+        (Kinds(lambda inputs: torch.zeros(3, 5, dtype=torch.int64)), r"kinds \(3, 5\) for rows \(3, 8\)"),
+    ],
+)
+def test_kinds_that_are_none_are_refused_by_name(kinds: Kinds, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        haltkit.compare(countdown(kinds=kinds), policies="norm:tau=0.5", repeats=1)
+
+
+def test_where_sequences_halt_as_one_depths_by_kind_are_judged_by_whole_sequences() -> None:
+    """19 of 20 rows of every sequence settle at step 1, and no sequence before step 5: depth 1 is good for nothing."""
+    hops = torch.tensor([1.0] * 19 + [5.0]).repeat(4, 1)
+    sample = torch.stack([hops, torch.zeros_like(hops)], -1)
+    alternate = Kinds(lambda inputs: torch.arange(len(inputs)) % 2, ("even", "odd"))
+    subject = countdown(kinds=alternate, samples=[sample], granularity="sequence")
+    found = haltkit.compare(subject, policies="norm:tau=0.5", repeats=1)
+    tried = {row.steps["loop"] for row in found.rows if row.fixed}
+    assert 1 not in tried
+    assert 5 in tried
 
 
 def test_many_kinds_are_given_depths_by_their_recordings() -> None:
