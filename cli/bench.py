@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haltkit.cli.device import Device, describe_device
-from haltkit.cli.grid import Column, print_grid
+from haltkit.cli.grid import Column, print_grid, print_wrapped
 from haltkit.cli.options import (
     JsonPath,
     MaxLoops,
     Model,
     OldCheckpoint,
+    OldModel,
     Repeats,
     Text,
     check_policies,
     chosen_model,
 )
-from haltkit.cli.subjects import text_model
+from haltkit.cli.subjects import asked_options, is_text, resolve, text_model
 from haltkit.cli.terminal import check_writable, make_console, progress, write_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -42,29 +44,38 @@ _MEANING = {
 
 
 def bench(
+    context: typer.Context,
     model: Model = None,
     policies: Annotated[
         str,
         typer.Option(
             help="Comma-separated specs, also per region, and paths of saved choices; one without tau gets that at "
-            "which a typical token takes 6 steps."
+            "which a typical row takes 6 steps. Without predictions to look at, the default is accel,norm."
         ),
     ] = "accel,kl",
-    only: Annotated[str, typer.Option(metavar="LIST", help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
+    only: Annotated[str, typer.Option(metavar="LIST", help=f"Of {', '.join(PARTS)} (text models).")] = ",".join(PARTS),
     text: Text = None,
     max_loops: MaxLoops = 32,
     repeats: Repeats = 3,
     device: Device = "auto",
     json_path: JsonPath = None,
     checkpoint: OldCheckpoint = None,
+    old_model: OldModel = None,
 ) -> None:
     """Measure, side by side in one run, what halting costs and saves on this machine.
 
     The bound is the speed-up that counted floating-point operations allow for the steps that occurred, layers that do
     not loop included; realised is the measured speed-up over it. "Over bare loop" is the time above that of a loop of
     as many steps that decides nothing. Takes some minutes; run nothing else meanwhile.
+
+    Of a looped text model all parts are measured. Of any other model its policies' speed-up, bound and cost are, and
+    the mean steps below which each is faster than full depth, as a table in Markdown.
     """
-    named = chosen_model(model, checkpoint)
+    named = chosen_model(model, checkpoint, old_model)
+    if not is_text(named):
+        options = {"text": text, "only": only, "max_loops": max_loops}
+        _bench_subject(named, options, asked_options(context), policies, repeats, device, check_writable(json_path))
+        return
     parts = [part.strip() for part in only.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"--only {only}: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
@@ -169,6 +180,56 @@ def bench(
             results[part] = measure[part]()
         _print(console, part, results[part])
     write_results(console, json_path, {**about, **results})
+
+
+def _bench_subject(
+    named: str | None,
+    options: dict[str, Any],
+    asked: set[str],
+    policies: str,
+    repeats: int,
+    device: str,
+    json_path: Path | None,
+) -> None:
+    """Any model with a loop: realised speed-up, cost of deciding and break-even of each policy."""
+    check_policies(policies)
+    with progress("loading the model") as tick:
+        subject = resolve(named, options, asked, device)
+        from haltkit import timing
+        from haltkit.comparison.settings import candidates
+        from haltkit.comparison.speed import speeds
+        from haltkit.protocol import has_logits
+
+        usual = "policies" not in asked and not has_logits(subject.readout)
+        wanted = candidates("accel,norm" if usual else policies, subject)
+        tick(description="timing")
+        rows = speeds(subject, wanted, repeats=repeats, on_tick=lambda done, total: tick(completed=done, total=total))
+    console = make_console(json_path)
+    about = {**subject.about, "machine": timing.machine(), "repeats": repeats}
+    told = [f"{key.replace('_', ' ')} {about[key]}" for key in ("max_loops", "batch") if key in about]
+    where = [str(about[key]) for key in ("model", "machine", "device", "dtype") if about.get(key)]
+    print_wrapped(console, ", ".join([*where, *told, f"median of {repeats} interleaved repeats"]))
+    console.print()
+    cells = [_subject_cells(row, subject.item) for row in rows]
+    for line in (list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)):
+        console.print(f"| {' | '.join(line)} |", highlight=False, markup=False, soft_wrap=True)
+    write_results(console, json_path, {**about, "policies": rows})
+
+
+def _subject_cells(row: dict[str, Any], item: str) -> dict[str, str]:
+    """A row of the table of any model, by heading."""
+    even = row["break_even"]
+    return {
+        "policy": f"`{row['spec']}`".replace("|", "\\|"),
+        "steps": " ".join(f"{mean:.1f}" for mean in row["steps"].values()),
+        f"full depth, ms/{item}": f"{row['full_ms']:.3f}",
+        f"ms/{item}": f"{row['ms']:.3f}",
+        "bound": f"{row['bound']:.2f}x",
+        "speed-up": f"{row['speedup']:.2f}x",
+        "realised": f"{row['realised']:.2f}",
+        "over bare loop": f"{100 * row['over_bare_loop']:+.1f}%",
+        "faster than full depth below": "never" if even is None else f"{even:.1f} steps",
+    }
 
 
 def _print(console: Console, part: str, result: Any) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "ModelType",
     "asked_options",
     "is_function",
+    "is_text",
     "reasoner",
     "resolve",
     "resolve_case",
@@ -151,6 +152,16 @@ def resolve_case(model: str | None, options: Mapping[str, Any], asked: set[str])
     _refuse_options(str(model), set(options) & asked - {"tokens", "seed"})
     made = call_factory(str(model), (Subject, Case), f"MODEL {model}")
     return Case.of(made) if isinstance(made, Subject) else made
+
+
+def is_text(model: str | None) -> bool:
+    """Whether MODEL names a checkpoint of the bundled kind of text model.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = _folder(model)
+    return folder is not None and _kind(folder) is MODEL_TYPES[TEXT]
 
 
 def text_model(model: str | None, command: str, device: str = "auto") -> Checkpoint:

@@ -225,6 +225,54 @@ def test_bench_refuses(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "does not decide token by token" in capsys.readouterr().err
 
 
+def test_bench_of_another_model_is_a_table_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "b.json"
+    args = ["--policies", "norm:tau=2,any(norm:tau=1|accel:tau=1)", "--max-loops", 6, "--repeats", 1]
+    assert run_command("bench", "chase", *args, "--json", out) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(shown) == 4
+    assert shown[1] == "|" + " --- |" * 9
+    assert all(line.replace("\\|", "").count("|") == 10 for line in shown)  # a pipe in a spec is no column
+    assert shown[0].startswith("| policy | steps | full depth, ms/answer |")
+    measured = json.loads(out.read_text())
+    assert {"machine", "repeats", "model"} < measured.keys()
+    assert [row["spec"] for row in measured["policies"]] == ["norm:tau=2.0", "any(norm:tau=1.0|accel:tau=1.0)"]
+    for row in measured["policies"]:
+        assert row["bound"] >= 1
+        assert row["realised"] == pytest.approx(row["speedup"] / row["bound"])
+
+
+def test_bench_of_a_users_own_model_takes_policies_that_it_can_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine_to_bench.py").write_text(
+        """
+import torch, haltkit
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.core = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        for _ in range(8):
+            x = torch.tanh(self.core(x))
+        return x
+def subject():
+    torch.manual_seed(0)
+    return haltkit.Subject.attached(Net().eval(), samples=[torch.randn(4, 8)], loss=lambda y, _: y.mean(-1), loop=haltkit.Loop(["core"]))
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run_command("bench", "mine_to_bench:subject", "--repeats", 1) == 0
+    shown = capsys.readouterr().out
+    assert "| `accel:" in shown
+    assert "| `norm:" in shown
+    for option in (["--only", "forward"], ["--max-loops", "4"]):
+        assert run_command("bench", "mine_to_bench:subject", *option) == 2
+        assert f"{option[0]} is for checkpoints" in capsys.readouterr().err
+    assert run_command("bench", "chase", "--only", "forward") == 2
+    assert "--only has no meaning for 'chase'" in capsys.readouterr().err
+
+
 def test_the_policies_cost_is_relative_to_a_body() -> None:
     [row] = benching.policy_cost((64,), (8,), 100, seconds=0.01, dtypes=[torch.float32])
     assert set(row["relative"]) == {record.name for record in records() if record.cost is not None}

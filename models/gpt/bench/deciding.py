@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from haltkit.comparison.settings import Candidate, Sweeps
+from haltkit.comparison.settings import Candidate
+from haltkit.comparison.speed import at_target
 from haltkit.models.gpt.model import Block
 from haltkit.protocol import HaltingPolicy, Heads, LoopStep, Readout, judge
 from haltkit.registry import records
@@ -30,13 +30,11 @@ def choose_policies(subject: Subject, wanted: Sequence[Candidate]) -> dict[str, 
     Raises:
         ValueError: a policy that does not decide token by token, or one whose scores give no threshold.
     """
-    sweeps = Sweeps.on(replace(subject, target_steps=(TARGET_STEP,)), subject.look(), "auto")
     chosen: dict[str, Policies] = {}
-    for candidate in wanted:
-        for setting in sweeps.settings(candidate):
-            if not setting.causal:
-                raise ValueError(f"{setting.label!r} does not decide token by token, which is what is measured here")
-            chosen[setting.text or setting.label] = setting.policies
+    for setting in at_target(subject, subject.look(), wanted, TARGET_STEP):
+        if not setting.causal:
+            raise ValueError(f"{setting.label!r} does not decide token by token, which is what is measured here")
+        chosen[setting.text or setting.label] = setting.policies
     return chosen
 
 

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from haltkit.comparison.speed import Speed
 from haltkit.models.gpt.bench.work import flops, means
 from haltkit.models.gpt.decoding import Decoder
 from haltkit.models.gpt.model import LoopedGPT
 from haltkit.specs import Policies
-from haltkit.timing import Times, in_turns, milliseconds, ratio
+from haltkit.timing import in_turns, milliseconds
 
 __all__ = ["decode_speed", "forward_speed"]
-
-
-@dataclass(frozen=True)
-class _Speed:
-    """One policy against full depth, and against a bare loop of as many steps: what deciding costs.
-
-    Attributes:
-        name: of the policy.
-        steps: mean steps by region. A bare loop has whole ones: it is run at those below and at those above.
-    """
-
-    name: str
-    steps: Mapping[str, float]
-
-    @property
-    def below(self) -> dict[str, int]:
-        return {region: math.floor(mean) for region, mean in self.steps.items()}
-
-    @property
-    def above(self) -> dict[str, int]:
-        return {region: math.ceil(mean) for region, mean in self.steps.items()}
-
-    def bare(self, run: Callable[[Mapping[str, int]], object]) -> dict[str, Callable[[], object]]:
-        """What is timed beside the policy."""
-        return {f"{self.name} below": partial(run, self.below), f"{self.name} above": partial(run, self.above)}
-
-    def result(self, model: LoopedGPT, times: Times, max_loops: int, keys: float) -> dict[str, Any]:
-        """Figures for a table; ``full`` among the times is full depth."""
-        work = partial(flops, model, keys=keys)
-        bound = work(dict.fromkeys(model.regions, max_loops)) / work(self.steps)
-        speedup = ratio(times, "full", self.name)
-        low, high = work(self.below), work(self.above)
-        part = (work(self.steps) - low) / (high - low) if high > low else 0.0
-        below, above = (ratio(times, f"{self.name} {which}", self.name) for which in ("below", "above"))
-        deciding = 1 / (below + part * (above - below)) - 1
-        found = {"bound": bound, "speedup": speedup, "realised": speedup / bound, "over_bare_loop": deciding}
-        return {"steps": dict(self.steps), **found}
 
 
 @torch.inference_mode()
@@ -71,11 +33,11 @@ def forward_speed(
     runs |= {name: partial(run, name) for name in policies}
     for name in policies:
         run(name)
-    speeds = {name: _Speed(name, means(taken[name])) for name in policies}
+    speeds = {name: Speed(name, means(taken[name])) for name in policies}
     for speed in speeds.values():
         runs |= speed.bare(partial(model, ids))
     times = in_turns(runs, repeats)
-    keys = (ids.shape[1] + 1) / 2
+    work = partial(flops, model, keys=(ids.shape[1] + 1) / 2)
     return [
         {
             "mode": "forward",
@@ -84,7 +46,7 @@ def forward_speed(
             "spec": name,
             "full_ms_per_token": milliseconds(times["full"], ids.numel()),
             "ms_per_token": milliseconds(times[name], ids.numel()),
-            **speeds[name].result(model, times, max_loops, keys),
+            **speeds[name].result(times, work, max_loops),
         }
         for name in policies
     ]
@@ -114,14 +76,14 @@ def decode_speed(
 
     runs: dict[str, Callable[[], object]] = {"full": partial(fixed, dict.fromkeys(model.regions, max_loops))}
     runs |= {name: partial(run, name) for name in policies}
-    speeds: dict[str, _Speed] = {}
+    speeds: dict[str, Speed] = {}
     for name in policies:
         run(name)
         steps = {region: torch.cat([step[region] for step in taken[name]]) for region in model.regions}
-        speeds[name] = _Speed(name, means(steps))
+        speeds[name] = Speed(name, means(steps))
         runs |= speeds[name].bare(fixed)
     times = in_turns(runs, repeats)
-    keys = start + (count + 1) / 2
+    work = partial(flops, model, keys=start + (count + 1) / 2)
     tokens = count * len(ids)
     return [
         {
@@ -131,7 +93,7 @@ def decode_speed(
             "spec": name,
             "full_ms_per_token": milliseconds(times["full"], tokens),
             "ms_per_token": milliseconds(times[name], tokens),
-            **speeds[name].result(model, times, max_loops, keys),
+            **speeds[name].result(times, work, max_loops),
         }
         for name in policies
     ]
