@@ -76,8 +76,9 @@ def parse_board(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: a character that is neither, or a length that is no board's; one line that says where.
     """
-    lines = [line for line in text.splitlines() if not line.strip() or set(line.strip()) - set("-+= |")]
-    kept = [(row, at, c) for row, line in enumerate(lines, 1) for at, c in enumerate(line, 1) if c not in SPACING]
+    numbered = enumerate(text.splitlines(), 1)
+    lines = [(row, line) for row, line in numbered if not line.strip() or set(line.strip()) - set("-+= |")]
+    kept = [(row, at, c) for row, line in lines for at, c in enumerate(line, 1) if c not in SPACING]
     for row, at, c in kept:
         if c not in EMPTY and not ("1" <= c <= "9"):
             where = f"character {at}" if len(lines) == 1 else f"line {row}, character {at}"

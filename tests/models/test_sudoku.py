@@ -162,6 +162,7 @@ def test_a_known_board_is_solved() -> None:
         (KNOWN + ".", "a board of 82 cells"),
         (KNOWN.replace("7", "x", 1), "'x' at character 5 is no digit"),
         ("12..\n..3q\n....\n....", "'q' at line 2, character 4"),
+        ("12|..\n34|..\n--+--\n..|3q\n..|..", "'q' at line 4, character 5"),
     ],
 )
 def test_text_that_is_no_board_is_refused(text: str, message: str) -> None:
