@@ -2,7 +2,7 @@
 
     python examples/bench_attach_wavefront.py [--steps 16] [--tokens 32] [--repeats 3] [--threads 1]
 
-All ways take turns within each repeat; times are of the processor, ratios are medians within a repeat. ``same``: the
+All ways take turns within each repeat; times are wall clock, ratios are medians within a repeat. ``same``: the
 share of places at which the text has the token that the model at full depth puts there; what follows another token
 counts as well, so it is a lower bound of the agreement given the same prefix.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import x_transformers
@@ -21,7 +21,7 @@ from torch import Tensor
 import haltkit
 from haltkit.attachment.wavefront import ForeignWavefront
 from haltkit.models.gpt.sampling import Sampling
-from haltkit.timing import turns
+from haltkit.timing import in_turns, milliseconds, ratio
 
 POLICY, LENGTH, VOCABULARY = "norm:tau=0.3", 64, 1000
 SAMPLING = Sampling(temperature=1.0)
@@ -68,18 +68,17 @@ def main() -> None:
         "wavefront, depth-indexed": wavefront(layout="depth-indexed"),
         "one position, depth-indexed": wavefront(layout="depth-indexed", width=1),
     }
-    names, texts = list(ways), {}
-    spent: dict[str, list[float]] = {name: [] for name in names}
-    for order in turns(len(names), options.repeats):
-        for name in (names[i] for i in order):
-            begun = time.process_time()
-            texts[name] = ways[name]()
-            spent[name].append(1e3 * (time.process_time() - begun) / options.tokens)
-    print(f"{options.steps} steps, {LENGTH} + {options.tokens} tokens\n{'':32}{'cpu ms':>9}{'faster':>8}{'same':>7}")
-    for name, own in spent.items():
-        faster = statistics.median(slow / fast for slow, fast in zip(spent["full depth"], own, strict=True))
-        same = statistics.mean(a == b for a, b in zip(texts["full depth"], texts[name], strict=True))
-        print(f"{name:32}{statistics.median(own):9.2f}{faster:8.2f}{same:7.3f}")
+    texts: dict[str, list[int] | list[int | None]] = {}
+
+    def kept(name: str) -> None:
+        texts[name] = ways[name]()
+
+    times = in_turns({name: partial(kept, name) for name in ways}, options.repeats)
+    print(f"{options.steps} steps, {LENGTH} + {options.tokens} tokens\n{'':32}{'ms':>9}{'faster':>8}{'same':>7}")
+    for name, text in texts.items():
+        same = statistics.mean(a == b for a, b in zip(texts["full depth"], text, strict=True))
+        spent = milliseconds(times[name], options.tokens)
+        print(f"{name:32}{spent:9.2f}{ratio(times, 'full depth', name):8.2f}{same:7.3f}")
 
 
 if __name__ == "__main__":

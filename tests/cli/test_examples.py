@@ -23,7 +23,7 @@ ARGUMENTS = {
     "bench_recorded_calibration.py": ["--models", "sudoku", "--units", "8", "--draws", "8", "--splits", "3"],
     "gallery.py": ["own loop, for", "own loop, input added at each step"],
     "bench_attach_rows.py": ["--width", "32", "--tokens", "4", "--latents", "1", "--boards", "70", "--repeats", "1"],
-    "bench_wavefront.py": ["--tokens", "8", "--prompts", "1", "--repeats", "1"],
+    "bench_wavefront.py": ["--tokens", "8", "--prompts", "1", "--chosen", "1", "--repeats", "1"],
     "bench_refill.py": ["--prompts", "3", "--slots", "2", "--longest", "4", "--repeats", "1"],
     "bench_generate.py": ["--width", "32", "--tokens", "2", "--repeats", "1"],
     "bench_training.py": ["--config", "tiny", "--eager", "--rounds", "1"],
