@@ -35,7 +35,7 @@ class Emission:
         tokens: an id per sequence; None for a sequence that had finished, or whose logits are not finite.
         steps: by region, the steps that the model took for it.
         finished: why the sequence is finished with this token, or None. A stop token is given but is not text.
-        outcomes: by region, the :class:`haltkit.Outcome` of the token; empty for the samplers that verify drafts.
+        outcomes: by region, the :class:`haltkit.Outcome` of the token; empty for all samplers but the sequential one.
     """
 
     tokens: list[int | None]
