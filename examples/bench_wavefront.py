@@ -1,6 +1,6 @@
 """What wavefront and speculative generation cost and lose, beside sequential decoding at fixed depths.
 
-    python examples/bench_wavefront.py [--tokens 64] [--prompts 2] [--repeats 3] [--threads 1] [--only 'NAME;NAME']
+    python examples/bench_wavefront.py [--tokens 64] [--prompts 2] [--repeats 3] [--threads 1] [--only 'speculative;last']
     python examples/bench_wavefront.py --checkpoint DIR --full 32    # another text model, such as a deep loop
 
 All settings take turns within each repeat, batch 1, temperature 0. Per new token: wall-clock milliseconds (the median
@@ -214,8 +214,8 @@ def main() -> None:
     runs = settings(model, best, shallow, full)
     reference, base = list(runs)[:2]
     if options.only:
-        asked = {reference, base, *options.only.split(";")}
-        runs = {name: run for name, run in runs.items() if name in asked}
+        asked = (reference, base, *options.only.split(";"))
+        runs = {name: run for name, run in runs.items() if name.startswith(asked)}
     names = list(runs)
     times: Times = {name: [] for name in names}
     seen: dict[str, list[tuple[list[int], Text]]] = {}
