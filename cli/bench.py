@@ -94,15 +94,15 @@ def bench(
     gpt = loaded.model
     if not gpt.regions:
         raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
-    context, where = gpt.block_size, gpt.wte.weight.device
-    windows = text_windows(loaded, text or SAMPLE, 32 * context)
+    block, where = gpt.block_size, gpt.wte.weight.device
+    windows = text_windows(loaded, text or SAMPLE, 32 * block)
     windows = windows[torch.arange(32, device=where) % len(windows)]  # a short text repeats
     ids = windows[:, :-1]
     subject = gpt_subject(gpt, windows[:2], max_loops=max_loops)
     with progress("choosing thresholds"):
         chosen = benching.choose_policies(subject, candidates(policies, subject))
-    first, half = next(iter(chosen.values())), context // 2
-    count, scripted = max(1, min(12, context // 8)), benching.Scripted(min(16, max_loops))
+    first, half = next(iter(chosen.values())), block // 2
+    count, scripted = max(1, min(12, block // 8)), benching.Scripted(min(16, max_loops))
     shares = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
     measure: dict[str, Callable[[], Any]] = {
         "policies": lambda: [
@@ -123,7 +123,7 @@ def bench(
         ),
         "forward": lambda: [
             row
-            for batch in (ids[:1], ids[:8], ids[:, : context // 4])
+            for batch in (ids[:1], ids[:8], ids[:, : block // 4])
             for row in benching.forward_speed(gpt, batch, chosen, max_loops=max_loops, repeats=repeats)
         ],
         "decode": lambda: [
@@ -142,7 +142,7 @@ def bench(
             gpt,
             ids[:1],
             first,
-            (context // 4, context - count),
+            (block // 4, block - count),
             count=count,
             max_loops=max_loops,
             repeats=2 * repeats + 1,

@@ -1,13 +1,14 @@
 """What wavefront and speculative generation cost and lose, beside sequential decoding at fixed depths.
 
-    python examples/bench_wavefront.py [--tokens 64] [--prompts 2] [--repeats 3] [--threads 1] [--only 'speculative;last']
+    python examples/bench_wavefront.py [--tokens 64] [--prompts 2] [--repeats 3] [--only 'speculative;last']
     python examples/bench_wavefront.py --checkpoint DIR --full 32    # another text model, such as a deep loop
 
 All settings take turns within each repeat, batch 1, temperature 0. Per new token: wall-clock milliseconds (the median
 of the repeats), sweeps, blocks called one after the other. ``faster``: how many times as fast as the best fixed
-depths, the median of the ratios within a repeat. Of the text: ``same``, the share of tokens that are the choice of
-the model at full depth given the same prefix, by one exact pass over it; ``equal``, the share of places that have the
-token of full depth's own text; ``CE``, its cross-entropy under the model at full depth, in nats.
+depths, the median of the ratios within a repeat. ``--only`` takes beginnings of names. Of the text: ``same``, the
+share of tokens that are the choice of the model at full depth given the same prefix, by one exact pass over it;
+``equal``, the share of places that have the token of full depth's own text; ``CE``, its cross-entropy under the model
+at full depth, in nats.
 
 The best fixed depths take the fewest block calls among those whose choices are full depth's in 0.99 of the places,
 given the same prefix, in what full depth writes after ``--chosen`` prompts, and after those alone that are timed.
@@ -209,6 +210,7 @@ def main() -> None:
         best = dict(zip(model.regions, map(int, options.depths.split(",")), strict=True))
     else:
         best = best_depths(model, texts, options.tokens, full, options.prompts)
+    print(f"best fixed depths by region: {' '.join(map(str, best.values()))}", flush=True)
     bundled = options.checkpoint == BUNDLED
     shallow = spec(dict(zip(model.regions, SHALLOW, strict=True))) if bundled else "fixed:steps=1"
     runs = settings(model, best, shallow, full)
