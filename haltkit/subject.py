@@ -15,7 +15,7 @@ from haltkit.attachment.presets import preset_for
 from haltkit.driving import Adaptive, ByAttaching, ByModules, ByRow, Driver, Look, Pass, RunPass
 from haltkit.kinds import DepthByRow, Kinds
 from haltkit.policies import Table
-from haltkit.protocol import HaltingPolicy, Readout
+from haltkit.protocol import MOST, HaltingPolicy, Readout
 from haltkit.recording.layers import LayerStates, record_layers
 from haltkit.recording.recorder import Record
 from haltkit.recording.replay import readout_of_recordings, replay
@@ -226,13 +226,13 @@ class Subject:
                 f"a table is looked up by kind of row, and {self.name} does not say its rows' kinds: give the Subject "
                 "kinds=, run the text model in mode forward, or use another policy"
             )
-        of = self.kinds.of
+        of, most = self.kinds.of, self.full_depth or MOST  # full depth is the budget of a policy
 
         def depths(sample: Any) -> dict[str, Tensor]:
             kinds = of(sample)
-            return {name: table.steps(kinds, name) for name, table in tables.items()}
+            return {name: table.steps(kinds, name).clamp_max(most) for name, table in tables.items()}
 
-        deepest = {name: table.deepest(name) for name, table in tables.items()}
+        deepest = {name: min(table.deepest(name), most) for name, table in tables.items()}
         return replace(setting, how=DepthByRow(depths, deepest, f"table by {self.kinds.what}"))
 
     @torch.no_grad()

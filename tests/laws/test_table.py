@@ -73,6 +73,14 @@ def test_a_table_of_one_depth_is_the_fixed_depth(tiny_model: LoopedGPT) -> None:
         torch.testing.assert_close(same.output, fixed.output, rtol=1e-4, atol=1e-4)
 
 
+def test_no_row_runs_deeper_than_the_budget(tiny_model: LoopedGPT) -> None:
+    for subject in (text(tiny_model), chase()):
+        tables = [table(FULL + more, other=FULL, regions=subject.regions) for more in (3, 0)]
+        done, expected = (subject.run(subject.samples[0], everywhere(subject, one)) for one in tables)
+        assert all(int(steps.max()) == FULL for steps in done.steps.values())
+        assert torch.equal(done.output, expected.output)
+
+
 def test_a_row_depends_on_its_own_kind_alone_where_rows_do_not_see_each_other() -> None:
     one, kinds = table(2, 5, 1), torch.tensor([[0, 1, 2, 9]])
     assert one.steps(kinds, "loop").tolist() == [[2, 5, 1, 3]]
