@@ -25,8 +25,9 @@ class Gate:
     The head is the model's own, found as the ``gate`` of :class:`haltkit.Heads`, or a linear one that ``haltkit fit
     --policy gate`` has fitted on the frozen model. Rules, by what must fall below ``tau``:
 
-    - ``probability``: ``1 - lambda_k``. HRM (arXiv 2506.21734) and TRM (arXiv 2510.04871) halt where the logit is
-      above 0, which is ``tau=0.5``. Nothing is remembered, so it can halt at the first step.
+    - ``probability``: ``1 - lambda_k``. TRM (arXiv 2510.04871) halts where the logit is above 0, which is ``tau=0.5``.
+      So does HRM (arXiv 2506.21734) if the gate is its halt logit minus its continue logit. Nothing is remembered, so
+      it can halt at the first step.
     - ``cumulative``: ``prod_{j<=k} (1 - lambda_j)``, what is left of the exit distribution ``p_k = lambda_k
       prod_{j<k} (1 - lambda_j)`` of PonderNet (arXiv 2107.05407), which draws the step at random. Ouro (arXiv
       2510.25741) exits where the cumulative probability reaches ``q``; that is ``tau = 1 - q``.
