@@ -13,10 +13,11 @@ from torch import Tensor
 from haltkit import timing
 from haltkit.calibration import Certificate, calibrate
 from haltkit.calibration.certificate import Method
-from haltkit.comparison.possible import Possible, possible
+from haltkit.comparison.possible import Possible, possible_if_known
 from haltkit.comparison.settings import Given, Sweeps, candidates
-from haltkit.driving import Pass
-from haltkit.protocol import granularity_of
+from haltkit.driving import Look, Pass
+from haltkit.protocol import Readout, granularity_of
+from haltkit.recording.replay import replay
 from haltkit.setting import Setting
 from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
@@ -43,7 +44,7 @@ class Certified:
         full_depth: steps of full depth.
         ms: its wall-clock milliseconds per item of the subject on the calibration units, one run; None without one.
         full_ms: the same at full depth.
-        headroom: of the sample that chose the thresholds, by region; empty where the subject has no readout.
+        headroom: of the sample that chose the thresholds, by region; empty where it is not known.
     """
 
     certificate: Certificate
@@ -77,7 +78,9 @@ def certify(
     """Find the most eager threshold whose risk is at most epsilon with probability 1 - delta.
 
     The thresholds are chosen on the first sample, which is then not used any more. The others are run live at full
-    depth and at one threshold after the other, from the smallest, until one fails.
+    depth and at one threshold after the other, from the smallest, until one fails. Settings without a single threshold
+    (``stable``, or a policy per region) come in the order of the steps that they take on the first sample, the most
+    first.
 
     Args:
         subject: at least two samples; every sequence of the second and later ones is a unit, or every such sample where
@@ -113,7 +116,8 @@ def certify(
     given = candidates(policy if isinstance(policy, str) else [policy], subject)
     if len(given) != 1:
         raise ValueError(f"{len(given)} policies: a certificate is about one, so give one")
-    settings = Sweeps.on(dense, look, taus).settings(given[0])
+    sweeps = Sweeps.on(dense, look, taus)
+    settings = _from_the_safest(sweeps.settings(given[0]), look, sweeps.readout)
     run = partial(_run, subject, samples)
     full_seconds, full = timing.clock(lambda: run(Setting.of(look.full_depth, subject.regions)))
     # Sequences that halt together are not independent: what halts as one counts as one.
@@ -147,7 +151,7 @@ def certify(
     chosen = certificate.chosen
     if chosen is None:
         return Certified(certificate, None, {}, look.full_depth)
-    headroom = {} if subject.readout is None else possible(replace(subject, samples=chosen_on))
+    headroom, _ = possible_if_known(replace(subject, samples=chosen_on, full_depth=look.full_depth))
     items = sum(losses.numel() for _, losses, _ in full)
     ms, full_ms = (1e3 * seconds / items for seconds in (times[chosen], full_seconds))
     return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, ms, full_ms, headroom)
@@ -164,6 +168,20 @@ def check_asked(risk: str, method: str, seed: int) -> None:
             raise ValueError(f"{name}={asked!r}: allowed are {', '.join(allowed)}")
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
+
+
+def _from_the_safest(settings: list[Setting], look: Look, readout: Readout | None) -> list[Setting]:
+    """Settings in the order of their test: thresholds as they are, others by their steps on the recording."""
+    if len(settings) < 2 or all(setting.tau is not None for setting in settings):
+        return settings
+
+    def steps(setting: Setting) -> float:
+        taken = (
+            replay(setting.policies[name], region, readout=readout).steps for name, region in look.recordings[0].items()
+        )
+        return sum(float(one.double().mean()) for one in taken)
+
+    return sorted(settings, key=steps, reverse=True)
 
 
 def _named(setting: Setting) -> str:

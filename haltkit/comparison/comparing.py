@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from haltkit.attachment import Loop
 from haltkit.comparison.baselines import has_few_kinds, with_baselines
 from haltkit.comparison.measure import measure
-from haltkit.comparison.possible import Possible, possible
+from haltkit.comparison.possible import Possible, possible_if_known
 from haltkit.comparison.settings import Given, candidates, choose_settings
 from haltkit.comparison.table import Comparison
-from haltkit.protocol import has_logits
-from haltkit.recording.trajectory import TrajectoryError
 from haltkit.subject import Subject
 
 __all__ = ["DEFAULT_TAUS", "compare"]
@@ -103,10 +101,5 @@ def _headroom(subject: Subject, recorded: int, oracles: list[Mapping[str, Tensor
     """What halting could save by region, or why that is not known; the oracle depths are added to ``oracles``."""
     if not recorded:
         return {}, "it was not asked for"
-    if not has_logits(subject.readout):
-        return {}, "the subject has no readout from its state"
     enough = None if subject.driver.rows_leave else recorded
-    try:
-        return possible(subject, enough=enough, on_sample=oracles.append), ""
-    except TrajectoryError as error:  # a model that cannot be told to go to a depth can still be compared
-        return {}, str(error)
+    return possible_if_known(subject, enough=enough, on_sample=oracles.append)

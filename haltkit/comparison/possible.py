@@ -17,10 +17,10 @@ from haltkit.comparison.oracle import EPSILON, Oracle, Readings, mean_of_asked, 
 from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount
 from haltkit.protocol import has_logits
 from haltkit.recording.replay import readout_of_recordings
-from haltkit.recording.trajectory import RegionTrajectory
+from haltkit.recording.trajectory import RegionTrajectory, TrajectoryError
 from haltkit.subject import Subject
 
-__all__ = ["Possible", "possible"]
+__all__ = ["Possible", "possible", "possible_if_known"]
 
 # A rule that compares two steps halts one step after a row has settled.
 LAG = 1
@@ -142,6 +142,21 @@ def possible(
     if not found or not subject.samples:
         raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
     return {name: Possible(account.result(), seen[name].result()) for name, account in found.items()}
+
+
+def possible_if_known(
+    subject: Subject,
+    *,
+    enough: int | None = None,
+    on_sample: Callable[[Mapping[str, Tensor]], None] | None = None,
+) -> tuple[dict[str, Possible], str]:
+    """What :func:`possible` finds for *stable*; nothing, and why, of a subject for which it cannot be known."""
+    if not has_logits(subject.readout):
+        return {}, "the subject has no readout from its state"
+    try:
+        return possible(subject, enough=enough, on_sample=on_sample), ""
+    except TrajectoryError as error:  # a model that cannot be told to go to a depth
+        return {}, str(error)
 
 
 def _added(account: HeadroomAccount, read: Readings, whole: bool) -> Tensor:

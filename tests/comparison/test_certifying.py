@@ -25,6 +25,7 @@ from haltkit.models.checkpoint import build_model
 from haltkit.models.reasoner.config import LayerConfig, build_reasoner
 from haltkit.models.reasoner.task import make_task
 from haltkit.models.training.config import load_config
+from haltkit.protocol import Heads
 from haltkit.subject import Subject
 
 STEPS = 8
@@ -118,6 +119,21 @@ def test_sequences_that_halt_together_are_one_unit() -> None:
 def test_thresholds_are_found_without_being_told() -> None:
     found = certify(_subject(_hops(151, 1)), "norm", epsilon=0.05, delta=0.1)
     assert found.steps == {"loop": 5.0}
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("stable", 6.0), ({"loop": "norm"}, 5.0)])
+def test_settings_without_a_single_threshold_are_tested_from_the_safest(policy: Any, steps: float) -> None:
+    """Of ``stable`` the fewest times come first in a sweep, and of policies by region the earliest halts."""
+    found = certify(_subject(_hops(151, 1), readout=_logits), policy, epsilon=0.05, delta=0.1)
+    assert found.steps == {"loop": steps}
+    assert found.certificate.empirical_risk == 0
+
+
+def test_a_gate_alone_is_certified_without_headroom() -> None:
+    heads = Heads(None, lambda x: 100 * (2**-4.5 - x[..., 1]))
+    found = certify(_subject(_hops(151, 1), readout=heads), "gate:tau=0.5", epsilon=0.05, delta=0.1)
+    assert found.steps == {"loop": 5.0}
+    assert not found.headroom
 
 
 def test_too_few_units_say_how_many_are_needed() -> None:
