@@ -9,13 +9,14 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
-from haltkit.cli.oracles import LEVEL, ORACLES, describe_headroom, oracle_of
+from haltkit.cli.oracles import LEVEL, ORACLES, describe_auc, describe_headroom, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from haltkit.comparison.oracle import Oracle
     from haltkit.comparison.possible import Possible
 
 
@@ -35,32 +36,38 @@ def headroom(
     json_path: JsonPath = None,
 ) -> None:
     """How much halting could save on a model at best, and whether signals can see it."""
+    from haltkit.comparison.oracle import EPSILON
     from haltkit.comparison.possible import possible
 
     if not 0 < level <= 1:
         raise ValueError(f"--level {level} is outside (0, 1]: it is a share of rows")
-    chosen = oracle_of(oracle, epsilon)
+    chosen = oracle_of(oracle, epsilon).or_epsilon(EPSILON)
     json_path = check_writable(json_path)
     options = {"text": text, "max_loops": max_loops, "tokens": tokens, "batch": batch}
     passes = {"data": None, "split": "validation", "execution": "masked", "ragged": True}
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description="recording at full depth", total=len(subject.samples))
-        found = possible(subject, chosen, on_sample=lambda _: tick(advance=1))
+        found = possible(subject, chosen, probe=True, on_sample=lambda _: tick(advance=1))
     console = make_console(json_path)
     for name, region in found.items():
-        _print(console, name, region, level)
+        _print(console, name, region, level, chosen)
     regions = {name: _values(one, level) for name, one in found.items()}
     write_results(console, json_path, {"level": level, "epsilon": chosen.epsilon, "regions": regions})
 
 
-def _print(console: Console, name: str, region: Possible, level: float) -> None:
+def _print(console: Console, name: str, region: Possible, level: float, oracle: Oracle) -> None:
     known = region.headroom
-    say(console, f"Region {name}: {known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}")
+    within = "" if oracle.epsilon is None else f" within {oracle.epsilon:g} nats"
+    seen = f"{known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}"
+    say(console, f"Region {name}: {seen}, {known.definition} oracle{within}")
     most = max(known.histogram)
     for k, rows in enumerate(known.histogram, 1):
         if rows:
             say(console, f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
+    areas = {signal: by_step[region.step - 1] for signal, by_step in region.aucs.items()}
+    if not all(math.isnan(area.value) for area in areas.values()):
+        say(console, f"  AUC at step {region.step}: {', '.join(f'{s} {describe_auc(a)}' for s, a in areas.items())}")
     for line in describe_headroom(name, region, level):
         say(console, f"  {line}")
     say(console)

@@ -53,7 +53,7 @@ def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list
     seen = ""
     if best is not None:
         seen = f"; at step {region.step} {best[0]} tells settled rows with AUC {describe_auc(best[1])}"
-    lose = "that of the least loss" if known.definition == "best" else f"{level:.0%} of which lose nothing"
+    lose = "that of the least loss" if known.definition == "best" else f"{100 * level:.6g}% of which lose nothing"
     missing = f"; {known.undefined:,} rows have no oracle depth" if known.undefined else ""
     return [
         f"{name}: oracle {known.mean_depth:.2f}{error} steps, best fixed depth {known.fixed_depth(level)} (on "

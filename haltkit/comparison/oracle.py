@@ -117,6 +117,10 @@ class Oracle:
         if self.epsilon is not None and not self.epsilon >= 0:
             raise ValueError(f"epsilon={self.epsilon} must be at least 0: it is a loss in nats")
 
+    def or_epsilon(self, epsilon: float) -> Oracle:
+        """The same, with this epsilon where ``eps-loss`` says none."""
+        return replace(self, epsilon=epsilon) if self.definition == "eps-loss" and self.epsilon is None else self
+
     @property
     def needs_labels(self) -> bool:
         """Whether it cannot be told without labels; ``eps-loss`` and ``best`` need them for their losses."""

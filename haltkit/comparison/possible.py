@@ -14,7 +14,7 @@ from torch import Tensor
 
 from haltkit import signals
 from haltkit.comparison.oracle import EPSILON, Oracle, Readings, mean_of_asked, readings
-from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount
+from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount, ProbeAccount
 from haltkit.protocol import has_logits
 from haltkit.recording.replay import readout_of_recordings
 from haltkit.recording.trajectory import RegionTrajectory, TrajectoryError
@@ -27,6 +27,7 @@ LAG = 1
 # Below this gain, or this area under the curve, a policy does not pay for its overhead.
 LEAST_GAIN, LEAST_AUC = 1.1, 0.75
 STABLE = Oracle()
+PROBE = "probe on the state"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def possible(
     oracle: Oracle = STABLE,
     *,
     enough: int | None = None,
+    probe: bool = False,
     on_sample: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Possible]:
     """Record samples once at full depth and find, by region, what halting could save.
@@ -109,6 +111,8 @@ def possible(
             rows without one are left out, losses are cross-entropies of the readout in nats, and a whole sequence's is
             the mean over its rows.
         enough: no further sample is recorded once so many rows of a region were; None: all samples are.
+        probe: whether a logistic regression on the state, one per step, is judged beside the signals: fitted on half of
+            the first sequences, judged on the others.
         on_sample: told, sample by sample, of the oracle depth of each row by region, ``(rows...)``; 0: it has none.
 
     Raises:
@@ -127,6 +131,7 @@ def possible(
         for name in subject.regions
     }
     seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
+    probes = {name: ProbeAccount() for name in subject.regions if probe}
     rows = dict.fromkeys(subject.regions, 0)
     for sample in subject.samples:
         depths: dict[str, Tensor] = {}
@@ -134,6 +139,8 @@ def possible(
             read = readings(region, readout, labels(sample), margins=True)
             depths[name] = _added(found[name], read, whole)
             seen[name].add(_scores(region, read, whole), depths[name])
+            if probe:
+                probes[name].add(_states(region, whole), depths[name])
             rows[name] += int((depths[name] > 0).sum())
         if on_sample is not None:
             on_sample(depths)
@@ -141,7 +148,8 @@ def possible(
             break
     if not found or not subject.samples:
         raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
-    return {name: Possible(account.result(), seen[name].result()) for name, account in found.items()}
+    areas = {name: seen[name].result() | ({PROBE: probes[name].result()} if probe else {}) for name in found}
+    return {name: Possible(account.result(), areas[name]) for name, account in found.items()}
 
 
 def possible_if_known(
@@ -184,3 +192,13 @@ def _scores(region: RegionTrajectory, read: Readings, whole: bool) -> dict[str, 
         return found
     present = region.present.cpu()
     return {key: value.masked_fill(~present, -math.inf).amax(-1) for key, value in found.items()}
+
+
+def _states(region: RegionTrajectory, whole: bool) -> Tensor:
+    """The state after each step, ``(K, rows..., D)``; of a whole sequence the mean over its rows."""
+    assert region.states is not None  # Subject.record keeps states
+    states = signals.measured(region.states[1:])
+    if not whole:
+        return states
+    present = region.present.unsqueeze(-1)
+    return states.masked_fill(~present, 0).sum(-2) / present.sum(-2).clamp_min(1)

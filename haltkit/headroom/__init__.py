@@ -3,7 +3,7 @@
 from haltkit.headroom.account import Headroom, HeadroomAccount
 from haltkit.headroom.oracles import Definition
 from haltkit.headroom.predictability import Auc, AucAccount, auc
-from haltkit.headroom.probe import LogisticProbe, fit_logistic, probe_by_step, split_by_sequence
+from haltkit.headroom.probe import LogisticProbe, ProbeAccount, fit_logistic, probe_by_step, split_by_sequence
 from haltkit.headroom.regret import Regret, RegretAccount, realised
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Headroom",
     "HeadroomAccount",
     "LogisticProbe",
+    "ProbeAccount",
     "Regret",
     "RegretAccount",
     "auc",

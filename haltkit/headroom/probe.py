@@ -11,7 +11,10 @@ from torch import Tensor
 from haltkit.headroom.clusters import sequence_of_rows
 from haltkit.headroom.predictability import Auc, auc
 
-__all__ = ["LogisticProbe", "fit_logistic", "probe_by_step", "split_by_sequence"]
+__all__ = ["LogisticProbe", "ProbeAccount", "fit_logistic", "probe_by_step", "split_by_sequence"]
+
+MOST_KEPT = 2**24  # numbers of one region: 64 MB
+NEWTON = 5  # steps that give a probe its direction, which is all that an area under the curve depends on
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +107,13 @@ def _objective(x: Tensor, y: Tensor, w: Tensor, penalty: Tensor) -> float:
 
 
 def probe_by_step(
-    features: Tensor, depths: Tensor, sequence: Tensor | None = None, *, ridge: float = 1e-3, seed: int = 0
+    features: Tensor,
+    depths: Tensor,
+    sequence: Tensor | None = None,
+    *,
+    ridge: float = 1e-3,
+    steps: int = 100,
+    seed: int = 0,
 ) -> tuple[Auc, ...]:
     """How well a probe of its own per step tells what has settled, on sequences that it was not fitted on.
 
@@ -112,6 +121,8 @@ def probe_by_step(
         features: ``(K, rows..., F)``; rows with a feature that is not finite are not used at that step.
         depths: the oracle's, ``(rows...)``; rows of depth 0 are not used.
         sequence: of each row, ``(rows...)``; the leading dimension's index if not given. Half of the sequences fit.
+        ridge, steps: see :func:`fit_logistic`.
+        seed: of the halves.
 
     Returns:
         the area under the curve at steps 1 to K; NaN where one of the halves has rows of one kind only.
@@ -133,6 +144,45 @@ def probe_by_step(
         if settled[train].all() or not settled[train].any():
             areas.append(Auc(math.nan, math.nan))
             continue
-        probe = fit_logistic(rows[train], settled[train], ridge)
+        probe = fit_logistic(rows[train], settled[train], ridge, steps)
         areas.append(auc(-probe.logit(rows[test]), settled[test], index[test]))
     return tuple(areas)
+
+
+class ProbeAccount:
+    """Judges a probe per step over text that comes in portions, by the first sequences: memory is bounded.
+
+    Args:
+        most: numbers that are kept at most, features of all rows at all steps; but two sequences are kept in any case.
+    """
+
+    def __init__(self, most: int = MOST_KEPT) -> None:
+        self._most = most
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sequences = self._steps = 0
+
+    def add(self, features: Tensor, depths: Tensor) -> None:
+        """Add a portion that contains only whole sequences, the leading dimension of its rows.
+
+        Args:
+            features: ``(K, rows..., F)``.
+            depths: the oracle's, ``(rows...)``; rows of depth 0 are not used.
+        """
+        self._steps = len(features)
+        index = sequence_of_rows(depths.shape, None)
+        if not len(index):
+            return
+        count = int(index.max()) + 1
+        room = max(2, self._most // (features.numel() // count)) - self._sequences
+        kept = index < room
+        if room > 0:
+            rows = features.detach().reshape(self._steps, len(index), -1)[:, kept].cpu()
+            self._parts.append((rows, depths.flatten()[kept].cpu(), index[kept] + self._sequences))
+            self._sequences += min(room, count)
+
+    def result(self) -> tuple[Auc, ...]:
+        """The area under the curve at steps 1 to K, as :func:`probe_by_step` gives it; NaN of a single sequence."""
+        if self._sequences < 2:
+            return (Auc(math.nan, math.nan),) * self._steps
+        features, depths, sequence = zip(*self._parts, strict=True)
+        return probe_by_step(torch.cat(features, 1), torch.cat(depths), torch.cat(sequence), steps=NEWTON)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +51,7 @@ def depth_by_hand(definition: str, logits: Tensor, label: int, epsilon: float) -
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
-@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 2.0]))
+@given(st.integers(0, 2**31), st.sampled_from([0.001, 0.3, 2.1]))
 def test_a_depth_is_that_of_the_definition_written_out(definition: Any, seed: int, epsilon: float) -> None:
     read, logits = recorded(seed)
     oracle = Oracle(definition, epsilon if definition == "eps-loss" else None)
@@ -167,10 +169,16 @@ def test_headroom_by_each_definition() -> None:
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
-def test_the_command_names_the_oracle(definition: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command("headroom", "chase", "--max-loops", 12, "--oracle", definition, "--batch", 64) == 0
-    out = capsys.readouterr().out
-    assert "oracle" in out
+def test_the_command_names_the_oracle(definition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "h.json"
+    asked = ("--max-loops", 12, "--oracle", definition, "--batch", 64, "--level", 0.995, "--json", path)
+    assert run_command("headroom", "chase", *asked) == 0
+    out, found = capsys.readouterr().out, json.loads(path.read_text())
+    assert f"at full depth 12, {definition} oracle" in out
+    assert ("99.5% of which lose nothing" in out) == (definition != "best")
+    assert ("within 0.01 nats" in out) == (definition == "eps-loss")
+    assert found["epsilon"] == (0.01 if definition == "eps-loss" else None)
+    assert found["regions"]["loop"]["definition"] == definition
     assert ("rows have no oracle depth" in out) == (definition == "right")
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import haltkit
 from haltkit.comparison import Comparison
-from haltkit.comparison.possible import Possible, possible
-from haltkit.headroom import Auc, Headroom
+from haltkit.comparison.possible import PROBE, Possible, possible
+from haltkit.headroom import Auc, Headroom, ProbeAccount
 from haltkit.subject import Subject
 
 STEPS = 8
@@ -41,6 +41,39 @@ def test_finds_the_steps_at_which_rows_are_known_to_settle() -> None:
     assert found.headroom.fixed_depth(0.99) == 6
     assert found.best_signal() is not None
     assert "can pay: up to" in found.conclusion(0.99)
+
+
+def test_a_probe_on_the_state_is_judged_on_sequences_that_it_was_not_fitted_on() -> None:
+    """The state ``(hops, count)`` says which rows have settled; a state of noise, fitted as well, says nothing."""
+    hops = torch.randint(1, 6, (40, 6), generator=torch.Generator().manual_seed(0))
+    found = possible(_subject(hops), probe=True)["loop"]
+    assert set(found.aucs) == {"step norm", "margin", PROBE}
+    areas = found.aucs[PROBE]
+    assert len(areas) == STEPS
+    assert all(area.value == 1 for area in areas[:4])
+    assert all(math.isnan(area.value) for area in areas[4:])  # all rows have settled
+    account = ProbeAccount()
+    account.add(torch.randn(1, 40, 6, 50, generator=torch.Generator().manual_seed(1)), hops.clamp_max(2))
+    (noise,) = account.result()
+    assert abs(noise.value - 0.5) < 4 * noise.error < 0.4
+    boards = possible(_subject(hops, granularity="sequence"), probe=True)["loop"]
+    assert len(boards.aucs[PROBE]) == STEPS
+
+
+@pytest.mark.parametrize(("most", "kept"), [(2**24, 6), (4 * 3 * 2 * 5, 4), (1, 2)])
+def test_a_probe_keeps_whole_sequences_as_far_as_there_is_room(most: int, kept: int) -> None:
+    """Sequences of three rows with two features at five steps, in portions of two: as one portion of those kept."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 6, 3, 2, generator=generator)
+    depths = torch.randint(1, 6, (6, 3), generator=generator)
+    account, expected = ProbeAccount(most), ProbeAccount()
+    for start in (0, 2, 4):
+        account.add(features[:, start : start + 2], depths[start : start + 2])
+    expected.add(features[:, :kept], depths[:kept])
+    assert repr(account.result()) == repr(expected.result())
+    alone = ProbeAccount()
+    alone.add(features[:, :1], depths[:1])
+    assert all(math.isnan(area.value) for area in alone.result())
 
 
 def test_rows_that_settle_together_leave_nothing_to_halt() -> None:
