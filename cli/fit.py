@@ -44,7 +44,8 @@ def fit(
     level: Annotated[
         float,
         typer.Option(
-            help="Share of positions whose prediction must be full depth's; of boards that must not halt early."
+            help="Share of positions whose prediction must be full depth's; of boards that must not halt early. Chosen "
+            "with one standard error to spare."
         ),
     ] = 0.995,
     margin: Annotated[
@@ -75,7 +76,7 @@ def fit(
     if save is not None:
         Card.check_folder(save)
     options = {"text": text, "data": data, "max_loops": max_loops, "batch": batch, "sequences": sequences or 512}
-    passes = {"split": "validation", "execution": "masked", "ragged": True}
+    passes = {"split": "validation", "execution": "compact", "ragged": True}
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description=f"fitting on {len(subject.samples)} samples")

@@ -21,6 +21,7 @@ from haltkit.card import Card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified, save_fitted, save_winner
 from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table
+from haltkit.comparison.fitting.fitted import Fitting
 from haltkit.comparison.fitting.table import shrunk_depths
 from haltkit.comparison.oracle import Oracle
 from haltkit.driving import Pass
@@ -28,7 +29,7 @@ from haltkit.identity import Identity
 from haltkit.kinds import Kinds, per_row
 from haltkit.policies import Fixed, Gate, Probe, Table
 from haltkit.policies.probe import FEATURES
-from haltkit.protocol import HaltingPolicy, LoopStep
+from haltkit.protocol import HaltingPolicy, LoopStep, granularity_of
 from haltkit.subject import Subject
 from haltkit.weights import Weights, WeightsMisfit
 
@@ -313,6 +314,43 @@ def test_a_table_for_whole_sequences_goes_by_the_kind_of_the_sequence() -> None:
         fit_table(_subject(24, granularity="sequence"))
 
 
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_a_candidate_is_worth_its_quality_less_one_standard_error(granularity: Any) -> None:
+    fitting = Fitting.of(_subject(40, granularity=granularity), 0.9, 0)
+    hops = torch.cat([sample[..., 0] for sample in fitting.choose.samples])
+    right = (hops <= 4).double() if granularity == "token" else (hops <= 4).all(-1, keepdim=True).double()
+    each = right.mean(-1)
+    oracles = [{"loop": sample[..., 0].amax(-1).long()} for sample in fitting.choose.samples]
+    (found,) = fitting.try_live([{"loop": Fixed(4)}], oracles if granularity == "sequence" else [])
+    assert 0 < float(each.mean()) < 1
+    assert found == pytest.approx(float(each.mean() - each.std() / len(each) ** 0.5))
+
+
+def test_a_single_sequence_cannot_choose() -> None:
+    samples = [torch.tensor([[[1.0 + i, 0.0], [3.0, 0.0]]]) for i in range(4)]
+    with pytest.raises(ValueError, match="a single sequence chooses"):
+        fit_probe(_subject(samples=samples), level=0.5)
+
+
+def test_a_model_that_is_halted_from_outside_gets_a_probe_that_halts_its_batches() -> None:
+    model, ours = Countdown().eval(), _subject(24)
+    subject = Subject.attached(
+        model,
+        lambda sample: model(sample, STEPS),
+        haltkit.Loop(["body"]),
+        run_at=model,
+        readout=readout,
+        samples=ours.samples,
+        loss=ours.loss,
+        logits=readout,
+        full_depth=STEPS,
+    )
+    found = fit_probe(subject, level=0.99)
+    assert granularity_of(found.policies()["loop"]) == "batch"
+    assert found.row.agreement == 1
+    assert found.row.steps["loop"] <= 5  # as the last row of a batch, where full depth is 8
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=60),
     st.floats(0.05, 1.0),
@@ -338,6 +376,26 @@ def test_labels_asked_for_that_the_data_lack_are_refused(fit: Any) -> None:
     subject = _subject(labels=None)
     with pytest.raises(ValueError, match="right needs labels, and the data of model have none"):
         fit(subject, target=Oracle("right"))
+
+
+def test_labels_that_no_row_gets_right_are_nothing_to_learn_from() -> None:
+    subject = _subject(labels=lambda sample: torch.zeros(sample.shape[:-1], dtype=torch.int64))
+    for fit in (fit_probe, fit_gate, fit_table):
+        with pytest.raises(ValueError, match="no row has a depth by right"):
+            fit(subject, target=Oracle("right"))
+
+
+def test_the_command_times_what_a_user_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked execution computes rows that have halted, so a card's milliseconds would say nothing of the policy."""
+    asked: list[Any] = []
+
+    def resolve(model: Any, options: Mapping[str, Any], *_: Any) -> Subject:
+        asked.append(options["execution"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("haltkit.cli.fit.resolve", resolve)
+    assert run_command("fit", "chase") == 2
+    assert asked == ["compact"]
 
 
 def test_a_table_without_kinds_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,13 +113,12 @@ class Fitting:
         found = subject.record(subject.inputs(sample), self.steps).regions
         return {name: (region, readings(region, self.readout, labels(sample))) for name, region in found.items()}
 
-    def try_live(
-        self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]
-    ) -> list[tuple[float, float]]:
-        """The quality of each candidate on the samples that choose, and its steps over all regions.
+    def try_live(self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """The quality of each candidate on the samples that choose, less one standard error, clustered by sequence.
 
         The quality is agreement with full depth; where whole sequences halt, the share that was not halted before all
-        of their predictions were final, in any region.
+        of their predictions were final, in any region. The standard error is there because the candidate that just
+        reaches a level on some sequences falls short of it on half of all others.
 
         Args:
             candidates: policies by region.
@@ -127,14 +127,18 @@ class Fitting:
         regions = self.choose.regions
         settings = [Setting.of(self.steps, regions), *(Setting.of(one, regions) for one in candidates)]
         rows = measure(self.choose, settings, oracles=oracles, repeats=1).rows[1:]
-        return [(_quality(row, self.whole), sum(row.steps.values())) for row in rows]
+        return [_quality(row, self.whole) for row in rows]
 
     def refuse(self, best: float) -> ValueError:
         """What is said where no candidate reaches the level."""
+        if not math.isfinite(best):
+            return ValueError(
+                "a single sequence chooses, so that nothing is known of the error: fit on more sequences (--sequences)"
+            )
         several = "; an inner region's readout may say little about what later regions need"
         return ValueError(
-            f"no setting reaches {self.level:g} on live runs (the best has {best:.4f}): ask for less, or fit on more "
-            f"samples{several if len(self.choose.regions) > 1 else ''}"
+            f"no setting reaches {self.level:g} on live runs with one standard error to spare (the best has {best:.4f} "
+            f"less that): ask for less, or fit on more samples{several if len(self.choose.regions) > 1 else ''}"
         )
 
     def reported(self, policies: Policies) -> tuple[Row, dict[str, Possible]]:
@@ -142,10 +146,14 @@ class Fitting:
         full, setting = Setting.of(self.steps, self.report.regions), Setting.of(policies, self.report.regions)
         oracles: list[Mapping[str, Tensor]] = []
         headroom = possible(self.report, on_sample=oracles.append)
-        return measure(self.report, [full, setting], oracles=oracles, repeats=1).rows[1], headroom
+        every = len(self.report.samples)  # each is run once in any case: timing them all costs nothing
+        return measure(self.report, [full, setting], oracles=oracles, timed=every, repeats=1).rows[1], headroom
 
 
 def _quality(row: Row, whole: bool) -> float:
+    """As :meth:`Fitting.try_live` says; minus infinity where a single sequence leaves the error unknown."""
     if whole:
-        return 1 - max(missed.early for missed in row.regret.values())
-    return row.agreement or 0.0
+        found = [(1 - missed.early, missed.early_error) for missed in row.regret.values()]
+    else:
+        found = [(row.agreement or 0.0, math.inf if row.agreement_se is None else row.agreement_se)]
+    return min(share - (math.inf if math.isnan(error) else error) for share, error in found)

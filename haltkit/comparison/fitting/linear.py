@@ -18,7 +18,7 @@ from haltkit.headroom.clusters import sequence_of_rows
 from haltkit.headroom.oracles import agrees, from_then_on
 from haltkit.policies import Gate, Probe
 from haltkit.policies.probe import FEATURES, features
-from haltkit.protocol import HaltingPolicy, LoopStep, Verdict
+from haltkit.protocol import Granularity, HaltingPolicy, LoopStep, Verdict
 from haltkit.recording.replay import replay, scores
 from haltkit.subject import Subject
 from haltkit.weights import Weights
@@ -26,7 +26,7 @@ from haltkit.wrappers import Pooled
 
 __all__ = ["fit_gate", "fit_probe"]
 
-# A row is learned from until so many steps after it has settled: a policy has halted it by then.
+# A row is learned from until so many steps after it, and all that halt with it, have settled: a policy has halted it.
 AFTER = 3
 # Agreement on recordings of the candidates for the thresholds, from safe to eager.
 SHARES = (0.9999, 0.9995, 0.998, 0.995, 0.99, 0.97, 0.9)
@@ -42,14 +42,16 @@ def fit_probe(
 
     Half of the samples are learned from, a quarter chooses the thresholds, a quarter is reported on; whole samples, so
     that no sequence is in two of them. Learning uses recordings at full depth. Thresholds are chosen and reported on
-    live runs, because in a recording rows go on seeing the later states of rows that would have halted.
+    live runs, because in a recording rows go on seeing the later states of rows that would have halted. Where sequences
+    or batches halt as one, so does the probe, by the largest score of their rows.
 
     Args:
         subject: with at least four samples, a readout and logits.
         level: the share of positions whose prediction must be full depth's where the thresholds are chosen; where whole
             sequences halt, the share of sequences that must not halt before all of their predictions are final.
-            Candidates go from safe to eager, a threshold per region each; the last before the first that falls short is
-            chosen. It is the same whatever the target.
+            It is reached with one standard error to spare, or else a choice that just reaches it would fall short on
+            half of all other sequences. Candidates go from safe to eager, a threshold per region each; the last before
+            the first that falls short is chosen. The level means the same whatever the target.
         margin: whether the probe sees the gap between the two most probable classes, which needs the readout at every
             step.
         target: what it is taught; None: ``stable``.
@@ -94,9 +96,12 @@ class _Kind:
     named: tuple[str, ...]
     policy: Callable[[float, Weights], HaltingPolicy[Any]]
 
-    def policies(self, taus: Mapping[str, float], weights: Weights, whole: bool) -> dict[str, HaltingPolicy[Any]]:
+    def policies(
+        self, taus: Mapping[str, float], weights: Weights, granularity: Granularity
+    ) -> dict[str, HaltingPolicy[Any]]:
+        """Rows that halt together wait for the last of them."""
         made: dict[str, Any] = {name: self.policy(tau, weights) for name, tau in taus.items()}
-        return {name: Pooled(one, "sequence", "max") if whole else one for name, one in made.items()}
+        return made if granularity == "token" else {name: Pooled(one, granularity, "max") for name, one in made.items()}
 
 
 @dataclass
@@ -119,7 +124,7 @@ def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int)
     tensors, learned = _learn(fitting, kind, target)
     weights = Weights(tensors)
     taus = _chosen(fitting, kind, target, weights)
-    policies = kind.policies(taus, weights, fitting.whole)
+    policies = kind.policies(taus, weights, fitting.learn.granularity)
     row, headroom = fitting.reported(policies)
     judged = _judge(fitting, fitting.report, kind, target, weights)
     aucs = {name: _auc(rows, headroom[name].step) for name, rows in judged.items()}
@@ -163,13 +168,19 @@ def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Ten
             seen = torch.stack(listening.seen)
             settled, depths = taught(target, read)
             k = torch.arange(1, len(seen) + 1).view(-1, *[1] * depths.ndim)
-            use = ((k <= depths + AFTER) & (depths > 0) & seen.isfinite().all(-1)).flatten().nonzero()
+            use = (
+                ((k <= _last(depths, subject.granularity) + AFTER) & (depths > 0) & seen.isfinite().all(-1))
+                .flatten()
+                .nonzero()
+            )
             drawn = use[torch.randperm(len(use), generator=fitting.generator)[:most]].squeeze(-1)
             inputs[name].append(seen.flatten(0, -2)[drawn])
             targets[name].append(settled.flatten()[drawn])
     tensors: dict[str, Tensor] = {}
     for name, parts in inputs.items():
         known = torch.cat(targets[name])
+        if not len(known):
+            raise ValueError(f"region {name!r}: no row has a depth by {target.definition}, so nothing can be learned")
         if known.all() or not known.any():
             raise ValueError(
                 f"region {name!r}: every row has settled at the first step by {target.definition}, so nothing can be "
@@ -181,6 +192,13 @@ def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Ten
         fitted_on = dict(zip(kind.used, fitted.weight[width:], strict=True))
         tensors |= {f"{name}/{one}": fitted_on.get(one, torch.zeros(1)).reshape(1).float() for one in kind.named}
     return tensors, {name: sum(map(len, parts)) for name, parts in targets.items()}
+
+
+def _last(depths: Tensor, granularity: Granularity) -> Tensor:
+    """For each row the last depth among those that halt with it."""
+    if granularity == "token":
+        return depths
+    return depths.amax(-1, keepdim=True) if granularity == "sequence" else depths.amax()
 
 
 def _judge(fitting: Fitting, subject: Subject, kind: _Kind, target: Oracle, weights: Weights) -> dict[str, list[_Rows]]:
@@ -207,13 +225,13 @@ def _chosen(fitting: Fitting, kind: _Kind, target: Oracle, weights: Weights) -> 
     found = [{name: _threshold(rows, share) for name, rows in judged.items()} for share in SHARES]
     dense = [_between(a, b, part / BETWEEN) for a, b in pairwise(found) for part in range(BETWEEN)] + found[-1:]
     candidates = [taus for number, taus in enumerate(dense) if taus not in dense[:number]]
-    policies: list[Policies] = [kind.policies(taus, weights, fitting.whole) for taus in candidates]
+    policies: list[Policies] = [kind.policies(taus, weights, fitting.learn.granularity) for taus in candidates]
     numbers = range(len(fitting.choose.samples))
     oracles = [{name: rows[number].final for name, rows in judged.items()} for number in numbers]
     tried = fitting.try_live(policies, oracles)
-    good = list(takewhile(lambda one: one[0] >= fitting.level, tried))
+    good = list(takewhile(lambda quality: quality >= fitting.level, tried))
     if not good:
-        raise fitting.refuse(tried[0][0])
+        raise fitting.refuse(tried[0])
     return candidates[len(good) - 1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def fit_table(subject: Subject, *, level: float = 0.99, target: Oracle | None = 
     prediction than full depth's: every region takes the quantile and the m that cost least at that price, on recordings
     of the samples that choose. What an inner region's readout predicts is not all that later regions need, so
     candidates also differ by the fewest steps that any kind takes in the inner regions. On live runs of the samples
-    that choose, from the fewest steps to the most, the first that reaches the level is taken.
+    that choose, from the fewest steps to the most, the first that reaches the level with one standard error to spare is
+    taken.
 
     Args:
         subject: with ``kinds``, at least four samples, a readout and logits, whose rows can be given depths.
@@ -49,9 +50,7 @@ def fit_table(subject: Subject, *, level: float = 0.99, target: Oracle | None = 
     Raises:
         ValueError: as there; or a subject that does not say its rows' kinds.
     """
-    target = target or Oracle()
-    if target.definition == "eps-loss" and target.epsilon is None:
-        target = replace(target, epsilon=EPSILON)
+    target = (target or Oracle()).or_epsilon(EPSILON)
     if subject.kinds is None:
         raise ValueError(
             f"a table is looked up by kind of row, and {subject.name} does not say its rows' kinds: give the Subject "
@@ -69,7 +68,7 @@ def fit_table(subject: Subject, *, level: float = 0.99, target: Oracle | None = 
     best, qualities = None, []
     for weights in _candidates(seen, judged):  # from the fewest steps to the most
         policies: dict[str, HaltingPolicy[Any]] = dict.fromkeys(subject.regions, Table(weights))
-        ((quality, _),) = fitting.try_live([policies], oracles if fitting.whole else [])
+        (quality,) = fitting.try_live([policies], oracles if fitting.whole else [])
         qualities.append(quality)
         if quality >= level:
             best = weights
