@@ -570,6 +570,39 @@ def _own(kind: type[Own]) -> Callable[[Size], Case]:
     return build
 
 
+@dataclass
+class Carry:
+    """What a segment of reasoning hands on to the next one."""
+
+    answer: Tensor
+    latent: Tensor
+
+
+class Segment(Own):
+    """One segment of deep supervision, as in HRM's ACT loop: an answer and a latent, and whether to halt."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.halts = nn.Linear(width, 2)
+
+    def forward(self, carry: Carry, x: Tensor) -> tuple[Carry, Tensor]:  # type: ignore[override]
+        latent = self.layer(x + carry.answer + carry.latent)
+        return Carry(self.layer(carry.answer + latent), latent), self.halts(latent.mean(1))
+
+
+def around_the_model(size: Size) -> Case:
+    model, states = Segment(size.width).eval(), size.states
+
+    def solve(segments: int) -> Tensor:
+        carry = Carry(torch.zeros_like(states), torch.zeros_like(states))
+        for _ in range(segments):
+            carry, _ = model(carry, states)
+        return carry.answer
+
+    looped = haltkit.LoopAround(model, solve)
+    return Case(looped, lambda: looped(6), solve, 6)
+
+
 ENTRIES = (
     Entry("iterative-bert", "iterative_bert", iterative_bert),
     Entry("bdh", "bdh_cq", bdh),
@@ -610,6 +643,7 @@ ENTRIES = (
     Entry("own loop, a method", "", _own(Method)),
     Entry("own loop, in place", "", _own(Universal)),
     Entry("own loop, input added at each step", "", _own(Injected)),
+    Entry("own loop, around the model (deep supervision)", "", around_the_model),
     Entry(
         "pytorch-adaptive-computation-time",
         "pytorch_adaptive_computation_time",
