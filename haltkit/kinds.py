@@ -94,9 +94,10 @@ class Kinds:
                 check_count(f"steps in region {region!r}", count)
         looked_up = {region: torch.tensor(counts, dtype=torch.int64) for region, counts in table.items()}
 
+        fewest = min(map(len, table.values()), default=0)
+
         def of(sample: Any) -> dict[str, Tensor]:
             kinds = self.of(sample)
-            fewest = min(map(len, table.values()), default=0)
             if kinds.numel() and not 0 <= int(kinds.min()) <= int(kinds.max()) < fewest:
                 raise ValueError(f"a row of kind {int(kinds.max())}: there are depths for kinds 0 to {fewest - 1}")
             return {region: depths.to(kinds.device)[kinds] for region, depths in looked_up.items()}

@@ -110,6 +110,11 @@ class Weights:
         """By name, as they were given."""
         return dict(self._tensors)
 
+    @property
+    def regions(self) -> list[str]:
+        """The regions R of names ``R/NAME``, in order."""
+        return sorted({name.rpartition("/")[0] for name in self._tensors})
+
     def like(self, x: Tensor) -> Mapping[str, Tensor]:
         """The tensors on the device of ``x``; floating-point ones in its dtype. Each is moved once."""
         key = (x.device, x.dtype)

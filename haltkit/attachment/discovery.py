@@ -85,7 +85,7 @@ def _around(
     outermost = [replace(c, around=True) for c in _found(seen) if not c.scope]
     try:
         return [c for candidate in outermost for c in _proposed(looped, candidate, looped, run_at)]
-    except Exception:
+    except Exception:  # whatever the user's own loop raises when it is run again
         if optional:
             return []
         raise

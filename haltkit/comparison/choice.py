@@ -20,6 +20,8 @@ from haltkit.weights import Weights
 
 __all__ = ["save_certified", "save_fitted", "save_winner"]
 
+LEVEL = 0.99  # share of rows that lose nothing at the fixed depths that a card names
+
 
 def save_winner(path: Path, result: Comparison, subject: Subject, title: str) -> None:
     """Write the fastest policy within the middle level; nothing is written where none is that good.
@@ -110,7 +112,6 @@ def _measured(
     full_ms: float | None,
     steps: Mapping[str, float],
     headroom: Mapping[str, Possible],
-    level: float = 0.99,
 ) -> Measured | None:
     """What a card says of speed and headroom; None where no time is known."""
     if ms is None or full_ms is None:
@@ -123,8 +124,8 @@ def _measured(
         full_ms,
         steps,
         {name: one.mean_depth for name, one in known.items()},
-        {name: one.fixed_depth(level) for name, one in known.items()},
-        level if known else None,
+        {name: one.fixed_depth(LEVEL) for name, one in known.items()},
+        LEVEL if known else None,
     )
 
 

@@ -58,7 +58,7 @@ class Gate:
         if self.rule not in ("probability", "cumulative", "sum"):
             raise ValueError(f"rule={self.rule!r}: allowed are probability, cumulative, sum")
         if self.weights is not None:
-            check_linear("gate", self.weights.tensors)
+            check_linear("gate", self.weights)
         object.__setattr__(self, "fitted", self.weights is not None)
 
     def init(self, x0: Tensor) -> Tensor | None:

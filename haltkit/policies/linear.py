@@ -13,19 +13,19 @@ from haltkit.weights import Weights, WeightsMisfit
 __all__ = ["check_linear", "linear"]
 
 
-def check_linear(kind: str, tensors: Mapping[str, Tensor], numbers: tuple[str, ...] = ()) -> list[str]:
+def check_linear(kind: str, weights: Weights, numbers: tuple[str, ...] = ()) -> list[str]:
     """The regions that the weights are for, in order of their names.
 
     Args:
         kind: of policy, for errors.
-        tensors: ``R/state`` ``(D,)``, ``R/bias`` ``(1,)`` and ``R/NAME`` ``(1,)`` for each region R.
+        weights: ``R/state`` ``(D,)``, ``R/bias`` ``(1,)`` and ``R/NAME`` ``(1,)`` for each region R.
         numbers: those names.
 
     Raises:
         WeightsMisfit: tensors are missing or unknown, or of another shape or dtype.
     """
     needed = ("state", "bias", *numbers)
-    regions = sorted({name.rpartition("/")[0] for name in tensors})
+    tensors, regions = weights.tensors, weights.regions
     names = {f"{region}/{name}" for region in regions for name in needed}
     if wrong := sorted(names ^ set(tensors)):
         raise WeightsMisfit(
@@ -51,6 +51,5 @@ def linear(kind: str, weights: Weights, step: LoopStep) -> tuple[Tensor, Mapping
     x = signals.measured(step.x)
     known = weights.like(x)
     if f"{step.region}/state" not in known:
-        regions = ", ".join(sorted({name.rpartition("/")[0] for name in known}))
-        raise WeightsMisfit(f"the {kind} was fitted for {regions}, and this loop is {step.region!r}")
+        raise WeightsMisfit(f"the {kind} was fitted for {', '.join(weights.regions)}, and this loop is {step.region!r}")
     return x @ known[f"{step.region}/state"] + known[f"{step.region}/bias"], known

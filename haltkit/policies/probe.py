@@ -69,7 +69,7 @@ class Probe:
         tensors = self.weights.tensors
         used = {
             region: tuple(name for name in FEATURES if bool(tensors[f"{region}/{name}"]))
-            for region in check_linear("probe", tensors, FEATURES)
+            for region in check_linear("probe", self.weights, FEATURES)
         }
         object.__setattr__(self, "used", used)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +33,7 @@ class Table:
 
     def __post_init__(self) -> None:
         tensors = self.weights.tensors
-        names = {f"{region}/{name}" for region in _regions(tensors) for name in ("depths", "other")}
+        names = {f"{region}/{name}" for region in self.weights.regions for name in ("depths", "other")}
         if wrong := sorted(names ^ set(tensors)):
             raise WeightsMisfit(
                 f"these are not a table's weights: {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}. A "
@@ -73,7 +72,7 @@ class Table:
         """The steps of each kind, and at the end those of any other."""
         tensors = self.weights.tensors
         if f"{region}/depths" not in tensors:
-            raise WeightsMisfit(f"the table is for {', '.join(_regions(tensors))}, and this loop is {region!r}")
+            raise WeightsMisfit(f"the table is for {', '.join(self.weights.regions)}, and this loop is {region!r}")
         return torch.cat([tensors[f"{region}/depths"], tensors[f"{region}/other"]])
 
     def init(self, x0: Tensor) -> None:
@@ -84,7 +83,3 @@ class Table:
 
     def update(self, state: None, step: LoopStep) -> tuple[None, Verdict]:
         raise AssertionError("a table is refused by init")  # pragma: no cover
-
-
-def _regions(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted({name.rpartition("/")[0] for name in tensors})
