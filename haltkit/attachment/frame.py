@@ -23,8 +23,9 @@ from haltkit.attachment.errors import (
 )
 from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
-from haltkit.attachment.onecall import OneCall, by_entry
+from haltkit.attachment.onecall import OneCall
 from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
+from haltkit.attachment.part import by_entry
 from haltkit.attachment.retiring import HaltedEntries, Retiring
 from haltkit.attachment.steadiness import Inputs
 from haltkit.attachment.tape import Recorded, beside

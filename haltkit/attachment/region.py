@@ -18,8 +18,9 @@ from haltkit.attachment.frame import Frame
 from haltkit.attachment.joining import Joining
 from haltkit.attachment.kept import Kept
 from haltkit.attachment.kv import CacheBook, CacheUse
-from haltkit.attachment.onecall import ModelCalls, OneCall, Part
+from haltkit.attachment.onecall import ModelCalls, OneCall
 from haltkit.attachment.override import Interceptor
+from haltkit.attachment.part import Part
 from haltkit.attachment.retiring import HaltedEntries
 from haltkit.attachment.steadiness import ENOUGH, Inputs
 from haltkit.attachment.tally import Tally
