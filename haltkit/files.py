@@ -15,10 +15,13 @@ import os
 import shutil
 import stat
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
+
+from haltkit.locks import taking_turns
 
 __all__ = [
     "FileError",
@@ -98,16 +101,15 @@ def check_room(target: Path, where: str) -> None:
         raise FileError(f"{where}: the name is too long")
     if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise FileError(f"{where}: permission denied, or the disk is read-only")
-    _try_creating(partial_path(target), where)
+    _try_creating(target.parent, where)
 
 
-def _try_creating(partial: Path, where: str) -> None:
+def _try_creating(folder: Path, where: str) -> None:
     """Some folders say that they can be written to and take no new file (/proc, a full quota)."""
-    there = partial.exists()
+    trial = folder / f".haltkit-{uuid.uuid4().hex}.partial"  # where no other process is writing
     try:
-        partial.touch()
-        if not there:
-            partial.unlink()
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise FileError(f"{where}: {error.strerror or error}") from None
 
@@ -165,20 +167,25 @@ def partial_path(path: Path) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes ``path``'s place only if the block succeeds.
 
+    Processes that write the same file come one after the other, and the last one's is what stays.
+
     Raises:
         FileError: there is no folder for it, or ``path`` is something other than a regular file.
     """
     path = _target(path)
     partial = partial_path(path)
-    try:
-        yield partial
-        if path.exists():
-            shutil.copymode(path, partial)
-        sync(partial)
-        os.replace(partial, path)
+    with taking_turns(partial):
+        try:
+            partial.write_bytes(b"")
+            yield partial
+            if path.exists():
+                shutil.copymode(path, partial)
+            sync(partial)
+            os.replace(partial, path)  # and what then is at that name is the next writer's
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

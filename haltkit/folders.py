@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from haltkit.files import FileError, partial_path, sync
+from haltkit.locks import taking_turns
 
 __all__ = ["atomic_folder", "check_beside", "settle", "sweep"]
 
@@ -31,38 +32,40 @@ def _marker(path: Path) -> Path:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; it appears as ``path`` only if the block succeeds. An old ``path`` is replaced.
 
-    What a killed writer left beside ``path`` is removed. Where the system can exchange two names at once (Linux),
-    there is no moment without ``path``. Where it cannot, two renames do it, and :func:`settle` repairs the folder after
-    a kill between them.
+    Processes that write the same folder come one after the other, and the last one's is what stays. What a killed
+    writer left beside ``path`` is removed. Where the system can exchange two names at once (Linux), there is no moment
+    without ``path``. Where it cannot, two renames do it, and :func:`settle` repairs the folder after a kill between
+    them.
 
     Raises:
         FileError: see :func:`check_beside`.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    settle(path)
-    check_beside(path)
+    check_beside(path)  # before the marker says that what lies there is haltkit's
     partial, retired, marker = partial_path(path), _retired_path(path), _marker(path)
-    marker.touch()
-    sync(path.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        for written in partial.rglob("*"):
-            sync(written)
-        sync(partial)
-        if not path.exists():
-            os.replace(partial, path)
-        elif not _exchange(partial, path):
-            os.replace(path, retired)
-            os.replace(partial, path)
-            shutil.rmtree(retired)
+    with taking_turns(marker):
+        marker.touch()
         sync(path.parent)
-    finally:
+        _settle(path)
         shutil.rmtree(partial, ignore_errors=True)
-        if not retired.exists():  # else settle has to put it back
-            marker.unlink(missing_ok=True)
+        try:
+            partial.mkdir()
+            yield partial
+            for written in partial.rglob("*"):
+                sync(written)
+            sync(partial)
+            if not path.exists():
+                os.replace(partial, path)
+            elif not _exchange(partial, path):
+                os.replace(path, retired)
+                os.replace(partial, path)
+                shutil.rmtree(retired)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not retired.exists():  # else settle has to put it back
+                marker.unlink(missing_ok=True)
 
 
 def check_beside(path: Path) -> None:
@@ -73,22 +76,42 @@ def check_beside(path: Path) -> None:
     """
     path = path.resolve()
     for place in (partial_path(path), _retired_path(path)):
-        free = not os.path.lexists(place) or (place.is_dir() and not place.is_symlink() and not any(place.iterdir()))
-        if not free and not _marker(path).exists():
+        # Looked at twice: a writer that ends in between takes its marker away after what the marker is about.
+        if not _free(place) and not _marker(path).exists() and not _free(place):
             raise FileError(
                 f"{str(place)!r} is there and is not haltkit's, which writes {path.name!r} there until it is complete: "
                 "move it, or name another folder"
             )
 
 
+def _free(place: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    try:
+        return not os.path.lexists(place) or (place.is_dir() and not place.is_symlink() and not any(place.iterdir()))
+    except FileNotFoundError:  # it has just gone
+        return True
+
+
 def settle(path: Path) -> None:
-    """Finish or undo a replacement of ``path`` that a kill interrupted, where names cannot be exchanged at once."""
+    """Finish or undo a replacement of ``path`` that a kill interrupted, where names cannot be exchanged at once.
+
+    One that is still going on is left to its writer.
+    """
     path = path.resolve()  # "." and ".." have no name of their own
     if not path.name:
         return  # the root of the file system: nothing can lie beside it
+    marker = _marker(path)
+    if _retired_path(path).exists() and marker.exists():  # else there is nothing, or nothing of ours
+        with taking_turns(marker, wait=False) as alone:
+            if alone:
+                _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """The same for the one who has the marker."""
     retired = _retired_path(path)
-    if not retired.exists() or not _marker(path).exists():
-        return  # nothing, or nothing of ours
+    if not retired.exists():
+        return
     if path.exists():
         shutil.rmtree(retired)
     else:

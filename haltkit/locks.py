@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that ends with the process that took it."""
+"""One writer at a time: locks that end with the process that took them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["LOCK_FILE", "FolderInUse", "hold"]
+__all__ = ["LOCK_FILE", "FolderInUse", "hold", "taking_turns"]
 
 LOCK_FILE = ".haltkit-lock"
 # What file systems answer that know no locks.
@@ -72,6 +72,31 @@ def hold(folder: Path, what: str) -> Iterator[bool]:
                 path.rmdir()
 
 
+@contextmanager
+def taking_turns(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Lock a file, which is made if it is not there, so that all who do the same come one after the other.
+
+    The block may rename or remove the file: the next one makes another.
+
+    Args:
+        wait: until nobody else has the lock.
+
+    Yields:
+        Whether it is this one's turn, which it also is where there are no such locks (see :func:`hold`).
+    """
+    try:
+        descriptor = _locked(path, wait)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if descriptor is not None:
+            _descriptors.discard(descriptor)
+            os.close(descriptor)
+
+
 def _make(folder: Path) -> list[Path]:
     """Make a folder with its parents; those that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -80,45 +105,55 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _lock(folder: Path, what: str) -> int | None:
-    try:
-        import fcntl
-    except ImportError:
-        return None
     path = folder / LOCK_FILE
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            try:
-                if error.errno in _UNSUPPORTED:
-                    path.unlink(missing_ok=True)
-                    return None
-                if not isinstance(error, BlockingIOError):
-                    raise
-                raise FolderInUse(
-                    f"{str(folder)!r} is in use by {_holder(descriptor)}: wait until that has ended, stop it, or "
-                    "choose another folder"
-                ) from None
-            finally:
-                os.close(descriptor)
-        # The holder before may have removed the file between our opening and our locking it: then it is not the one
-        # that others will find here.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)
-    _descriptors.add(descriptor)
+    try:
+        descriptor = _locked(path, wait=False)
+    except BlockingIOError:
+        raise FolderInUse(
+            f"{str(folder)!r} is in use by {_holder(path)}: wait until that has ended, stop it, or choose another "
+            "folder"
+        ) from None
+    if descriptor is None:
+        path.unlink(missing_ok=True)
+        return None
     about = {"what": what, "process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%F %T")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(about).encode(), 0)
     return descriptor
 
 
-def _holder(descriptor: int) -> str:
-    """Who wrote a lock file, as far as it can be read: the holder may be about to write it."""
+def _locked(path: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock of the file at ``path``, which is made; None where there are no such locks.
+
+    Raises:
+        BlockingIOError: another one has the lock, and it was not waited for.
+    """
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as error:  # also Ctrl-C while it waits
+            os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in _UNSUPPORTED:
+                return None
+            raise
+        # The holder before may have removed the file between our opening and our locking it: then it is not the one
+        # that others will find here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                _descriptors.add(descriptor)
+                return descriptor
+        os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    """Who wrote a lock file, as far as it can be read: the holder may be about to write or to remove it."""
+    try:
+        about = json.loads(path.read_bytes())
         return f"{about['what']} (process {about['process']} on {about['machine']}, since {about['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -116,3 +116,74 @@ def test_a_writer_that_fails_leaves_no_new_file(tmp_path: Path) -> None:
     with pytest.raises(Interrupted), usual_mode(tmp_path / "new"):
         raise Interrupted
     assert not (tmp_path / "new").exists()
+
+
+# Processes that write at one place again and again, each all files with its own name in them.
+WRITER = """
+import sys
+from pathlib import Path
+from haltkit.card import Card
+from haltkit.files import write_text
+from haltkit.folders import atomic_folder
+
+kind, name, place = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    if kind == "card":
+        Card(f"norm:tau={name}", about=name * 20).save(place)
+    elif kind == "file":
+        write_text(place, name * 100_000)
+    else:
+        with atomic_folder(place) as folder:
+            for file in ("a", "b", "c"):
+                (folder / file).write_text(name * 10_000)
+"""
+
+
+@pytest.mark.parametrize("kind", ["card", "file", "folder"])
+def test_processes_that_write_at_one_place_leave_one_whole_result(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, kind, name, str(place)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "12"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    for writer in writers:
+        _, said = writer.communicate(timeout=60)
+        assert (writer.returncode, said) == (0, "")
+    text = "".join(tree(tmp_path).values())
+    assert ("1" * 20 in text) is not ("2" * 20 in text)
+    assert set(tree(tmp_path)) == {"card": {"out/card.yaml"}, "file": {"out"}}.get(kind, {"out/a", "out/b", "out/c"})
+
+
+def test_a_reader_leaves_a_replacement_to_the_writer_that_is_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
+    path, replace = tmp_path / "out", os.replace
+    with atomic_folder(path) as inner:
+        (inner / "a").write_text("old")
+
+    def read_between(source: Path, target: Path) -> None:
+        if target == path:  # the old folder is away, and the new one not yet there
+            settle(path)
+            assert not path.exists()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", read_between)
+    with atomic_folder(path) as inner:
+        (inner / "a").write_text("new")
+    assert tree(tmp_path) == {"out/a": "new"}

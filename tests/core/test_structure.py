@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGES = {"haltkit": ROOT / "haltkit", "haltkit.models": ROOT / "models", "haltkit.cli": ROOT / "cli"}
 # Bottom to top. A module imports only from layers below its own, or from its own part of the house.
 CORE = [
-    {"timing", "signals", "files", "locks", "trust", "identity", "measured"},
+    {"locks"},
+    {"timing", "signals", "files", "trust", "identity", "measured"},
     {"weights", "headroom"},
     {"protocol", "folders", "calibration"},
     {"policies", "wrappers", "rows", "bodies", "parts", "front", "kinds"},
