@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,32 +13,36 @@ from typing import Any
 from torch import nn
 
 from haltkit.calibration.certificate import Certificate
-from haltkit.files import check_room, read_yaml, write_text
+from haltkit.cardfile import CARD, CERTIFICATE_FILE, VERSION, read_card
+from haltkit.files import check_room, write_text
 from haltkit.folders import atomic_folder, check_beside
 from haltkit.identity import Identity
 from haltkit.measured import Measured
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import known_names
 from haltkit.specs import Choice, Spec, files_of, parse_choice, policy_for_regions
-from haltkit.trust import reading
+from haltkit.standing import CERTIFICATE, MODEL, Standing
 from haltkit.weights import Weights
 
 __all__ = ["Card", "is_card"]
 
-_KEYS = ("policy", "model", "regions", "loop", "loops", "weights", "identity", "certified", "measured", "about")
-# In a card's folder; the weights are called as haltkit.specs.packed does.
-_CARD, _CERTIFICATE = "card.yaml", "certificate.json"
+_NONE = "so nothing is promised"
+# How a user says that a card is to be used on another model than its own.
+_BY_OPTION = (
+    ": --without-certificate (of lm-eval without_certificate=True, in Python Card.load(path).without_certificate())"
+)
+# What is in a card's folder; the weights are called as haltkit.specs.packed does.
 _OWN = re.compile(r"\.?(card\.yaml|certificate\.json|weights(-\d+)?\.safetensors)(\.partial)?")
 
 
 def is_card(given: object) -> bool:
-    """Whether what was given for a policy is the path of a card: a path, or text that ends in ``.yaml``, or a folder.
+    """Whether what was given for a policy is a card, or its path: a path, or text that ends in ``.yaml``, or a folder.
 
     A folder that has the name of a policy is one only if there is a card in it.
     """
     if not isinstance(given, str):
-        return isinstance(given, PathLike)
-    if given.endswith((".yaml", ".yml")) or os.path.isfile(os.path.join(given, _CARD)):
+        return isinstance(given, (Card, PathLike))
+    if given.endswith((".yaml", ".yml")) or os.path.isfile(os.path.join(given, CARD)):
         return True
     return os.path.isdir(given) and given not in known_names()
 
@@ -61,6 +64,8 @@ class Card:
         folder: where files of weights are that the policy names; None: where the process runs.
         weights: those files, and the SHA-256 of each.
         measured: what it cost when it was chosen, for a reader of the card; None: not known.
+        name: what outputs call it: its file or folder, without the suffix.
+        without: what of it the user does without, see :meth:`without_certificate`.
 
     Raises:
         ValueError: a certificate about another policy, or about no model.
@@ -76,6 +81,8 @@ class Card:
     folder: Path | None = field(default=None, compare=False)
     weights: Mapping[str, str] = field(default_factory=dict)
     measured: Measured | None = field(default=None, compare=False)
+    name: str = field(default="", compare=False)
+    without: str = ""
 
     def __post_init__(self) -> None:
         if self.certificate is not None and self.certificate.setting != self.policy:
@@ -101,7 +108,17 @@ class Card:
         """
         return policy_for_regions(self.choice, regions)
 
-    def check(self, model: nn.Module, regions: Sequence[str] = (), full_depth: int = 0) -> None:
+    def without_certificate(self) -> Card:
+        """The same policy for any weights, dtype and full depth, without the certificate: nothing is promised.
+
+        The class of the model and its regions stay what they must be, and fitted weights must fit the states. Every
+        output says that the policy is used so. A card for any weights comes back as it is.
+        """
+        if self.identity is None:
+            return self
+        return replace(self, certificate=None, without=MODEL if self.certificate is None else CERTIFICATE)
+
+    def check(self, model: nn.Module, regions: Sequence[str] = (), full_depth: int = 0) -> Standing:
         """Whether the card, and its certificate if there is one, is for this model.
 
         Args:
@@ -109,9 +126,12 @@ class Card:
             regions: its regions, if known.
             full_depth: the budget that it is run with; 0: not known.
 
+        Returns:
+            what is promised of the policy on this model, or what it is used without.
+
         Raises:
-            ValueError: another class or other regions; under a certificate also other weights, another structure, dtype
-                or full depth.
+            ValueError: another class or other regions; of a card with an identity that is used whole also other
+                weights, another structure, dtype or full depth.
         """
         name = type(model).__name__
         other = bool(self.model and self.model != name)
@@ -121,8 +141,14 @@ class Card:
                 f"the card was made for {self.model or 'another model'}{_with(self.regions)}, and this is a "
                 f"{name}{_with(regions)}: thresholds do not carry over; run 'haltkit compare --save' on this model"
             )
-        if self.identity is not None:
-            self._refuse(self.identity.differences(Identity.of(model, full_depth)))
+        if self.identity is None:
+            return Standing()
+        differences = self.identity.differences(Identity.of(model, full_depth))
+        if self.without:
+            fitted = ["its weights were fitted on another model"] if self.weights and differences else []
+            return Standing.waived(self.without, [*differences, *fitted])
+        self._refuse(differences)
+        return Standing("" if self.certificate is None else self.certificate.promise, bound=True)
 
     def check_depth(self, full_depth: int) -> None:
         """Whether the card is for a run with this budget; one without an identity is for any.
@@ -144,16 +170,18 @@ class Card:
 
     def _refuse(self, differences: Sequence[str]) -> None:
         """Refuse a model that differs, if it does."""
-        if differences:
-            if self.certificate is None:
-                raise ValueError(
-                    f"the card's policy is for another model ({'; '.join(differences)}): run 'haltkit fit' or 'haltkit "
-                    "compare --save' on this one"
-                )
+        if not differences or self.without:
+            return
+        told = "; ".join(differences)
+        if self.certificate is None:
             raise ValueError(
-                f"the card's certificate is not about this model ({'; '.join(differences)}): run 'haltkit calibrate' "
-                f"on it, or use the policy without a certificate by its spec, {self.policy!r}"
+                f"the card's policy is for another model ({told}): run 'haltkit fit' or 'haltkit compare --save' on "
+                f"this one, or use it without {MODEL}{_BY_OPTION}"
             )
+        raise ValueError(
+            f"the card's certificate is not about this model ({told}): run 'haltkit calibrate' on this one, or use the "
+            f"policy without {CERTIFICATE}{_BY_OPTION}"
+        )
 
     def save(self, path: str | PathLike[str], weights: Mapping[str, Weights] | None = None) -> None:
         """Write a file, ``*.yaml``, or a folder, which appears whole or not at all.
@@ -167,8 +195,10 @@ class Card:
 
         Raises:
             ValueError: a folder is asked for where something that is no card stands, or the policy names weights that
-                are not given, or by another name than haltkit's.
+                are not given, or by another name than haltkit's; or the card is used without a part of it.
         """
+        if self.without:
+            raise ValueError(f"this card is used without {self.without}: save it as it was loaded")
         if weights is None:
             weights = {name: Weights.load((self.folder or Path()) / name) for name in self.weights}
         named = files_of(parse_choice(self.policy))
@@ -183,11 +213,11 @@ class Card:
             return
         self.check_folder(path)
         with atomic_folder(Path(path)) as folder:
-            card._write(folder / _CARD)
+            card._write(folder / CARD)
             for name, one in weights.items():
                 one.save(folder / name)
             if self.certificate is not None:
-                write_text(folder / _CERTIFICATE, self.certificate.to_json() + "\n")
+                write_text(folder / CERTIFICATE_FILE, self.certificate.to_json() + "\n")
 
     def to_markdown(self) -> str:
         """A section for a model card: the policy, what is promised of it, on which model, and how it was chosen."""
@@ -202,7 +232,7 @@ class Card:
         if self.measured is not None:
             lines.append(f"- Measured: {self.measured}")
         if self.certificate is None:
-            lines.append("- Certificate: none, so nothing is promised")
+            lines.append(f"- Certificate: none, {Standing.waived(self.without) if self.without else _NONE}")
         else:
             one = self.certificate
             failing = "in expectation" if one.delta is None else f"delta {one.delta:g}"
@@ -234,7 +264,7 @@ class Card:
     def _write(self, path: Path) -> None:
         import yaml
 
-        values: dict[str, Any] = {"policy": self.policy}
+        values: dict[str, Any] = {"version": VERSION, "policy": self.policy}
         if self.model:
             values["model"] = self.model
         if self.regions:
@@ -260,99 +290,13 @@ class Card:
         """The card in a file, or in a folder with its certificate.
 
         Raises:
-            ValueError: no such file, or it is not a card, or its certificate is missing or about another policy, or
-                its weights are missing or other ones; the message says what is wrong.
+            ValueError: no such file, or it is not a card, or of a later version, or its certificate is missing or about
+                another policy, or its weights are missing or other ones; the message says what is wrong.
             CodeRefused: a policy is code of its own, ``pkg.mod:Class``, that the user has not allowed
                 (:func:`haltkit.allow_code`).
         """
-        folder = Path(path)
-        path = folder / _CARD if folder.is_dir() else folder
-        values: Any = read_yaml(path, "the card", object)
-        wrong = not isinstance(values, dict) or bool(set(values) - set(_KEYS)) or {"loop", "loops"} <= set(values)
-        policy = None if wrong else _policy(values.get("policy"))
-        if policy is None:
-            raise ValueError(
-                f"{str(path)!r} must contain 'policy: SPEC' and may contain 'loop:', the fields of haltkit.Loop, or "
-                "'loops:', those of several by region"
-            )
-        with reading(f"the card {str(path)!r}"):
-            choice = parse_choice(policy)
-        model, regions, loops = values.get("model", ""), values.get("regions", []), values.get("loops") or {}
-        about = values.get("about", "")
-        if (
-            not isinstance(model, str)
-            or not isinstance(about, str)
-            or not isinstance(regions, list)
-            or not isinstance(loops, dict)
-        ):
-            raise ValueError(
-                f"{str(path)!r}: model must be a name, about text, regions a list, and loops a mapping from regions"
-            )
-        if values.get("loop") is not None:
-            loops = {"loop": values["loop"]}
-        for described in loops.values():
-            if not isinstance(described, dict):
-                raise ValueError(f"{str(path)!r}: a loop is described by the fields of haltkit.Loop, by name")
-        named = tuple(map(str, regions))
-        if len(set(named)) < len(named):
-            raise ValueError(f"{str(path)!r}: a region is named more than once: {', '.join(named)}")
-        by_region = {str(name): described for name, described in loops.items()}
-        try:
-            identity, certificate = _certified(path, values.get("identity"), values.get("certified", False))
-            weights = _weights(path, choice, values.get("weights"))
-            measured = None if values.get("measured") is None else Measured.of_fields(values["measured"])
-            return cls(policy, model, named, by_region, about, identity, certificate, path.parent, weights, measured)
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}: {error}") from None
+        return cls(**read_card(Path(path)))
 
 
 def _with(regions: Sequence[str]) -> str:
     return f" with regions {', '.join(regions)}" if regions else ""
-
-
-def _weights(card: Path, choice: Choice, known: Any) -> dict[str, str]:
-    """The files of weights that a card's policy names, and the SHA-256 of each, which the card knows."""
-    found = {}
-    for name in files_of(choice):
-        if not isinstance(known, dict) or not isinstance(known.get(name), str):
-            raise ValueError(
-                f"the card does not say which weights are its own, by the SHA-256 of {name!r} under 'weights': run "
-                "'haltkit fit' to make it again"
-            )
-        try:
-            found[name] = hashlib.sha256((card.parent / name).read_bytes()).hexdigest()
-        except OSError as error:
-            raise ValueError(f"the card's weights, {name!r}, cannot be read: {error.strerror}") from None
-        if found[name] != known[name]:
-            raise ValueError(
-                f"{name!r} holds other weights than those that the card is about: restore them, or run 'haltkit fit' "
-                "to make the card again"
-            )
-    return found
-
-
-def _certified(card: Path, identity: Any, certified: Any) -> tuple[Identity | None, Certificate | None]:
-    """The identity in a card, and the certificate in the file beside it, which a card that is certified has."""
-    if not isinstance(certified, bool):
-        raise ValueError("certified must be true or false")
-    if identity is not None and not isinstance(identity, dict):
-        raise ValueError("identity must be a mapping")
-    found = None if identity is None else Identity.of_fields(identity)
-    path = card.parent / _CERTIFICATE
-    if not certified:
-        return found, None
-    if not path.is_file():
-        raise ValueError(f"the certificate that belongs to the card, {_CERTIFICATE}, is not beside it")
-    try:
-        return found, Certificate.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"the certificate beside the card, {_CERTIFICATE}, is not text") from None
-
-
-def _policy(written: Any) -> str | None:
-    """The policy's text: as it stands, or from a mapping from regions to specs; None: neither."""
-    if isinstance(written, str):
-        return written
-    if isinstance(written, dict) and written and all(isinstance(spec, str) for spec in written.values()):
-        return ";".join(f"{region}={spec}" for region, spec in written.items())
-    return None

@@ -75,19 +75,26 @@ class Measured:
         optional = {"oracle_steps": dict, "fixed_depths": dict, "level": _NUMBER}
         known: dict[str, Any] = {**kinds, **optional}
         wrong = not isinstance(fields, dict) or not set(kinds) <= set(fields) or bool(set(fields) - set(known))
-        wrong = wrong or not all(isinstance(value, known[name]) for name, value in fields.items())
+        wrong = wrong or not all(_fits(value, known[name]) for name, value in fields.items())
         wrong = wrong or not all(
-            isinstance(name, str) and isinstance(value, _NUMBER)
+            isinstance(name, str) and _fits(value, _NUMBER)
             for part in fields.values()
             if isinstance(part, dict)
             for name, value in part.items()
         )
         if wrong:
             raise ValueError(
-                f"measured has {', '.join(kinds)} and may have {', '.join(optional)}: texts, numbers, and numbers by "
-                "region"
+                f"measured has {', '.join(kinds)} and may have {', '.join(optional)}: texts, finite numbers, and such "
+                "numbers by region"
             )
         return cls(**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind; a number is finite, and true is none."""
+    if kind is not _NUMBER:
+        return isinstance(value, kind)
+    return type(value) in _NUMBER and math.isfinite(value)
 
 
 def _rounded(value: float) -> float:

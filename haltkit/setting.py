@@ -11,6 +11,7 @@ from haltkit.kinds import DepthByRow
 from haltkit.policies import Fixed, Table
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.specs import Policies, UnprintablePolicy, policy_for_regions, text_of
+from haltkit.standing import PLAIN, Standing
 
 __all__ = ["Depth", "Setting"]
 
@@ -72,15 +73,13 @@ class Setting:
         how: the depth, the depths of rows, or the policies by region.
         sweep: the sweep over thresholds that the setting belongs to; empty: it names itself.
         tau: its threshold in that sweep, where there is one number.
-        promise: what a certificate about this model promises of the setting; empty: nothing is promised.
-        bound: whether it is of a card for this very model, and for no other.
+        standing: what is promised of the setting, where it came from a card.
     """
 
     how: Depth | DepthByRow | Mapping[str, HaltingPolicy[Any]]
     sweep: str = field(default="", compare=False)
     tau: float | None = field(default=None, compare=False)
-    promise: str = field(default="", compare=False)
-    bound: bool = field(default=False, compare=False)
+    standing: Standing = field(default=PLAIN, compare=False)
 
     @classmethod
     def of(cls, given: int | Depth | Setting | Policies, regions: Sequence[str]) -> Setting:
@@ -103,9 +102,9 @@ class Setting:
         steps = {region: one.steps for region, one in found.items() if isinstance(one, Fixed)}
         return cls(Depth(steps)) if found and len(steps) == len(found) else cls(found)
 
-    def named(self, sweep: str, tau: float | None = None, promise: str = "", bound: bool = False) -> Setting:
-        """The same setting as a member of a sweep, with what is promised of it and whether it is bound to a model."""
-        return replace(self, sweep=sweep, tau=tau, promise=promise, bound=bound)
+    def named(self, sweep: str, tau: float | None = None, standing: Standing = PLAIN) -> Setting:
+        """The same setting as a member of a sweep, with what is promised of it."""
+        return replace(self, sweep=sweep, tau=tau, standing=standing)
 
     @property
     def depth(self) -> Depth | None:
@@ -146,7 +145,16 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """What tells the setting from its neighbours in a table."""
+        """What tells the setting from its neighbours in a table, and what it is used without."""
+        return self.standing.mark(self._label)
+
+    @property
+    def title(self) -> str:
+        """The spec that says the same, or else the label; and what it is used without."""
+        return self.standing.mark(self.text or self._label)
+
+    @property
+    def _label(self) -> str:
         if isinstance(self.how, Depth):
             return f"fixed {self.how.label}"
         if isinstance(self.how, DepthByRow):

@@ -15,7 +15,7 @@ from haltkit.attachment.presets import preset_for
 from haltkit.driving import Adaptive, ByAttaching, ByModules, ByRow, Driver, Look, Pass, RunPass
 from haltkit.kinds import DepthByRow, Kinds
 from haltkit.policies import Table
-from haltkit.protocol import MOST, HaltingPolicy, Readout
+from haltkit.protocol import MOST, Readout
 from haltkit.recording.layers import LayerStates, record_layers
 from haltkit.recording.recorder import Record
 from haltkit.recording.replay import readout_of_recordings, replay
@@ -331,7 +331,7 @@ class Subject:
         return self.driver.at_depth(inputs, steps)
 
     @torch.no_grad()
-    def halted(self, inputs: Any, policy: str | HaltingPolicy[Any], budget: int) -> Mapping[str, Tensor]:
+    def halted(self, inputs: Any, policy: Policies, budget: int) -> Mapping[str, Tensor]:
         """Each region's steps ``(T,)`` under a policy, for inputs ``(1, T)``.
 
         A model that halts itself is run; otherwise a recording at full depth is judged (:func:`haltkit.replay`).

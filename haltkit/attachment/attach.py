@@ -23,13 +23,14 @@ from haltkit.loop import Execution, LoopObserver
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, Readout, check_count, granularity_of
 from haltkit.specs import Policies, policy_for_regions, regions_named
+from haltkit.standing import PLAIN
 
 __all__ = ["Policies", "attach", "verify"]
 
 
 def attach(
     model: nn.Module,
-    policy: Policies | PathLike[str] | None,
+    policy: Policies | Card | PathLike[str] | None,
     loop: Loop | None = None,
     *,
     loops: Mapping[str, Loop] | None = None,
@@ -67,9 +68,10 @@ def attach(
     Args:
         model: any module whose loops call modules of its own.
         policy: a spec or a policy, whose granularity decides which rows halt together: one for every loop, or one for
-            each region, as a mapping or as ``"region=spec;region=spec"``. The path of a YAML file that
-            :func:`haltkit.compare` saved gives the spec and, unless one is given here, the description. None only
-            observes: forward hooks, nothing is overridden, and the model's output is what it was to the bit.
+            each region, as a mapping or as ``"region=spec;region=spec"``. A :class:`~haltkit.card.Card`, or the path of
+            one, gives the spec and, unless one is given here, the description; on another model than its own that takes
+            ``Card.load(path).without_certificate()``, and :attr:`Session.standing` says so. None only observes: forward
+            hooks, nothing is overridden, and the model's output is what it was to the bit.
         loop: the description of a single loop, which is the region ``"loop"``.
         loops: several loops by region: one inside the other (the inner one says ``reset_on``), or one after the other.
             With neither, the preset for the model's class is used.
@@ -117,8 +119,10 @@ def attach(
     check_model(model)
     for name, count in _counts(max_steps, total_steps):
         check_count(name, count)
-    policy, described, card = _loaded(model, policy, loop, loops, fields)
+    policy, described, card = _loaded(policy, loop, loops, fields)
+    standing = PLAIN
     if card is not None:
+        standing = card.check(model, full_depth=max((count for _, count in _counts(max_steps, None)), default=0))
         _check_card(card, max_steps, total_steps)
     halting = _said(allow_grad, kv, kv_stride, execution, max_steps, total_steps)
     told = readout is not None
@@ -135,7 +139,8 @@ def attach(
                 f"a {type(model).__name__} halts itself: leave out {', '.join([*halting, *['readout'] * told])}. Its "
                 "readout is its own, and its budget is the depth that it is called with"
             )
-        native = NativeSession(model, found, policy_for_regions(policy, tuple(found.looped_regions)), observer, card)
+        policies = policy_for_regions(policy, tuple(found.looped_regions))
+        native = NativeSession(model, found, policies, observer, card, standing)
         return _attached(native.attach, native.detach)
     regions = checked(found)
     if policy is None:
@@ -164,6 +169,7 @@ def attach(
         _by_region(max_steps, policies),
         total_steps,
         card,
+        standing,
     )
     session = HaltingSession(model, how)
     return _attached(session.attach, session.detach)
@@ -234,7 +240,7 @@ def _check_card(card: Card, max_steps: int | Mapping[str, int] | None, total_ste
     if total_steps is not None and card.certificate is not None:
         raise ValueError(
             f"total_steps={total_steps}: the card's certificate is about its policy without a joint budget. Leave it "
-            f"out, or use the policy without a certificate by its spec, {card.policy!r}"
+            f"out, or use the policy without its certificate: Card.load(path).without_certificate()"
         )
 
 
@@ -337,13 +343,12 @@ def _attached(begin: Callable[[], Session], undo: Callable[[], None]) -> Session
 
 
 def _loaded(
-    model: nn.Module,
-    policy: Policies | PathLike[str] | None,
+    policy: Policies | Card | PathLike[str] | None,
     loop: Loop | None,
     loops: Mapping[str, Loop] | None,
     fields: Mapping[str, Any],
 ) -> tuple[Policies | None, Mapping[str, Loop] | None, Card | None]:
-    """The policy, the description if one is given or in the card, and the card if the policy is the path of one."""
+    """The policy, the description if one is given or in the card, and the card if the policy is one."""
     given = [what for what in (loop, loops, fields.get("body")) if what is not None]
     if len(given) > 1:
         raise ValueError("give the loop as one value or by its fields, or several as loops=, not both")
@@ -351,8 +356,8 @@ def _loaded(
         loop = Loop.of(fields)
     if loop is not None:
         loops = {ONE: loop}
-    if isinstance(policy, PathLike) or (isinstance(policy, str) and is_card(policy)):
-        card, saved = load(policy, model)
+    if isinstance(policy, (Card, PathLike)) or (isinstance(policy, str) and is_card(policy)):
+        card, saved = load(policy)
         return card.choice, saved if loops is None else loops, card
     return policy, loops, None
 

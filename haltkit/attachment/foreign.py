@@ -29,6 +29,7 @@ from haltkit.loop import Execution, LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout
 from haltkit.queue import check_slots, in_turn
 from haltkit.recording.trajectory import Trajectory
+from haltkit.standing import PLAIN, Standing
 
 __all__ = ["Halting", "HaltingSession"]
 
@@ -45,6 +46,7 @@ class Halting:
         allow_grad, kv, kv_stride, execution, total_steps: see :func:`haltkit.attach`.
         max_steps: of each loop, for regions that have such a budget.
         card: that the policies are from; it refuses loops that go deeper by themselves than it knows.
+        standing: what is promised of the policies, where they are from a card.
         check: look, in the first loop of each region that halts, whether the body's inputs stand still after the halt.
         throughout: watch all loops from the first iteration on, and keep what these iterations were given (verify).
         disturb_before: give disturbed outputs in replayed iterations before this one, by region (verify).
@@ -63,6 +65,7 @@ class Halting:
     max_steps: Mapping[str, int] = field(default_factory=dict)
     total_steps: int | None = None
     card: Card | None = None
+    standing: Standing = PLAIN
     throughout: tuple[int, ...] | None = None
     disturb_before: Mapping[str, int] = field(default_factory=dict)
     state_only: bool = False
@@ -76,7 +79,7 @@ class HaltingSession(Session):
         self.model, self.how = model, how
         self.regions = tuple(how.loops)
         self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
-        self.number = next_number()
+        self.standing, self.number = how.standing, next_number()
         self._passing, self._calls = Passing(), ModelCalls(self.regions, how.total_steps)
         inside = around(how.loops)
         self._overrides: list[Overrides] = []

@@ -16,6 +16,7 @@ from haltkit.attachment.attach import attach
 from haltkit.attachment.counting import Taken
 from haltkit.attachment.description import Loop
 from haltkit.attachment.kv import KVMode
+from haltkit.card import Card
 from haltkit.loop import Outcome
 from haltkit.protocol import Readout
 from haltkit.specs import Policies
@@ -26,7 +27,7 @@ SUPPORTED = ("greedy_search", "sample")
 
 
 def generation(
-    policy: Policies | PathLike[str],
+    policy: Policies | Card | PathLike[str],
     *prepared: Any,
     max_steps: int | Mapping[str, int] | None = None,
     total_steps: int | None = None,
@@ -52,10 +53,11 @@ def generation(
     on to a callable. Give ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.) The model is attached for the
     time of the call.
 
-    With ``return_dict_in_generate=True`` the output has three more fields, for the position that each new token was
+    With ``return_dict_in_generate=True`` the output has more fields, for the position that each new token was
     read from. ``steps``, ``(batch, new tokens, regions)`` int64: the steps it took, over all turns of a loop that runs
     inside another one. ``outcome``, of the same shape, int8: an :class:`~haltkit.Outcome` each, of the newest turn.
-    ``regions``: their names, in that order. Entries that have ended go on as padding, and are counted; a region that
+    ``regions``: their names, in that order. ``standing``: what is promised of a policy from a card, or what it is used
+    without, as text. Entries that have ended go on as padding, and are counted; a region that
     did not run for a token has 0 steps, ``ABSENT``.
 
     Args:
@@ -96,7 +98,7 @@ class Generation:
         how: the other arguments of :func:`haltkit.attach`.
     """
 
-    policy: Policies | PathLike[str]
+    policy: Policies | Card | PathLike[str]
     how: Mapping[str, Any]
 
     def __call__(
@@ -129,7 +131,7 @@ class Generation:
                 calls.remove()
         if generation_config.return_dict_in_generate:
             new = output.sequences.shape[1] - input_ids.shape[1]
-            output["regions"] = session.regions
+            output["regions"], output["standing"] = session.regions, str(session.standing)
             output["steps"] = torch.stack(counter.steps, 1)[:, :new]
             output["outcome"] = torch.stack(counter.outcomes, 1)[:, :new]
         return output

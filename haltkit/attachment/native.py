@@ -21,6 +21,7 @@ from haltkit.card import Card
 from haltkit.loop import LoopObserver
 from haltkit.protocol import HaltingPolicy
 from haltkit.recording.trajectory import Trajectory
+from haltkit.standing import PLAIN, Standing
 
 __all__ = ["HaltedCall", "HaltsItself", "NativeSession"]
 
@@ -78,9 +79,11 @@ class NativeSession(Session):
         policies: Mapping[str, HaltingPolicy[Any]],
         observer: LoopObserver | None = None,
         card: Card | None = None,
+        standing: Standing = PLAIN,
     ) -> None:
         """Nothing about the model is changed yet: :meth:`attach` does that. A card refuses calls of another budget."""
         self.model, self.native, self.observer, self.card = model, native, observer, card
+        self.standing = standing
         self.regions = tuple(native.looped_regions)
         self.policies, self.loops = dict(policies), {}
         self.readouts = dict.fromkeys(self.regions, native.readout)

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from torch import nn
-
 from haltkit.attachment.description import Loop
 from haltkit.attachment.regions import ONE
 from haltkit.calibration.certificate import Certificate
@@ -81,32 +79,34 @@ def _written(loop: Loop) -> dict[str, Any]:
     }
 
 
-def load_card(path: str | PathLike[str]) -> Card:
-    """The card in a file or folder, whose loops can be read.
+def load_card(given: Card | str | PathLike[str]) -> Card:
+    """The card that was given, or that is in a file or folder, whose loops can be read.
 
     Raises:
         ValueError: as :meth:`haltkit.card.Card.load`, or a description with fields that no loop has.
     """
-    card = Card.load(path)
+    card = given if isinstance(given, Card) else Card.load(given)
     for described in card.loops.values():
-        _read(path, described)
+        _read(_place(given), described)
     return card
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> tuple[Card, dict[str, Loop] | None]:
+def load(given: Card | str | PathLike[str]) -> tuple[Card, dict[str, Loop] | None]:
     """The card, and the descriptions by region (None: find the preset), that :func:`save` wrote.
 
     Args:
-        path: of the file.
-        model: that it is loaded for, if it is to be checked.
+        given: the card, or the path of its file or folder.
 
     Raises:
-        ValueError: not such a file; what is wrong is said. Or one for another model.
+        ValueError: not such a file; what is wrong is said.
     """
-    card = Card.load(path)
-    if model is not None:
-        card.check(model)
-    return card, {name: _read(path, fields) for name, fields in card.loops.items()} or None
+    card = given if isinstance(given, Card) else Card.load(given)
+    return card, {name: _read(_place(given), fields) for name, fields in card.loops.items()} or None
+
+
+def _place(given: Card | str | PathLike[str]) -> str:
+    """What errors call a card."""
+    return given.name if isinstance(given, Card) else str(given)
 
 
 def _read(path: str | PathLike[str], described: Any) -> Loop:

@@ -18,6 +18,7 @@ from haltkit.loop import LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout, granularity_of
 from haltkit.recording.recorder import Recorder
 from haltkit.recording.trajectory import Trajectory
+from haltkit.standing import PLAIN, Standing
 
 __all__ = ["Session", "next_number", "trajectory_of"]
 
@@ -43,6 +44,8 @@ class Session(ABC):
         loops: the descriptions in force; empty for a model that halts itself.
         readouts: from the state to logits, for regions that have one.
         tally: counts over all loops of the session, by region.
+        standing: what is promised of the policies, or what they are used without, where they came from a card; its
+            text is one line, empty where there is nothing to say.
     """
 
     model: nn.Module
@@ -51,6 +54,13 @@ class Session(ABC):
     loops: Mapping[str, Loop]
     readouts: Mapping[str, Readout]
     tally: Mapping[str, Tally]
+    standing: Standing = PLAIN
+
+    def __repr__(self) -> str:
+        judged = {name: self.policies.get(name) for name in self.regions}
+        said = ", ".join(name if policy is None else f"{name}: {policy!r}" for name, policy in judged.items())
+        told = f"; {self.standing}" if str(self.standing) else ""
+        return f"<{type(self).__name__} of {type(self.model).__name__}, {said}{told}>"
 
     @abstractmethod
     def detach(self) -> None:
@@ -152,10 +162,13 @@ class Session(ABC):
         return sum(tally.skipped for tally in self.tally.values())
 
     def summary(self) -> str:
-        """Histogram of steps, outcomes, iterations computed and skipped and the time that saved, by region."""
-        if len(self.regions) == 1:
-            return str(self.tally[self.regions[0]])
-        return "\n".join(f"{name}:\n{self.tally[name]}" for name in self.regions)
+        """Histogram of steps, outcomes, iterations computed and skipped and the time that saved, by region.
+
+        Of a policy from a card the last line says what is promised, or what it is used without.
+        """
+        one = len(self.regions) == 1
+        parts = [str(self.tally[name]) if one else f"{name}:\n{self.tally[name]}" for name in self.regions]
+        return "\n".join([*parts, *filter(None, [str(self.standing)])])
 
     def verify(
         self,

@@ -14,6 +14,7 @@ from haltkit import signals
 from haltkit.attachment.attach import attach
 from haltkit.attachment.description import Loop
 from haltkit.attachment.stepping import Stepping
+from haltkit.card import Card
 from haltkit.front import Committed, Front, Open, Picking, Rows
 from haltkit.protocol import Readout, check_count, granularity_of
 from haltkit.specs import Policies, policy_for_regions
@@ -34,7 +35,7 @@ class Greedy:
 def wavefront(
     model: nn.Module,
     prompt: Sequence[int],
-    policy: Policies | PathLike[str],
+    policy: Policies | Card | PathLike[str],
     *,
     max_new_tokens: int = 64,
     stop: Collection[int] = (),
@@ -133,6 +134,7 @@ class ForeignWavefront(Front[_Open]):
 
     Attributes:
         first: the prompt's next token, as the prompt's last position gave it.
+        standing: what is promised of a policy from a card, or what it is used without.
         positions: positions that the model computed, over all sweeps and entries of the batch.
     """
 
@@ -140,7 +142,7 @@ class ForeignWavefront(Front[_Open]):
         self,
         model: nn.Module,
         prompt: Sequence[int],
-        policy: Policies | PathLike[str],
+        policy: Policies | Card | PathLike[str],
         *,
         commit: Policies | None = None,
         width: int = 8,
@@ -162,6 +164,7 @@ class ForeignWavefront(Front[_Open]):
         # Nothing runs: it says what is meant.
         with attach(model, policy, loop, readout=readout, max_steps=max_steps, **fields) as session:
             loops, policies, readouts = session.loops, session.policies, session.readouts
+            self.standing = session.standing
         if len(loops) != 1:
             what = f"has the loops {', '.join(loops)}" if loops else "halts itself"
             raise ValueError(

@@ -131,10 +131,10 @@ _OPTIONAL = ("delta", "empirical_risk", "p_value", "bound")
 
 def _fits(name: str, value: Any) -> bool:
     if name == "settings":
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        return isinstance(value, list) and all(isinstance(entry, str) and entry.isprintable() for entry in value)
     if name in _WHOLE or name == "chosen":
         return type(value) is int or (name == "chosen" and value is None)
     if name in _NUMBERS or name in _OPTIONAL:
         number = type(value) in (int, float) and math.isfinite(value)
         return number or (name in _OPTIONAL and value is None)
-    return isinstance(value, str)
+    return isinstance(value, str) and value.isprintable()  # else it could steer the terminal that shows it

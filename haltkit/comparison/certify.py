@@ -20,6 +20,7 @@ from haltkit.protocol import Readout, granularity_of
 from haltkit.recording.replay import replay
 from haltkit.setting import Setting
 from haltkit.specs import UnprintablePolicy, packed
+from haltkit.standing import PLAIN, Standing
 from haltkit.subject import Subject
 
 __all__ = ["Certified", "Risk", "certify", "check_asked"]
@@ -45,6 +46,7 @@ class Certified:
         ms: its wall-clock milliseconds per item of the subject on the calibration units, one run; None without one.
         full_ms: the same at full depth.
         headroom: of the sample that chose the thresholds, by region; empty where it is not known.
+        standing: of the policy that was given, where it came from a card.
     """
 
     certificate: Certificate
@@ -54,6 +56,7 @@ class Certified:
     ms: float | None = None
     full_ms: float | None = None
     headroom: Mapping[str, Possible] = field(default_factory=dict)
+    standing: Standing = PLAIN
 
     @property
     def time(self) -> float | None:
@@ -85,7 +88,7 @@ def certify(
     Args:
         subject: at least two samples; every sequence of the second and later ones is a unit, or every such sample where
             a policy halts whole batches: sequences that halt together are not independent.
-        policy: one policy, with its threshold open or given.
+        policy: one policy, with its threshold open or given, or a card.
         risk: ``disagreement`` and ``loss-gap`` are against full depth, ``answer`` is against the labels: it needs a
             loss that is 0 or 1.
         epsilon, delta, method, seed: see :func:`haltkit.calibration.calibrate`.
@@ -150,11 +153,12 @@ def certify(
             break
     chosen = certificate.chosen
     if chosen is None:
-        return Certified(certificate, None, {}, look.full_depth)
+        return Certified(certificate, None, {}, look.full_depth, standing=given[0].standing)
     headroom, _ = possible_if_known(replace(subject, samples=chosen_on, full_depth=look.full_depth))
     items = sum(losses.numel() for _, losses, _ in full)
     ms, full_ms = (1e3 * seconds / items for seconds in (times[chosen], full_seconds))
-    return Certified(certificate, settings[chosen], steps[chosen], look.full_depth, ms, full_ms, headroom)
+    found = Certified(certificate, settings[chosen], steps[chosen], look.full_depth, ms, full_ms, headroom)
+    return replace(found, standing=given[0].standing)
 
 
 def check_asked(risk: str, method: str, seed: int) -> None:

@@ -46,13 +46,12 @@ def save_winner(path: Path, result: Comparison, subject: Subject, title: str) ->
         raise ValueError("--save: these results were read from a file, which has no policies: compare again")
     text, weights = _packed(winner.setting, path)
     full_depth = max((result.rows[0].depth or {}).values())  # the first row is full depth
-    bound = winner.setting.bound or bool(weights)
-    cost = f"{winner.ms:.3f} ms/{result.item}, {winner.speedup:.2f}x full depth"
+    bound = winner.setting.standing.bound or bool(weights)
     save(
         path,
         text,
         subject.described or None,
-        f"chosen by haltkit compare on {title}: {winner.label}: {cost}",
+        f"chosen by haltkit compare on {title}: {winner.label}",
         model=type(subject.model).__name__,
         regions=subject.regions,
         identity=Identity.of(subject.model, full_depth) if bound else None,
@@ -82,7 +81,7 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         path,
         text,
         subject.described or None,
-        f"certified by haltkit calibrate on {units}, {title}: {_cost(found)}",
+        f"certified by haltkit calibrate on {units}, {title}: {_steps(found)}",
         model=type(subject.model).__name__,
         regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
@@ -100,10 +99,9 @@ def _packed(setting: Setting, path: Path) -> tuple[str, dict[str, Weights]]:
         raise ValueError(f"--save: {error}, so {str(path)!r} was not written") from None
 
 
-def _cost(found: Certified) -> str:
-    steps = " ".join(f"{taken:.2f}" for taken in found.steps.values())
-    time = "" if found.time is None else f", {found.time:.2f} of its wall-clock time on {timing.machine()}"
-    return f"{steps} of full depth's {found.full_depth} steps{time}"
+def _steps(found: Certified) -> str:
+    taken = " ".join(f"{mean:.2f}" for mean in found.steps.values())
+    return f"{taken} of full depth's {found.full_depth} steps"
 
 
 def _measured(

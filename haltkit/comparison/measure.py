@@ -228,6 +228,7 @@ def _row(setting: Setting, sums: _Sums, unit: str, full_time: float, timed_items
         causal=setting.causal,
         label=setting.label,
         regret={name: account.result() for name, account in sums.regrets.items() if account.rows},
-        promise=setting.promise,
+        promise=setting.standing.promise,
+        without=str(setting.standing) if setting.standing.without else "",
         setting=setting,
     )

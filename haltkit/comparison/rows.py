@@ -9,6 +9,7 @@ from typing import Literal
 
 from haltkit.headroom import Regret
 from haltkit.setting import Setting
+from haltkit.standing import Standing
 
 __all__ = ["Decided", "Row", "decided_by", "policies_of", "sweep_spread"]
 
@@ -42,6 +43,7 @@ class Row:
         label: what tells the setting from its neighbours.
         regret: against the oracle by region, on the rows whose oracle depth is known; empty where none is.
         promise: what a certificate about this model promises of the setting; empty: nothing is promised.
+        without: what a card's policy is used without, as outputs say it; empty: the card is used whole, or is none.
         setting: the setting itself; None where the row was read from a file.
     """
 
@@ -67,7 +69,13 @@ class Row:
     label: str = ""
     regret: dict[str, Regret] = field(default_factory=dict)
     promise: str = ""
+    without: str = ""
     setting: Setting | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def standing(self) -> str:
+        """One line: what is promised of the setting, or what it is used without; empty where there is nothing."""
+        return self.without or str(Standing(self.promise))
 
     @property
     def fixed(self) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 
 from haltkit.attachment.saved import load_card
-from haltkit.card import is_card
+from haltkit.card import Card, is_card
 from haltkit.comparison.thresholds import PAPER_TAUS, taus_of
 from haltkit.driving import Look
 from haltkit.protocol import HaltingPolicy, Readout, check_tau, has_logits
@@ -29,6 +29,7 @@ from haltkit.specs import (
     spec_of,
     text_of,
 )
+from haltkit.standing import PLAIN, Standing
 from haltkit.subject import Subject
 
 __all__ = ["Candidate", "Sweeps", "candidates", "choose_settings", "in_order", "suggested_depths"]
@@ -37,7 +38,7 @@ SUGGESTED = 6  # depths at most
 # Thresholds are picked to stop a typical row after these shares of the model's own depth.
 TARGET_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75)
 # One policy as a user gives it, for all regions or for each.
-Given = str | Spec | HaltingPolicy[Any] | Mapping[str, str | Spec | HaltingPolicy[Any]]
+Given = str | PathLike[str] | Spec | Card | HaltingPolicy[Any] | Mapping[str, str | Spec | HaltingPolicy[Any]]
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,13 @@ class Candidate:
         name: of its sweep: what was given, without thresholds.
         parts: by region; a single entry named ``""`` is for all regions.
         as_given: whether it is a finished choice, which no default granularity applies to.
-        promise: what the certificate of a card promises; empty: there is none.
-        bound: whether it is of a card for this very model, and for no other.
+        standing: what is promised of it, where it came from a card.
     """
 
     name: str
     parts: Mapping[str, Spec | HaltingPolicy[Any]]
     as_given: bool = False
-    promise: str = ""
-    bound: bool = False
+    standing: Standing = PLAIN
 
     @property
     def open(self) -> bool:
@@ -68,8 +67,8 @@ def candidates(policies: str | Sequence[Given] | None, subject: Subject) -> list
     """The policies to compare.
 
     Args:
-        policies: comma-separated text, or a sequence of specs, policy objects, mappings from regions, and paths of
-            saved choices. None: those that the registry marks as swept, as far as the model can use them.
+        policies: comma-separated text, or a sequence of specs, policy objects, mappings from regions, cards and their
+            paths. None: those that the registry marks as swept, as far as the model can use them.
         subject: the model.
 
     Raises:
@@ -83,16 +82,12 @@ def candidates(policies: str | Sequence[Given] | None, subject: Subject) -> list
 
 
 def _candidate(given: Given, subject: Subject) -> Candidate:
-    if isinstance(given, str):
-        if is_card(given):
-            card = load_card(given)
-            card.check(subject.model, subject.regions, subject.full_depth)
-            promise = "" if card.certificate is None else card.certificate.promise
-            named = _named(card.policies(subject.regions), Path(given).stem)
-            return replace(named, promise=promise, bound=card.identity is not None)
-        parsed: Given = parse_choice(given)
-    else:
-        parsed = given
+    if isinstance(given, (Card, PathLike)) or (isinstance(given, str) and is_card(given)):
+        card = load_card(given)
+        standing = card.check(subject.model, subject.regions, subject.full_depth)
+        named = _named(card.policies(subject.regions), card.name or None)
+        return replace(named, name=standing.mark(named.name), standing=standing)
+    parsed: Any = parse_choice(given) if isinstance(given, str) else given
     if isinstance(parsed, Mapping):
         if parsed.keys() != set(subject.regions):
             raise ValueError(other_regions(parsed, subject.regions))
@@ -223,7 +218,7 @@ class Sweeps:
     def _setting(self, candidate: Candidate, parts: Mapping[str, Any], tau: float | None) -> Setting:
         built = {region: _built(part, tau) for region, part in parts.items()}
         setting = Setting.of(built.get("", built), self.subject.regions)
-        return setting.named(candidate.name, tau, candidate.promise, candidate.bound)
+        return setting.named(candidate.name, tau, candidate.standing)
 
     def _common(self, candidate: Candidate) -> Sequence[float]:
         """Thresholds that are the same whatever was seen."""

@@ -151,15 +151,15 @@ def speeds(
         on_tick: is called with (passes timed, passes in all).
 
     Returns:
-        a row for each setting: ``spec``, ``full_ms`` and ``ms`` per item of the subject, what :meth:`Speed.result`
-        says, and ``break_even``, see :func:`break_even`.
+        a row for each setting: ``spec``, ``standing``, what is promised of it or what it is used without, ``full_ms``
+        and ``ms`` per item of the subject, what :meth:`Speed.result` says, and ``break_even``, see :func:`break_even`.
 
     Raises:
         ValueError: no sample, no threshold for a policy, or operations that cannot be counted.
     """
     look = subject.look()
     subject, full, sample = replace(subject, full_depth=look.full_depth), look.full_depth, subject.samples[0]
-    chosen = {one.text or one.label: one for one in at_target(subject, look, wanted, max(1, min(target, full // 2)))}
+    chosen = {one.title: one for one in at_target(subject, look, wanted, max(1, min(target, full // 2)))}
     settings = {"full": Setting.of(full, subject.regions), "one": Setting.of(1, subject.regions), **chosen}
     found: dict[str, Speed] = {}
     items = 1
@@ -185,5 +185,6 @@ def speeds(
     for name, speed in found.items():
         said = speed.result(times, work, full)
         spent = {"full_ms": milliseconds(times["full"], items), "ms": milliseconds(times[name], items)}
-        rows.append({"spec": name, **spent, **said, "break_even": break_even(one, said["over_bare_loop"], full)})
+        even = break_even(one, said["over_bare_loop"], full)
+        rows.append({"spec": name, "standing": str(chosen[name].standing), **spent, **said, "break_even": even})
     return rows

@@ -152,7 +152,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
 
 def _row_from_json(values: Mapping[str, Any]) -> Row:
     known = "policy" if values.get("depth") is None else "depth"  # in files of before there were depths by kind
-    values = {"regret": {}, "promise": "", "decided": known, **values}
+    values = {"regret": {}, "promise": "", "without": "", "decided": known, **values}
     if values["decided"] not in get_args(Decided):
         raise ValueError(f"decided={values['decided']!r}: known are {', '.join(get_args(Decided))}")
     made = {f.name: values[f.name] for f in fields(Row) if f.name != "setting"}

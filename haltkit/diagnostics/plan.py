@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from haltkit.diagnostics.survey import (
     survey_tokens,
 )
 from haltkit.diagnostics.unfolding import Unfolding
+from haltkit.specs import Policies
 from haltkit.subject import Subject
 
 __all__ = ["Case", "Plan", "check_subject", "run_plan"]
@@ -103,7 +104,7 @@ class Plan:
         loops: depth of the geometry, the paths and the page, at least 2.
         deep_tokens, deep_loops: for the long run; 0 tokens: no long run.
         attention_windows, attention_loops, attention_tokens: for attention; 0 windows: no attention.
-        policies: whose steps are shown token by token.
+        policies: whose steps are shown token by token: specs, or policies by the names that they are shown by.
     """
 
     loops: int = 32
@@ -112,7 +113,11 @@ class Plan:
     attention_windows: int = 2
     attention_loops: int = 16
     attention_tokens: int = 128
-    policies: tuple[str, ...] = ("norm-rel:tau=0.01", "accel-rel:tau=0.01,denominator=state", "kl:tau=1e-3")
+    policies: Sequence[str] | Mapping[str, Policies] = (
+        "norm-rel:tau=0.01",
+        "accel-rel:tau=0.01,denominator=state",
+        "kl:tau=1e-3",
+    )
 
     def __post_init__(self) -> None:
         if self.loops < 2:

@@ -19,7 +19,7 @@ PACKAGES = {"haltkit": ROOT / "haltkit", "haltkit.models": ROOT / "models", "hal
 # Bottom to top. A module imports only from layers below its own, or from its own part of the house.
 CORE = [
     {"locks"},
-    {"timing", "signals", "files", "trust", "identity", "measured"},
+    {"timing", "signals", "files", "trust", "identity", "measured", "standing"},
     {"weights", "headroom"},
     {"protocol", "folders", "calibration"},
     {"policies", "wrappers", "rows", "bodies", "parts", "front", "kinds"},
@@ -28,6 +28,7 @@ CORE = [
     {"loop"},
     {"slots"},
     {"queue"},
+    {"cardfile"},
     {"setting", "card"},
     {"recording"},
     {"attachment"},

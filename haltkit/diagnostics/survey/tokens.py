@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from haltkit.diagnostics.numbers import Numbers, rounded
 from haltkit.diagnostics.results import Tokens
 from haltkit.recording.trajectory import RegionTrajectory
+from haltkit.specs import Policies
 from haltkit.subject import Subject
 
 __all__ = ["survey_tokens", "text_of"]
@@ -21,12 +22,15 @@ def text_of(subject: Subject, ids: Tensor) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def survey_tokens(subject: Subject, window: Tensor, policies: Sequence[str], loops: int = 32) -> Tokens:
+def survey_tokens(
+    subject: Subject, window: Tensor, policies: Sequence[str] | Mapping[str, Policies], loops: int = 32
+) -> Tokens:
     """One window token by token: the steps each took under each policy, and its signals over the loop.
 
     Args:
         window: inputs ``(T,)``.
-        policies: specs; one that looks at logits is skipped where the subject has no readout.
+        policies: specs, or policies by the names that they are shown by; one that looks at logits is skipped where the
+            subject has no readout.
         loops: the depth of the recording and the budget of the policies.
 
     Returns:
@@ -34,13 +38,14 @@ def survey_tokens(subject: Subject, window: Tensor, policies: Sequence[str], loo
     """
     trajectory = subject.record(window[None], loops)
     steps, left_out = {}, {}
-    for spec in policies:
+    named = policies if isinstance(policies, Mapping) else dict(zip(policies, policies, strict=True))
+    for shown, policy in named.items():
         try:
-            taken = subject.halted(window[None], spec, loops)
+            taken = subject.halted(window[None], policy, loops)
         except ValueError as error:
-            left_out[spec] = str(error)
+            left_out[shown] = str(error)
             continue
-        steps[spec] = {name: tuple(int(v) for v in values.flatten()) for name, values in taken.items()}
+        steps[shown] = {name: tuple(int(v) for v in values.flatten()) for name, values in taken.items()}
     return Tokens(
         text_of(subject, window),
         loops,

@@ -34,7 +34,7 @@ def choose_policies(subject: Subject, wanted: Sequence[Candidate]) -> dict[str, 
     for setting in at_target(subject, subject.look(), wanted, TARGET_STEP):
         if not setting.causal:
             raise ValueError(f"{setting.label!r} does not decide token by token, which is what is measured here")
-        chosen[setting.text or setting.label] = setting.policies
+        chosen[setting.title] = setting.policies
     return chosen
 
 
