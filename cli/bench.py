@@ -16,17 +16,20 @@ from haltkit.cli.options import (
     OldModel,
     Repeats,
     Text,
-    check_policies,
+    WithoutCertificate,
     chosen_model,
+    given_policies,
 )
 from haltkit.cli.subjects import asked_options, is_text, resolve, text_model
-from haltkit.cli.terminal import check_writable, make_console, progress, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say_standing, write_results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
+
+    from haltkit.card import Card
 
 PARTS = ("policies", "overhead", "forward", "decode", "slowest", "break-even", "position", "samplers", "layouts")
 LAYOUTS = ("depth-indexed", "last", "modulo:2", "modulo:4")
@@ -57,6 +60,7 @@ def bench(
     text: Text = None,
     max_loops: MaxLoops = 32,
     repeats: Repeats = 3,
+    without_certificate: WithoutCertificate = False,
     device: Device = "auto",
     json_path: JsonPath = None,
     checkpoint: OldCheckpoint = None,
@@ -72,14 +76,14 @@ def bench(
     the mean steps below which each is faster than full depth, as a table in Markdown.
     """
     named = chosen_model(model, checkpoint, old_model)
+    given = given_policies(policies, without_certificate)
     if not is_text(named):
         options = {"text": text, "only": only, "max_loops": max_loops}
-        _bench_subject(named, options, asked_options(context), policies, repeats, device, check_writable(json_path))
+        _bench_subject(named, options, asked_options(context), given, repeats, device, check_writable(json_path))
         return
     parts = [part.strip() for part in only.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"--only {only}: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
-    check_policies(policies)
     json_path = check_writable(json_path)
 
     import torch
@@ -100,7 +104,8 @@ def bench(
     ids = windows[:, :-1]
     subject = gpt_subject(gpt, windows[:2], max_loops=max_loops)
     with progress("choosing thresholds"):
-        chosen = benching.choose_policies(subject, candidates(policies, subject))
+        wanted = candidates(given, subject)
+        chosen = benching.choose_policies(subject, wanted)
     first, half = next(iter(chosen.values())), block // 2
     count, scripted = max(1, min(12, block // 8)), benching.Scripted(min(16, max_loops))
     shares = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -165,6 +170,7 @@ def bench(
         "max_loops": max_loops,
         "repeats": repeats,
         "policies": list(chosen),
+        "standing": {one.name: str(one.standing) for one in wanted if str(one.standing)},
     }
     console.print(
         f"{about['model']} checkpoint, {about['machine']}, {about['device']}, torch {about['torch']}, "
@@ -172,6 +178,8 @@ def bench(
         highlight=False,
         markup=False,
     )
+    for one in wanted:
+        say_standing(console, one.name, one.standing)
     results: dict[str, Any] = {}
     for part in PARTS:
         if part not in parts:
@@ -186,13 +194,12 @@ def _bench_subject(
     named: str | None,
     options: dict[str, Any],
     asked: set[str],
-    policies: str,
+    policies: Sequence[str | Card],
     repeats: int,
     device: str,
     json_path: Path | None,
 ) -> None:
     """Any model with a loop: realised speed-up, cost of deciding and break-even of each policy."""
-    check_policies(policies)
     with progress("loading the model") as tick:
         subject = resolve(named, options, asked, device)
         from haltkit import timing
@@ -213,6 +220,8 @@ def _bench_subject(
     cells = [_subject_cells(row, subject.item) for row in rows]
     for line in (list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)):
         console.print(f"| {' | '.join(line)} |", highlight=False, markup=False, soft_wrap=True)
+    for row in rows:
+        say_standing(console, f"\n{row['spec']}", row["standing"])
     write_results(console, json_path, {**about, "policies": rows})
 
 

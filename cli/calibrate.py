@@ -9,17 +9,32 @@ from typing import Annotated, Any, cast
 import typer
 
 from haltkit.cli.device import Device
-from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, among, read_thresholds, seed_option
+from haltkit.cli.options import (
+    Data,
+    JsonPath,
+    MaxLoops,
+    Model,
+    Text,
+    WithoutCertificate,
+    among,
+    given_policies,
+    read_thresholds,
+    seed_option,
+)
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say, say_standing, write_results
 
 
 def calibrate(
     context: typer.Context,
     model: Model = None,
     policy: Annotated[
-        str, typer.Option(metavar="SPEC", help="One policy, or one per region; without tau, thresholds are tried.")
+        str,
+        typer.Option(
+            metavar="SPEC", help="One policy, or one per region; without tau, thresholds are tried. Or a card."
+        ),
     ] = "norm",
+    without_certificate: WithoutCertificate = False,
     risk: Annotated[
         str, among("disagreement|loss-gap|answer", "Against full depth, or against the labels.")
     ] = "disagreement",
@@ -53,7 +68,9 @@ def calibrate(
         raise ValueError(f"--delta {delta} is outside (0, 1): it is the probability that the promise fails")
     if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
         raise ValueError(f"--epsilon {epsilon} is outside the range of the loss, from 0 to its bound")
-    tried = read_thresholds(taus)
+    tried, given = read_thresholds(taus), given_policies(policy, without_certificate)
+    if len(given) != 1:
+        raise ValueError(f"--policy {policy}: a certificate is about one policy, and these are {len(given)}")
     json_path = check_writable(json_path)
     if save is not None:
         Card.check_folder(save)
@@ -64,7 +81,7 @@ def calibrate(
         tick(description=f"full depth on {len(subject.samples)} samples")
         found = certify(
             subject,
-            policy,
+            given[0],
             risk=cast(Any, risk),
             epsilon=epsilon,
             delta=delta,
@@ -77,6 +94,8 @@ def calibrate(
     certificate, source = found.certificate, str(subject.about.get("text", subject.name))
     console = make_console(json_path)
     say(console, f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
+    if found.standing.without:
+        say_standing(console, f"  {policy}", found.standing)
     say(console, f"  {certificate.reason}")
     if found.setting is not None:
         taken = ", ".join(f"{steps:.2f} in {name}" for name, steps in found.steps.items())
@@ -87,6 +106,7 @@ def calibrate(
         )
     say(console, f"  {certificate.promise}")
     about = {"text": source, "steps": found.steps, "full_depth": found.full_depth, "time": found.time}
+    about["standing"] = str(found.standing) if found.standing.without else ""
     write_results(console, json_path, {**about, "certificate": json.loads(certificate.to_json())})
     if save is not None:
         save_certified(save, found, subject, source)

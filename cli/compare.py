@@ -16,9 +16,12 @@ from haltkit.cli.options import (
     OldModel,
     Repeats,
     Text,
+    WithoutCertificate,
     among,
-    check_policies,
+    check_waiver,
     chosen_model,
+    given_policies,
+    have_weights,
     read_thresholds,
 )
 from haltkit.cli.oracles import print_headroom, print_regret
@@ -61,6 +64,7 @@ def compare(
         str, among("compact|masked", "Compute tokens still looping, or all at every step.")
     ] = "compact",
     repeats: Repeats = 3,
+    without_certificate: WithoutCertificate = False,
     device: Device = "auto",
     json_path: JsonPath = None,
     plot_path: Annotated[
@@ -86,13 +90,15 @@ def compare(
     from haltkit.card import Card
 
     named = chosen_model(model, checkpoint, old_model)
-    weighted = check_policies(policies)
+    given = None if policies is None else given_policies(policies, without_certificate)
+    if given is None:
+        check_waiver(without_certificate, [])
     thresholds = read_thresholds(taus)
     json_path = check_writable(json_path)
     plot_path = check_writable(plot_path, ("png", "svg", "pdf"))
     if save_path is not None and not save_path.suffix:
         Card.check_folder(save_path)
-    elif save_path is not None and weighted:
+    elif save_path is not None and have_weights(given or []):
         raise ValueError(
             f"--save {save_path}: a policy among these has weights, which stand beside its card: name a folder, as in "
             f"--save {save_path.with_suffix('')}"
@@ -122,7 +128,7 @@ def compare(
         tick(description=f"{len(subject.samples)} samples")
         result = compare_subject(
             subject,
-            policies=policies,
+            policies=given,
             taus=thresholds,
             granularity=granularity,
             repeats=repeats,

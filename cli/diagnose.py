@@ -9,16 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from haltkit.cli.options import JsonPath, among, bundled_names, seed_option
+from haltkit.cli.options import (
+    JsonPath,
+    WithoutCertificate,
+    among,
+    bundled_names,
+    check_waiver,
+    given_policies,
+    seed_option,
+)
 from haltkit.cli.subjects import asked_options, is_function, resolve_case
 from haltkit.cli.tables import print_claims
-from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say, say_standing, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from haltkit.card import Card
     from haltkit.diagnostics import Diagnosis
     from haltkit.diagnostics.results import Cell
+    from haltkit.specs import Policies
 
 
 def diagnose(
@@ -54,8 +64,10 @@ def diagnose(
         bool, typer.Option("--grid", help="Also untrained blocks by norm, injection and layers (a minute).")
     ] = False,
     policies: Annotated[
-        str | None, typer.Option(help="Policies with thresholds whose steps the page shows.", show_default=False)
+        str | None,
+        typer.Option(help="Policies with thresholds, or cards, whose steps the page shows.", show_default=False),
     ] = None,
+    without_certificate: WithoutCertificate = False,
     seed: Annotated[int, seed_option("Seed of the untrained control's weights.")] = 0,
     figures: Annotated[str, among("png|svg|pdf", "Format of the figures.")] = "png",
     json_path: JsonPath = None,
@@ -74,10 +86,11 @@ def diagnose(
     from haltkit.diagnostics.diagnosis import RESULTS_FILE
     from haltkit.locks import hold
     from haltkit.reporting.folder import check_folder, write_diagnosis
+    from haltkit.specs import parse_spec
 
     comparison = check_folder(out)
-    specs = _policies(policies)
-    plan = diagnostics.Plan(loops, deep_tokens, deep_loops, policies=specs or diagnostics.Plan.policies)
+    given = _policies(policies, without_certificate)
+    plan = diagnostics.Plan(loops, deep_tokens, deep_loops)
     # A model that is not ours may run no deeper than it is asked to.
     if is_function(model):
         plan = replace(plan, attention_loops=min(plan.attention_loops, loops))
@@ -85,6 +98,17 @@ def diagnose(
     depths = {"snapshot_loops": loops, "control_windows": plan.attention_windows}
     with progress("loading the model"):
         case = resolve_case(model, {**told, **depths}, asked_options(context))
+    standing: dict[str, str] = {}
+    if given is not None:
+        shown: dict[str, Policies] = {}
+        for one in given:
+            if isinstance(one, str):
+                shown[str(parse_spec(one))] = one
+                continue
+            found = one.check(case.subject.model, case.subject.regions, loops)
+            shown[found.mark(one.policy)] = one.policies(case.subject.regions)
+            standing |= {one.policy: str(found)} if str(found) else {}
+        plan = replace(plan, policies=shown)
     blocks: Iterable[Cell] = ()
     if grid:
         from haltkit.models.gpt.grid import Grid
@@ -112,22 +136,28 @@ def diagnose(
     regions = diagnosis.trained.geometry.regions
     floors = {name: region.floor for name, region in regions.items() if region.floor}
     _report(console, diagnosis, floors, out, written)
-    found = {"heading": diagnosis.heading, "partial": diagnosis.partial, "claims": diagnosis.claims, "floors": floors}
-    write_results(console, json_path, found)
+    for spec, said in standing.items():
+        say_standing(console, spec, said)
+    results = {"heading": diagnosis.heading, "partial": diagnosis.partial, "claims": diagnosis.claims}
+    results |= {"floors": floors, "standing": standing}
+    write_results(console, json_path, results)
     if diagnosis.partial:
         say(console, "interrupted: what was done is kept, marked partial")
         raise typer.Exit(130)
 
 
-def _policies(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    from haltkit.specs import parse_spec_list
+def _policies(text: str | None, without_certificate: bool) -> list[str | Card] | None:
+    """The policies to show; specs are built once, so that a missing threshold is said before a model is read."""
+    from haltkit.specs import policy
 
-    specs = parse_spec_list(text)
-    for spec in specs:
-        spec.build()
-    return tuple(str(spec) for spec in specs)
+    if text is None:
+        check_waiver(without_certificate, [])
+        return None
+    given = given_policies(text, without_certificate)
+    for one in given:
+        if isinstance(one, str):
+            policy(one)
+    return given
 
 
 def _report(console: Console, diagnosis: Diagnosis, floors: dict[str, float], out: Path, figures: list[Path]) -> None:

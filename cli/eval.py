@@ -9,9 +9,20 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.grid import Column, print_grid
-from haltkit.cli.options import MOST_STEPS, Data, JsonPath, Model, OldCheckpoint, Text, chosen_model, read_policies
+from haltkit.cli.options import (
+    MOST_STEPS,
+    Data,
+    JsonPath,
+    Model,
+    OldCheckpoint,
+    Text,
+    WithoutCertificate,
+    check_waiver,
+    chosen_model,
+    read_policies,
+)
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable, make_console, progress, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say_standing, write_results
 
 
 def evaluate(
@@ -28,6 +39,7 @@ def evaluate(
             "choice; may be given several times.",
         ),
     ] = None,
+    without_certificate: WithoutCertificate = False,
     max_loops: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="A policy's budget in each region.")] = 32,
     data: Data = None,
     split: Annotated[str, typer.Option(help="The split of --data.")] = "validation",
@@ -48,6 +60,7 @@ def evaluate(
     if data is not None and text is not None:
         raise ValueError(f"--data {data} and --text {text}: give one of them")
     counts = _counts(loops)
+    check_waiver(without_certificate, policy or [])
     if not counts and not policy:
         raise ValueError("nothing to evaluate: give --loops or --policy")
     options = {
@@ -67,7 +80,8 @@ def evaluate(
         raise ValueError(f"{named!r} is a model without looped regions: there is nothing to halt")
     settings = {f"{n} loop{'s' * (n > 1)}": Setting.of(n, regions) for n in counts}
     for spec in policy or []:
-        settings[spec] = Setting.of(read_policies(spec, subject.model, regions, subject.full_depth), regions)
+        read, standing = read_policies(spec, subject.model, regions, subject.full_depth, without_certificate)
+        settings[standing.mark(spec)] = Setting.of(read, regions).named(spec, standing=standing)
     if not regions:
         settings = {"no loops": Setting.of(1, regions)}
     found: dict[str, Evaluated] = {}
@@ -92,7 +106,13 @@ def evaluate(
     columns += [Column(f"steps {name}", [f"{one.steps[name]:.1f}" for one in found.values()]) for name in regions]
     console = make_console(json_path)
     print_grid(console, columns, title=f"{shown}, {items:,} {subject.item}s of {about['text']}")
-    results = [{"setting": label, "loss": one.loss, "steps": one.steps} for label, one in found.items()]
+    said = {label: str(setting.standing) for label, setting in settings.items()}
+    for label, setting in settings.items():
+        say_standing(console, setting.sweep or label, setting.standing)
+    results = [
+        {"setting": label, "standing": said[label], "loss": one.loss, "steps": one.steps}
+        for label, one in found.items()
+    ]
     kept = {"checkpoint": named or "bundled", "text": about["text"], f"{subject.item}s": items, "max_loops": max_loops}
     extra = {"trained": about.get("trained"), "metric": subject.metric, "unit": subject.unit}
     write_results(console, json_path, {**kept, **extra, "results": results})

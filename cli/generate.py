@@ -18,7 +18,9 @@ from haltkit.cli.options import (
     JsonPath,
     ModelOption,
     OldCheckpoint,
+    WithoutCertificate,
     among,
+    check_waiver,
     chosen_model,
     read_policies,
     seed_option,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from haltkit.models.gpt.generation import Settings
     from haltkit.models.gpt.model import LoopedGPT
     from haltkit.specs import Policies
+    from haltkit.standing import Standing
 
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # of Unicode's bidirectional controls
 # Steps up to which a shade is used, coldest first; beyond the last, the hottest.
@@ -112,6 +115,7 @@ def generate(
         str | None,
         typer.Option(help="Policy that settles a wavefront's tokens.  \\[default: --policy]", show_default=False),
     ] = None,
+    without_certificate: WithoutCertificate = False,
     device: Device = "auto",
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Show the steps that each token took (colours, or numbers in a pipe).")
@@ -126,6 +130,7 @@ def generate(
     if json_path is not None and prompts is not None:
         raise ValueError("--prompts writes a line of JSON per text to standard output: leave out --json")
     json_path = check_writable(json_path)
+    check_waiver(without_certificate, [policy, draft, commit])
 
     from haltkit.models.gpt.generation import Settings
     from haltkit.models.gpt.sampling import Sampling
@@ -135,6 +140,19 @@ def generate(
     with progress("loading the model"):
         loaded = text_model(named, "generate", device)
     gpt, tokenizer = loaded.model, loaded.tokenizer
+    usual = f"fixed:steps={min(gpt.mean_loops, max_loops)}"
+    asked = {"--policy": policy or usual, "--draft": draft, "--commit": commit}
+    read = {
+        option: read_policies(text, gpt, list(gpt.regions), max_loops, without_certificate)
+        for option, text in asked.items()
+        if text is not None
+    }
+    exact = {"--total-loops": total_loops is None, f"--layout {layout}": layout == "depth-indexed"}
+    _check_promise(read["--policy"][1], exact | {f"--sampler {sampler}": sampler != "wavefront" or verify})
+    # What is promised of drafts, and of what settles a wavefront's tokens, is not promised of the text.
+    told = {str(asked[option]): one for option, (_, one) in read.items() if option == "--policy" or one.without}
+    standing = {name: str(one) for name, one in told.items() if str(one)}
+    policies = {option: found for option, (found, _) in read.items()}
     settings = Settings(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, seed, tokenizer.n_vocab),
@@ -143,20 +161,38 @@ def generate(
         max_loops=max_loops,
         total_loops=total_loops,
         sampler=cast(Any, sampler),  # an unknown name is refused there
-        draft=None if draft is None else read_policies(draft, gpt, list(gpt.regions), max_loops),
+        draft=policies.get("--draft"),
         ahead=ahead,
         verify=verify or None,
         width=width,
-        commit=None if commit is None else read_policies(commit, gpt, list(gpt.regions), max_loops),
+        commit=policies.get("--commit"),
     )
-    usual = f"fixed:steps={min(gpt.mean_loops, max_loops)}"
-    policies = read_policies(policy or usual, gpt, list(gpt.regions), max_loops)
     if prompts is None:
-        finite = _write_one(gpt, tokenizer, texts[0], policies, settings, show_depth, json_path)
+        finite = _write_one(gpt, tokenizer, texts[0], policies["--policy"], settings, show_depth, json_path, standing)
     else:
-        finite = _write_each(gpt, tokenizer, texts, policies, settings, slots or 8, show_depth)
+        finite = _write_each(gpt, tokenizer, texts, policies["--policy"], settings, slots or 8, show_depth, standing)
+    for name, one in standing.items():
+        print(f"{name}: {one}", file=sys.stderr)
     if not finite:
         raise typer.Exit(1)
+
+
+def _check_promise(standing: Standing, exact: dict[str, bool]) -> None:
+    """Refuse a certified card for another function than its certificate is about.
+
+    Args:
+        standing: of the policy.
+        exact: whether each option leaves the model what it was when the card was certified.
+
+    Raises:
+        ValueError: some option does not, and the card is not used without its certificate.
+    """
+    others = [option for option, same in exact.items() if not same]
+    if standing.promise and others:
+        raise ValueError(
+            f"{others[0]} makes another function of the model than the card's certificate is about: leave it out, or "
+            "use the card without its certificate, by --without-certificate"
+        )
 
 
 def _write_one(
@@ -167,6 +203,7 @@ def _write_one(
     settings: Settings,
     show_depth: bool,
     json_path: Path | None,
+    standing: dict[str, str],
 ) -> bool:
     """Write the continuation of one text as it comes; whether the logits stayed finite."""
     from rich.console import Console
@@ -210,8 +247,9 @@ def _write_one(
     print(summary, file=sys.stderr)
     made = {"prompt": text, "text": tokenizer.decode(writer.tokens), "tokens": writer.tokens, "count": writer.count}
     took = {"steps": writer.steps, "mean_steps": means, "seconds": ended - started, "ms_per_token": ms}
+    about = {"ended": reason, "context": gpt.block_size, "standing": standing}
     # Standard output is for what the model wrote alone: the file's name is not said there.
-    write_results(Console(quiet=True), json_path, {**made, **took, "ended": reason, "context": gpt.block_size})
+    write_results(Console(quiet=True), json_path, {**made, **took, **about})
     return reason != "nonfinite"
 
 
@@ -223,6 +261,7 @@ def _write_each(
     settings: Settings,
     slots: int,
     show_depth: bool,
+    standing: dict[str, str],
 ) -> bool:
     """Write a line of JSON for each text, in order; whether all logits stayed finite."""
     from haltkit.models.gpt.generation import check_prompts, generate_stream
@@ -234,6 +273,7 @@ def _write_each(
         for made in generate_stream(gpt, given, policies, settings, slots=slots):
             line: dict[str, Any] = {"prompt": texts[made.index], "text": tokenizer.decode(made.tokens)}
             line |= {"tokens": len(made.tokens), "ended": made.finished}
+            line |= {"standing": standing} if standing else {}
             print(json.dumps(line | {"steps": made.steps} if show_depth else line), flush=True)
             count, finite = count + len(made.tokens), finite and made.finished != "nonfinite"
     except KeyboardInterrupt:

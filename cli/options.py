@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
     from torch import nn
 
+    from haltkit.card import Card
     from haltkit.protocol import HaltingPolicy
+    from haltkit.standing import Standing
 
 __all__ = [
     "MOST_STEPS",
@@ -26,11 +28,14 @@ __all__ = [
     "OldModel",
     "Repeats",
     "Text",
+    "WithoutCertificate",
     "among",
     "bundled_names",
-    "check_policies",
+    "check_waiver",
     "chosen_model",
     "describe_dtype",
+    "given_policies",
+    "have_weights",
     "read_policies",
     "read_thresholds",
     "seed_option",
@@ -89,6 +94,14 @@ JsonPath = Annotated[
         "--json", metavar="FILE", help="Write the results as JSON; -: to standard output, and nothing else there."
     ),
 ]
+WithoutCertificate = Annotated[
+    bool,
+    typer.Option(
+        "--without-certificate",
+        help="Use cards also on other weights, another dtype or full depth than they are about: without their "
+        "certificates, which every output then says.",
+    ),
+]
 
 
 def chosen_model(model: str | None, checkpoint: str | None = None, old_model: str | None = None) -> str | None:
@@ -124,43 +137,72 @@ def read_thresholds(taus: str) -> str | list[float]:
     return values
 
 
-def check_policies(text: str | None) -> bool:
-    """Refuse a list of policies that cannot be read, before a model is.
-
-    Returns:
-        whether any of them has weights in a file.
+def given_policies(text: str, without_certificate: bool) -> list[str | Card]:
+    """The policies of a list, as far as they can be read before a model is: specs as they stand, and cards.
 
     Raises:
-        ValueError: a bad spec, or a card that is not there.
+        ValueError: a bad spec, a card that cannot be read, or ``--without-certificate`` where nothing is a card.
     """
-    if text is None:
-        return False
+    from haltkit.specs import parse_choice, parse_choices
+
+    given = [_card(item, without_certificate) or item for item in parse_choices(text)]
+    for item in given:
+        if isinstance(item, str):
+            parse_choice(item)
+    check_waiver(without_certificate, parse_choices(text))
+    return given
+
+
+def check_waiver(without_certificate: bool, policies: Iterable[str | None]) -> None:
+    """Refuse ``--without-certificate`` where it would be ignored.
+
+    Raises:
+        ValueError: none of the policies is a card.
+    """
+    from haltkit.card import is_card
+
+    if without_certificate and not any(is_card(one) for one in policies if one is not None):
+        raise ValueError("--without-certificate is for cards, and no policy here is one: leave it out")
+
+
+def have_weights(given: Iterable[str | Card]) -> bool:
+    """Whether any of the policies has weights in a file."""
+    from haltkit.specs import files_of, parse_choice
+
+    return any(files_of(parse_choice(item) if isinstance(item, str) else item.choice) for item in given)
+
+
+def _card(text: str, without_certificate: bool) -> Card | None:
+    """The card that a text is the path of, as it is to be used; None: the text is a spec."""
     from haltkit.attachment.saved import load_card
     from haltkit.card import is_card
-    from haltkit.specs import files_of, parse_choice, parse_choices
 
-    found = [load_card(item).choice if is_card(item) else parse_choice(item) for item in parse_choices(text)]
-    return any(map(files_of, found))
+    if not is_card(text):
+        return None
+    card = load_card(text)
+    return card.without_certificate() if without_certificate else card
 
 
 def read_policies(
-    text: str, model: nn.Module, regions: Sequence[str], full_depth: int
-) -> dict[str, HaltingPolicy[Any]]:
-    """The policy of each region: from a spec, ``region=spec;region=spec``, or the path of a saved choice.
+    text: str, model: nn.Module, regions: Sequence[str], full_depth: int, without_certificate: bool = False
+) -> tuple[dict[str, HaltingPolicy[Any]], Standing]:
+    """The policy of each region: from a spec, ``region=spec;region=spec``, or the path of a card.
+
+    Returns:
+        the policies, and what is promised of them or what they are used without.
 
     Raises:
         ValueError: a bad spec, an unknown region, or a card that is not there, is another model's, or whose certificate
-            is about other weights, another dtype or another full depth.
+            is about other weights, another dtype or another full depth, unless it is used without.
     """
-    from haltkit.attachment.saved import load_card
-    from haltkit.card import is_card
     from haltkit.specs import policy_for_regions
+    from haltkit.standing import PLAIN
 
-    if not is_card(text):
-        return policy_for_regions(text, regions)
-    card = load_card(text)
-    card.check(model, regions, full_depth)
-    return card.policies(regions)
+    card = _card(text, without_certificate)
+    if card is None:
+        return policy_for_regions(text, regions), PLAIN
+    standing = card.check(model, regions, full_depth)
+    return card.policies(regions), standing
 
 
 def describe_dtype(model: nn.Module) -> str:

@@ -93,8 +93,8 @@ def print_regret(console: Console, result: Comparison) -> None:
             title=f"Against the oracle, within {concluded.level:g} {unit}",
         )
     for row in result.rows:
-        if row.promise:
-            print_wrapped(console, f"Certified: {row.label}: {row.promise}")
+        if row.standing:
+            print_wrapped(console, f"{row.spec or row.label}: {row.standing}")
 
 
 # What is told of a policy against the oracle, and what it means.

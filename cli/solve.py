@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from haltkit.cli.options import MOST_STEPS, JsonPath, read_policies
+from haltkit.cli.options import MOST_STEPS, JsonPath, WithoutCertificate, check_waiver, read_policies
 from haltkit.cli.subjects import reasoner
-from haltkit.cli.terminal import check_writable, make_console, progress, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say_standing, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +43,7 @@ def solve(
             show_default=False,
         ),
     ] = None,
+    without_certificate: WithoutCertificate = False,
     max_loops: Annotated[
         int | None,
         typer.Option(
@@ -69,8 +70,11 @@ def solve(
     if policy is None and not (folder / CARD).is_file():
         raise ValueError(f"{model!r} has no policy beside its weights: give --policy, for instance norm:tau=0.1")
     spec = str(folder / CARD) if policy is None else policy
+    check_waiver(without_certificate, [spec])
     budget = checkpoint.task.full_depth if max_loops is None else max_loops
-    (chosen,) = read_policies(spec, checkpoint.model, list(checkpoint.model.regions), budget).values()
+    regions = list(checkpoint.model.regions)
+    policies, standing = read_policies(spec, checkpoint.model, regions, budget, without_certificate)
+    (chosen,) = policies.values()
     problems = _read(checkpoint.task, problem)
     if watch and (len(problems) > 1 or json_path == Path("-")):
         raise ValueError("--watch shows one problem, on the terminal: give one problem, without --json -")
@@ -89,7 +93,8 @@ def solve(
                 tick(completed=len(solved), total=len(problems))
     whole = checkpoint.task.granularity == "sequence"
     _print(console, solved, whole)
-    write_results(console, json_path, [_values(one, whole) for one in solved])
+    say_standing(console, spec, standing)
+    write_results(console, json_path, [{**_values(one, whole), "standing": str(standing)} for one in solved])
 
 
 def _read(task: Task, given: str) -> list[Problem]:

@@ -163,6 +163,7 @@ def print_conclusion(console: Console, result: Comparison) -> None:
     if concluded.winner is not None:
         winner = concluded.winner
         said = f"ready to paste: {winner.spec}" if winner.spec is not None else winner.label
+        said += f" ({winner.standing})" if winner.standing else ""
         console.print(Text(f"Fastest policy within {concluded.level:g} {unit}, {said}"), soft_wrap=True)
 
 

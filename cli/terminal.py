@@ -22,10 +22,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
+    from haltkit.standing import Standing
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-__all__ = ["check_writable", "make_console", "passing_bar", "progress", "say", "starting", "write_results"]
+__all__ = [
+    "check_writable",
+    "make_console",
+    "passing_bar",
+    "progress",
+    "say",
+    "say_standing",
+    "starting",
+    "write_results",
+]
 
 
 def make_console(json_path: Path | None = None) -> Console:
@@ -43,6 +54,12 @@ def say(console: Console, line: str = "") -> None:
     """Print a line as it stands, neither wrapped nor coloured, unless the console prints nothing."""
     if not console.quiet:
         print(line)  # rich's own print would write into a progress line on standard error
+
+
+def say_standing(console: Console, name: str, standing: Standing | str) -> None:
+    """Print what is promised of a card's policy, or what it is used without, where there is something to say."""
+    if str(standing):
+        say(console, f"{name}: {standing}")
 
 
 def write_results(console: Console, json_path: Path | None, results: Any) -> None:

@@ -24,7 +24,7 @@ from cases import run_command
 from diagnoses import comparison, results
 from haltkit.calibration import Certificate, calibrate
 from haltkit.card import Card
-from haltkit.cli.options import check_policies, read_thresholds
+from haltkit.cli.options import given_policies, read_thresholds
 from haltkit.comparison import Comparison
 from haltkit.diagnostics import Diagnosis
 from haltkit.files import read_json
@@ -204,7 +204,7 @@ def test_damaged_prepared_data_are_read_or_refused(
 def test_a_spec_is_refused_or_prints_as_it_reads(text: str) -> None:
     with suppress(ValueError):
         read_thresholds(text)
-    assert refusal(lambda: check_policies(text)) != ""
+    assert refusal(lambda: given_policies(text, without_certificate=False)) != ""
     said = refusal(lambda: parse_spec(text).build())
     assert said is None or said
     if said is None:
