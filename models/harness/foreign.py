@@ -12,7 +12,15 @@ from torch import Tensor
 from haltkit.attachment.attach import attach
 from haltkit.attachment.counting import Taken
 from haltkit.attachment.generating import generation
-from haltkit.models.harness.report import Depths, Report, check_batch, rolling_windows
+from haltkit.models.harness.report import (
+    Depths,
+    Report,
+    asked_policy,
+    check_batch,
+    log_standing,
+    rolling_windows,
+)
+from haltkit.standing import PLAIN
 
 __all__ = ["HaltedLM"]
 
@@ -22,6 +30,8 @@ class HaltedLM(HFLM):
 
     Args:
         policy: a spec, or the path of a card that ``haltkit compare --save`` wrote; None: the model's own depth.
+        without_certificate: use the card also on another model than its own; see
+            :meth:`haltkit.card.Card.without_certificate`.
         max_steps, kv: as for :func:`haltkit.attach`.
         steps: a JSONL file to write, one line per request: task, document, request, and the steps of each token of its
             context and of its continuation, by region.
@@ -37,12 +47,14 @@ class HaltedLM(HFLM):
         self,
         *arguments: Any,
         policy: str | None = None,
+        without_certificate: bool = False,
         max_steps: int | None = None,
         kv: Any = "refuse",
         steps: str | None = None,
         **named: Any,
     ) -> None:
-        self.policy, self.report = policy, Report(steps)
+        self.given, self.policy = policy, asked_policy(policy, without_certificate)
+        self.report, self.standing = Report(steps), PLAIN
         self.how: dict[str, Any] = {} if policy is None else {"max_steps": max_steps, "kv": kv}
         if policy is None and (max_steps is not None or kv != "refuse"):
             raise ValueError("max_steps and kv say how a policy halts: give policy= too, such as policy=fixed:steps=8")
@@ -65,6 +77,8 @@ class HaltedLM(HFLM):
             return {"policy": None}
         with attach(self.model, self.policy, **self.how) as session:
             session.detach()
+        self.standing = session.standing
+        log_standing(self.standing)
         check_batch(session.policies.values(), batch_size)
         found = {"loops": session.loops, "readout": session.readouts} if session.loops else {}  # it halts itself
         return {**self.how, "policy": session.policies, **found}
@@ -161,7 +175,10 @@ class HaltedLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What HFLM tells, and ``haltkit``: policy, card, and the steps of context and continuation by region."""
-        return {**super().get_model_info(), "haltkit": self.report.summary(self.policy, self.how)}
+        return {
+            **super().get_model_info(),
+            "haltkit": self.report.summary(self.given, self.policy, self.standing, self.how),
+        }
 
     @property
     def model(self) -> Any:

@@ -14,15 +14,22 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from haltkit.attachment.saved import load_card
-from haltkit.card import is_card
+from haltkit.card import Card
 from haltkit.models.checkpoint import BUNDLED, load_checkpoint
 from haltkit.models.gpt.generation import Settings, stream
 from haltkit.models.gpt.sampling import Sampling
-from haltkit.models.harness.report import Depths, Report, check_batch, rolling_windows
+from haltkit.models.harness.report import (
+    Depths,
+    Report,
+    asked_policy,
+    check_batch,
+    log_standing,
+    rolling_windows,
+)
 from haltkit.models.text.tokenizer import encode, fingerprint
 from haltkit.models.weights import CHECKPOINT_CONFIG, checkpoint_in, read_header
 from haltkit.specs import policy_for_regions
+from haltkit.standing import PLAIN
 
 __all__ = ["LoopedLM", "own_folder"]
 
@@ -55,6 +62,8 @@ class LoopedLM(TemplateLM):
     Args:
         pretrained: its checkpoint folder.
         policy: a spec, one per region, or the path of a card; None: the mean number of steps used in training.
+        without_certificate: use the card also on another model than its own; see
+            :meth:`haltkit.card.Card.without_certificate`.
         max_steps: budget of each region.
         steps: see :class:`~haltkit.models.harness.report.Report`.
         batch_size: requests per pass, the longest first.
@@ -76,6 +85,7 @@ class LoopedLM(TemplateLM):
         pretrained: str | Path = BUNDLED,
         *,
         policy: str | None = None,
+        without_certificate: bool = False,
         max_steps: int = 32,
         steps: str | None = None,
         batch_size: int | str = 1,
@@ -88,25 +98,26 @@ class LoopedLM(TemplateLM):
         super().__init__()
         if unknown:
             raise ValueError(
-                f"{min(unknown)} has no meaning for a model of haltkit: give pretrained, policy, max_steps, steps, "
-                "max_gen_toks or seed"
+                f"{min(unknown)} has no meaning for a model of haltkit: give pretrained, policy, without_certificate, "
+                "max_steps, steps, max_gen_toks or seed"
             )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: models of haltkit take a number of 1 or more here")
-        self.policy, self.report, self.batch_size = policy, Report(steps), int(batch_size)
+        self.given, self.policy = policy, asked_policy(policy, without_certificate)
+        self.report, self.batch_size, self.standing = Report(steps), int(batch_size), PLAIN
         loaded = load_checkpoint(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.encoding = loaded.model, loaded.tokenizer
         self.max_steps, self.seed = max_steps, seed
         self.max_length = self.model.block_size
         self.max_gen_toks = max_gen_toks or self.max_length // 2
         regions = list(self.model.regions)
-        if policy is not None and is_card(policy):
-            card = load_card(policy)
-            card.check(self.model, regions, max_steps)
-            self.policies = card.policies(regions)
+        if isinstance(self.policy, Card):
+            self.standing = self.policy.check(self.model, regions, max_steps)
+            self.policies = self.policy.policies(regions)
+            log_standing(self.standing)
         else:
             own_depth = f"fixed:steps={min(self.model.mean_loops, max_steps)}"
-            self.policies = policy_for_regions(policy or own_depth, regions)
+            self.policies = policy_for_regions(self.policy or own_depth, regions)
         check_batch(self.policies.values(), batch_size)
         self._pairs: list[tuple[Depths, int]] = []  # of the requests scored last, with the length of the continuation
 
@@ -227,5 +238,5 @@ class LoopedLM(TemplateLM):
         return {
             "model_num_parameters": sum(one.numel() for one in parameters),
             "model_dtype": str(parameters[0].dtype),
-            "haltkit": self.report.summary(self.policy, {"max_steps": self.max_steps}),
+            "haltkit": self.report.summary(self.given, self.policy, self.standing, {"max_steps": self.max_steps}),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,12 +12,39 @@ from typing import Any
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from haltkit.attachment.saved import load_card
 from haltkit.card import Card, is_card
 from haltkit.files import check_output, write_text
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.rows import Outcome
+from haltkit.standing import Standing
 
-__all__ = ["Depths", "Histogram", "Report", "check_batch", "rolling_windows"]
+__all__ = ["Depths", "Histogram", "Report", "asked_policy", "check_batch", "log_standing", "rolling_windows"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def asked_policy(policy: Any, without_certificate: Any) -> str | Card | None:
+    """The policy that ``policy=`` and ``without_certificate=`` name: a card if it is the path of one.
+
+    Raises:
+        ValueError: a card that cannot be read; ``without_certificate`` is neither true nor false.
+    """
+    waived = {"true": True, "false": False}.get(str(without_certificate).lower())
+    if waived is None:
+        raise ValueError(f"without_certificate={without_certificate}: allowed are True and False")
+    if policy is None or not is_card(policy):
+        return policy if policy is None else str(policy)
+    card = load_card(policy)
+    return card.without_certificate() if waived else card
+
+
+def log_standing(standing: Standing) -> None:
+    """Tell in the harness's log what is promised of a card's policy, or what it is used without."""
+    if standing.without:
+        _LOG.warning("haltkit: the policy is %s", standing)
+    elif standing.promise:
+        _LOG.info("haltkit: the policy is %s", standing)
 
 
 def rolling_windows(model: Any, request: Any) -> list[tuple[list[int], list[int]]]:
@@ -133,19 +161,24 @@ class Report:
                     values.setdefault(region, []).extend(steps)
         self._lines.append(json.dumps(line))
 
-    def summary(self, policy: str | None, how: Mapping[str, Any]) -> dict[str, Any]:
+    def summary(
+        self, given: str | None, policy: str | Card | None, standing: Standing, how: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """For the results: policy, card with its certificate, and the steps of context and continuation by region.
 
         Args:
+            given: what names the policy.
+            policy: the same, read.
+            standing: what is promised of it.
             how: what else was asked for; None of it is left out.
         """
         card = None
-        if policy is not None and is_card(policy):
-            card = asdict(replace(Card.load(policy), folder=None))
-            del card["folder"]
+        if isinstance(policy, Card):
+            card = asdict(replace(policy, folder=None))
+            del card["folder"], card["name"]
         counts = {
             name: {region: histogram.summary() for region, histogram in regions.items()}
             for name, regions in self._counts.items()
         }
         asked = {name: value for name, value in how.items() if value is not None}
-        return {"policy": policy, **asked, "card": card, **counts}
+        return {"policy": given, "standing": str(standing), **asked, "card": card, **counts}

@@ -280,7 +280,9 @@ def test_a_text_that_ends_before_others_of_its_batch_is_counted_to_its_end(folde
     assert continued(3, until) == (alone, counted)
 
 
-def test_a_cards_certificate_is_in_the_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cards_certificate_is_in_the_results(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from transformers import AutoModelForCausalLM
 
     spec = "norm:tau=0.05"
@@ -290,13 +292,26 @@ def test_a_cards_certificate_is_in_the_results(folder: Path, monkeypatch: pytest
     Card(spec, type(model).__name__, ("loop",), identity=identity, certificate=certificate).save(folder / "card")
     keys = {"policy": folder / "card", "max_steps": 3}
     checked, check = list[Any](), Card.check
-    monkeypatch.setattr(Card, "check", lambda *given: (checked.append(given), check(*given))[1])
-    told = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "card", **keys)["config"]["haltkit"]["card"]
+    monkeypatch.setattr(Card, "check", lambda *given, **more: (checked.append(given), check(*given, **more))[1])
+    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "card", **keys)["config"]["haltkit"]
+    assert found["standing"] == f"certified: {certificate.promise}"
+    told = found["card"]
     assert len(checked) == 1  # it hashes all weights
     assert told["policy"] == spec
     assert told["identity"] == asdict(identity)
     assert told["certificate"] == {**asdict(certificate), "settings": [spec]}
-    assert "full depth" in refusal(folder, monkeypatch, "tiny_choice", policy=folder / "card", max_steps=2)
+    assert told["without"] == ""
+    keys = {"policy": folder / "card", "max_steps": 2}
+    said = refusal(folder, monkeypatch, "tiny_choice", **keys)
+    assert "full depth" in said
+    assert "without_certificate=True" in said
+    assert "True and False" in refusal(folder, monkeypatch, "tiny_choice", without_certificate="maybe", **keys)
+    found = evaluated(folder, monkeypatch, "haltkit", "tiny_choice", "without", without_certificate=True, **keys)
+    told = found["config"]["haltkit"]
+    assert told["standing"] == "used without its certificate (full depth 2 instead of 3): nothing is promised"
+    assert told["standing"] in caplog.text
+    assert (told["card"]["policy"], told["card"]["certificate"]) == (spec, None)
+    assert told["policy"] == str(folder / "card")
 
 
 # --- how lm-eval finds the model
