@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
-from haltkit.card import Card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified
 from haltkit.subject import Subject
@@ -64,10 +63,15 @@ def main() -> None:
         with haltkit.attach(model, folder) as session:
             model(torch.randn(1, 4))
             print(session.summary())
+        other, card = Refiner().eval(), haltkit.Card.load(folder)
         try:
-            Card.load(folder).check(Refiner().eval())
+            haltkit.attach(other, card)
         except ValueError as error:
             print(error)
+        # Asked for, the policy is used all the same, without what is promised of it on its own model.
+        with haltkit.attach(other, card.without_certificate()) as session:
+            other(torch.randn(1, 4))
+            print(session.standing)
 
 
 def _not_used(output: Tensor, sample: Tensor) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from haltkit.bodies import FreezingBody as FreezingBody
     from haltkit.bodies import GuardedBody as GuardedBody
     from haltkit.bodies import LoopBody as LoopBody
+    from haltkit.card import Card as Card
     from haltkit.comparison import Comparison as Comparison
     from haltkit.comparison import compare as compare
     from haltkit.kinds import Kinds as Kinds
@@ -60,6 +61,7 @@ _HOMES = {
     "haltkit.attachment.joining": ("QueueOutput",),
     "haltkit.attachment.wavefront": ("wavefront",),
     "haltkit.bodies": ("CompactBody", "FreezingBody", "GuardedBody", "LoopBody"),
+    "haltkit.card": ("Card",),
     "haltkit.kinds": ("Kinds",),
     "haltkit.loop": ("LoopObserver", "LoopResult", "Outcome", "run_loop"),
     "haltkit.protocol": ("HaltingPolicy", "Heads", "LoopStep", "Verdict"),

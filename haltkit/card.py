@@ -29,7 +29,7 @@ __all__ = ["Card", "is_card"]
 _NONE = "so nothing is promised"
 # How a user says that a card is to be used on another model than its own.
 _BY_OPTION = (
-    ": --without-certificate (of lm-eval without_certificate=True, in Python Card.load(path).without_certificate())"
+    ": --without-certificate (lm-eval: without_certificate=True; Python: Card.load(path).without_certificate())"
 )
 # What is in a card's folder; the weights are called as haltkit.specs.packed does.
 _OWN = re.compile(r"\.?(card\.yaml|certificate\.json|weights(-\d+)?\.safetensors)(\.partial)?")

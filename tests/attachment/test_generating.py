@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
-from cases import hrm_model
+from cases import certificate_for, hrm_model
 from haltkit.attachment.errors import AttachError, KVDepthMismatch
+from haltkit.identity import Identity
 from standins import AtDepths, with_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns as it likes
@@ -299,3 +301,20 @@ def test_the_model_is_restored_whatever_happens(model: Any) -> None:
         generated(model, custom_generate=haltkit.generation("fixed:steps=2"), stopping_criteria=[Fails()])
     assert [type(module) for module in model.modules()] == before
     assert not model._forward_pre_hooks
+
+
+def test_the_output_says_what_is_promised_of_a_card_or_what_it_is_used_without(model: Any, tmp_path: Path) -> None:
+    spec = "norm:tau=0.05"
+    certificate = certificate_for(spec)
+    haltkit.Card(spec, identity=Identity.of(model, 3), certificate=certificate).save(tmp_path / "card")
+    for card, max_steps, said in (
+        (tmp_path / "card", 3, f"certified: {certificate.promise}"),
+        (
+            haltkit.Card.load(tmp_path / "card").without_certificate(),
+            2,
+            "used without its certificate (full depth 2 instead of 3): nothing is promised",
+        ),
+        (spec, 2, ""),
+    ):
+        halting = haltkit.generation(card, max_steps=max_steps, kv="freeze")
+        assert generated(model, custom_generate=halting).standing == said

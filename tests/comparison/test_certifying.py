@@ -252,6 +252,27 @@ def test_a_card_whose_certificate_is_gone_or_edited_is_refused(certified: tuple[
         Card.load(folder)
 
 
+def test_what_was_certified_on_one_model_is_compared_and_certified_again_on_another(
+    certified: tuple[Subject, Path], tmp_path: Path
+) -> None:
+    subject, folder = certified
+    with torch.no_grad():
+        subject.model.body.factor.sub_(0.01)
+    card, said = Card.load(folder).without_certificate(), "(without its certificate)"
+    with pytest.raises(ValueError, match="other weights"):
+        haltkit.compare(subject, policies=[folder], repeats=1)
+    compared = haltkit.compare(subject, policies=[card], repeats=1)
+    (row,) = (row for row in compared.rows if row.decided == "policy")
+    line = "used without its certificate (other weights): nothing is promised"
+    assert (row.policy, row.label, row.standing) == (f"card {said}", f"{card.policy} {said}", line)
+    assert haltkit.Comparison.from_json(compared.to_json()).rows[-1].standing == compared.rows[-1].standing
+    found = certify(subject, card, epsilon=0.05, delta=0.1)
+    assert (found.certificate.setting, str(found.standing)) == (card.policy, line)
+    save_certified(tmp_path / "again", found, subject, "made up rows")
+    again = Card.load(tmp_path / "again")
+    assert again.check(subject.model, subject.regions, STEPS).promise == found.certificate.promise
+
+
 def test_a_card_does_not_replace_what_is_none(certified: tuple[Subject, Path], tmp_path: Path) -> None:
     _, folder = certified
     Card.load(folder).save(folder)  # its own folder

@@ -84,6 +84,8 @@ def test_a_session_says_what_is_promised_or_what_the_card_is_used_without(model:
     assert str(session.standing) == line
     assert line in repr(session)
     assert session.summary().splitlines()[-1] == line
+    with haltkit.attach(other, card):  # which takes any depth
+        other(x, DEPTH + 3)
     with haltkit.attach(model, SPEC, loops={"loop": haltkit.Loop(["core"])}) as session:
         model(x)
     assert not str(session.standing)

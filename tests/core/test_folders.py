@@ -129,7 +129,7 @@ from haltkit.folders import atomic_folder
 kind, name, place = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(40):
+for _ in range(12):
     if kind == "card":
         Card(f"norm:tau={name}", about=name * 20).save(place)
     elif kind == "file":
