@@ -185,3 +185,82 @@ class RavenForCausalLM(nn.Module):
         x = self.transformer["ln_f"](x)
         x = self.transformer["coda"][0](x, torch.tensor(-1), cache)
         return SimpleNamespace(logits=self.transformer["ln_f"](x) @ self.transformer["wte"].weight.T)
+
+
+class OuroLayer(SandwichBlock):
+    """A layer that keeps its keys and values of every step in a slot of their own."""
+
+    def __init__(self, index: int, layers: int) -> None:
+        super().__init__()
+        self.index, self.layers = index, layers
+
+    def forward(self, x: Tensor, *, past_key_value: SlotCache | None = None, current_ut: int = 0) -> Tensor:  # type: ignore[override]
+        return super().forward(x, torch.tensor(current_ut * self.layers + self.index), past_key_value)
+
+
+class OuroModel(nn.Module):
+    """The loop of Ouro (arXiv 2510.25741): all layers and the norm again and again, and a gate on each state."""
+
+    def __init__(self, layers: int = 2, steps: int = 6) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(OuroLayer(i, layers) for i in range(layers))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.early_exit_gate = nn.Linear(WIDTH, 1)
+        self.total_ut_steps = steps
+
+    def forward(
+        self, ids: Tensor, past_key_values: SlotCache | None = None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x, states, gates = self.embed_tokens(ids), [], []
+        for current_ut in range(self.total_ut_steps):
+            for layer in self.layers:
+                x = layer(x, past_key_value=past_key_values, current_ut=current_ut)
+            x = self.norm(x)
+            states.append(x)
+            gates.append(self.early_exit_gate(x))
+        return x, states, gates
+
+
+class OuroForCausalLM(nn.Module):
+    """The structure of Ouro: after the loop a step is chosen for each token, or all are weighted."""
+
+    def __init__(self, threshold: float = 1.0, **keys: int) -> None:
+        super().__init__()
+        self.model = OuroModel(**keys)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.early_exit_threshold = threshold
+
+    @staticmethod
+    def exit_distribution(gates: list[Tensor]) -> Tensor:
+        """``p_k = lambda_k prod_{j<k} (1 - lambda_j)``, and what is left at the last step; ``(..., steps)``."""
+        left, found = torch.ones_like(gates[0].squeeze(-1)), []
+        for gate in gates[:-1]:
+            exits = torch.sigmoid(gate.squeeze(-1))
+            found.append(exits * left)
+            left = left * (1 - exits)
+        return torch.stack([*found, left], -1)
+
+    def exit_steps(self, gates: list[Tensor], threshold: float) -> Tensor:
+        """The first step, from 1, at which the distribution adds up to the threshold; the last if none does."""
+        reached = self.exit_distribution(gates).cumsum(-1) >= threshold
+        return torch.where(reached.any(-1), reached.float().argmax(-1) + 1, len(gates))
+
+    def forward(
+        self,
+        ids: Tensor,
+        past_key_values: SlotCache | None = None,
+        *,
+        exit_at_step: int | None = None,
+        exit_threshold: float | None = None,
+        weighted: bool = False,
+    ) -> Any:
+        _, states, gates = self.model(ids, past_key_values)
+        if weighted:
+            each = self.lm_head(torch.stack(states, -2)) * self.exit_distribution(gates).unsqueeze(-1)
+            return SimpleNamespace(logits=each.sum(-2))
+        steps = self.exit_steps(gates, self.early_exit_threshold if exit_threshold is None else exit_threshold)
+        if exit_at_step is not None:
+            steps = torch.full_like(steps, exit_at_step + 1)
+        chosen = torch.stack(states, -2).take_along_dim((steps - 1)[..., None, None], -2).squeeze(-2)
+        return SimpleNamespace(logits=self.lm_head(chosen))

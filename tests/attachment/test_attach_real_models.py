@@ -131,6 +131,24 @@ def huginn() -> Target:
     return Target(model, lambda: model(IDS).logits, lambda k: model(IDS, (k, 0)).logits, 8)
 
 
+def hrm_pytorch() -> Target:
+    needs("HRM")
+    from HRM import HRM
+
+    network = {"dim": 16, "depth": 1, "attn_dim_head": 32, "heads": 2, "use_rmsnorm": True, "rotary_pos_emb": True}
+    model = HRM(networks=[network, network], num_tokens=50, dim=16, reasoning_steps=5).eval()
+    return Target(model, lambda: model(IDS)[0], lambda k: model(IDS, reasoning_steps=k)[0], 5)
+
+
+def ouro() -> Target:
+    """A model of our own with Ouro's structure and names; examples/check_ouro.py checks the real source."""
+    from standins import OuroForCausalLM
+
+    model = OuroForCausalLM().eval()
+    run = lambda: model(IDS).logits  # noqa: E731
+    return Target(model, run, lambda k: with_config(model.model, run, total_ut_steps=k), 6)
+
+
 def plain_loop() -> Target:
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -211,9 +229,11 @@ TARGETS = [
     albert,
     hrm_outer,
     hrm_inner,
+    hrm_pytorch,
     tiny_recursive,
     mythos,
     huginn,
+    ouro,
     deq_fixed_point,
     deq_simple,
     plain_loop,
@@ -280,6 +300,18 @@ def huginn_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable
     return target, model.initial(e), step, lambda x: model.predict_from_latents(x).logits
 
 
+def ouro_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    target = ouro()
+    base = target.model.model
+
+    def step(x: Tensor) -> Tensor:
+        for layer in base.layers:
+            x = layer(x)
+        return base.norm(x)
+
+    return target, base.embed_tokens(IDS), step, target.model.lm_head
+
+
 def plain_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     target = plain_loop()
     x = target.run.__closure__[1].cell_contents
@@ -324,7 +356,9 @@ def hrm_steps() -> tuple[Target, Tensor, Callable[[Tensor], Tensor], Callable[[T
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("build", [albert_steps, hrm_steps, huginn_steps, plain_steps, tiny_recursive_steps])
+@pytest.mark.parametrize(
+    "build", [albert_steps, hrm_steps, huginn_steps, ouro_steps, plain_steps, tiny_recursive_steps]
+)
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
 def test_rows_that_halt_keep_their_state_as_in_a_loop_of_ones_own(build: Callable[[], Any], granularity: str) -> None:
     """A loop written by hand over the model's own parts, with ``torch.where`` for the rows that have halted."""

@@ -39,7 +39,7 @@ ARGUMENTS = {
 
 # Their heads say what they need: the source of a model that is on no registry, the results of make compare. The last
 # one has a test of its own.
-BY_HAND = {"check_huginn.py", "draw_overview.py", "run_notebook.py"}
+BY_HAND = {"check_huginn.py", "check_ouro.py", "draw_overview.py", "run_notebook.py"}
 
 
 @pytest.mark.parametrize(

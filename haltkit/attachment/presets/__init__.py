@@ -29,10 +29,13 @@ PRESETS = {
     "AlbertForQuestionAnswering": "albert",
     "AlbertForSequenceClassification": "albert",
     "AlbertForTokenClassification": "albert",
+    "HRM": "hrm_pytorch",
     "HrmTextModel": "hrm_text",
     "HrmTextForCausalLM": "hrm_text",
     "TinyRecursiveModel": "tiny_recursive_model",
     "OpenMythos": "open_mythos",
+    "OuroModel": "ouro",
+    "OuroForCausalLM": "ouro",
     "RavenForCausalLM": "huginn",
     "LoopedGPT": "looped_gpt",
 }
