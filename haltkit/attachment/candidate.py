@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from haltkit.attachment.description import Action
+from haltkit.attachment.exits import ExitHead
 from haltkit.attachment.leaf import Leaf, replaced_text
 
 __all__ = ["Candidate", "Discovery", "Ending", "Flag"]
@@ -157,13 +158,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What was seen, the likeliest loop first. ``str()`` is a table and the call to copy."""
+    """What was seen, the likeliest loop first. ``str()`` is a table and the call to copy.
+
+    Attributes:
+        candidates: the loops.
+        heads: what looks like an exit head of the model.
+    """
 
     candidates: tuple[Candidate, ...]
+    heads: tuple[ExitHead, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{'iterations':>10}  {'period':>6}  state, body"]
         rows += [f"{c.iterations:10d}  {c.period:6d}  {c.state}, [{', '.join(c.body)}]" for c in self.candidates]
         first = self.candidates[0]
         what = "Likeliest, and not right yet" if first.problem else "To copy"
-        return "\n".join([*rows, "", f"{first.verdict}. {what}:", f"  {first.call()}"])
+        heads = ["", *(head.advice for head in self.heads)] if self.heads else []
+        return "\n".join([*rows, "", f"{first.verdict}. {what}:", f"  {first.call()}", *heads])

@@ -18,6 +18,7 @@ from haltkit.attachment.candidate import Candidate, Discovery, Ending, Flag
 from haltkit.attachment.dataflow import Reads
 from haltkit.attachment.description import Action, call_parts, check_model, find_module
 from haltkit.attachment.errors import AttachError, GlueDrift, VaryingInput
+from haltkit.attachment.exits import exit_heads
 from haltkit.attachment.leaf import Leaf, leaves, parts
 from haltkit.attachment.outputs import first_tensor, largest, tensors_in
 from haltkit.attachment.verify import ROUNDING, Report
@@ -38,7 +39,8 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
     ``run`` itself loops around the model, because each call is given numbers that the one before returned, the
     description is one of :class:`haltkit.LoopAround`, and the call to copy makes it. The
     proposal is a starting point, and :func:`~haltkit.attachment.attach.verify` with ``run_at`` tells whether it is
-    right: what runs do not show has to be added, such as ``on_halt`` for what the model sums up beside the loop.
+    right: what runs do not show has to be added, such as ``on_halt`` for what the model sums up beside the loop. Where
+    the model seems to have an exit head, by a guess at names, how to halt by it is said.
 
     Args:
         model: any module.
@@ -68,7 +70,7 @@ def discover(model: nn.Module, run: Callable[[], Any], run_at: Callable[[Any], A
         )
     if not found:
         raise AttachError("no module is called more than once in one run: there is no loop of modules to halt")
-    return Discovery(tuple(found))
+    return Discovery(tuple(found), exit_heads(model, [path for c in inside for path in c.body]))
 
 
 def _around(

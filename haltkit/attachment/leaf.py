@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,19 +19,24 @@ class Step:
     """From a container to one of its parts.
 
     Attributes:
-        kind: "key" of a mapping, "index" of a tuple, "item" of a list, "name" of a named tuple, "field" of a dataclass.
+        kind: "key" of a mapping, "index" of a tuple, "item" of a list, "value" of a dictionary's ``values()``, "name"
+            of a named tuple, "field" of a dataclass.
         at: the key, the number or the name.
     """
 
-    kind: Literal["key", "index", "item", "name", "field"]
+    kind: Literal["key", "index", "item", "value", "name", "field"]
     at: Any
 
     def get(self, output: Any) -> Any:
         """The part."""
+        if self.kind == "value":
+            return list(output)[self.at]
         return getattr(output, self.at) if self.kind in ("field", "name") else output[self.at]
 
     def get_text(self, text: str) -> str:
         """The part, as code."""
+        if self.kind == "value":
+            return f"list({text})[{self.at}]"
         return f"{text}.{self.at}" if self.kind in ("field", "name") else f"{text}[{self.at!r}]"
 
     def put(self, output: Any, part: Any) -> Any:
@@ -42,7 +47,10 @@ class Step:
             return dataclasses.replace(output, **{self.at: part})
         if self.kind == "name":
             return output._replace(**{self.at: part})
-        members = [*output[: self.at], part, *output[self.at + 1 :]]
+        members = [*output]
+        members[self.at] = part
+        if self.kind == "value":
+            return dict(enumerate(members)).values()
         return members if self.kind == "item" else tuple(members)
 
 
@@ -98,12 +106,16 @@ def replaced_text(output: str, changes: Mapping[Leaf, str]) -> str:
         fields = ", ".join(f"{step.at}={part}" for step, part in new.items())
         return f"dataclasses.replace({output}, {fields})" if kind == "field" else f"{output}._replace({fields})"
     members, done = [], 0
+    all_of = f"list({output})" if kind == "value" else output
     for step in sorted(new, key=lambda step: int(step.at)):
         between = f"{done or ''}:{step.at}"
-        members += [*([f"*{output}[{between}]"] if step.at > done else []), new[step]]
+        members += [*([f"*{all_of}[{between}]"] if step.at > done else []), new[step]]
         done = step.at + 1
-    members.append(f"*{output}[{done}:]")
-    return f"[{', '.join(members)}]" if kind == "item" else f"({', '.join(members)})"
+    members.append(f"*{all_of}[{done}:]")
+    listed = ", ".join(members)
+    if kind == "value":
+        return f"dict(enumerate([{listed}])).values()"
+    return f"[{listed}]" if kind == "item" else f"({listed})"
 
 
 def leaves(output: Any) -> list[Leaf]:
@@ -130,4 +142,6 @@ def _inside(output: Any) -> Sequence[tuple[Step, Any]]:
         return [(Step("name", name), getattr(output, name)) for name in output._fields]
     if isinstance(output, (tuple, list)):
         return [(Step("index" if isinstance(output, tuple) else "item", i), part) for i, part in enumerate(output)]
+    if isinstance(output, ValuesView):
+        return [(Step("value", i), part) for i, part in enumerate(output)]
     return []

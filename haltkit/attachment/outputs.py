@@ -1,10 +1,11 @@
-"""The tensors inside what a module is given or returns: alone, or in tuples, lists, dictionaries and objects."""
+"""The tensors inside what a module is given or returns: alone, or in tuples, lists, dictionaries (and what their
+``values()`` gives) and objects."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, ValuesView
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     """The tensors inside a value, in order; of an object that is no container, those that are its attributes."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, (tuple, list)):
+    if isinstance(output, (tuple, list, ValuesView)):
         return [t for part in output for t in tensors_in(part)]
     if isinstance(output, dict):
         return [t for part in output.values() for t in tensors_in(part)]
@@ -89,6 +90,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
         return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
     if isinstance(output, list):
         return [map_tensors(function, part) for part in output]
+    if isinstance(output, ValuesView):  # of a dictionary, which shows its own values alone
+        return dict(enumerate(map_tensors(function, part) for part in output)).values()
     if isinstance(output, dict):
         changed: Any = copy.copy(output)
         for key, value in output.items():
@@ -121,7 +124,7 @@ def structure_of(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return Tensor, tuple(value.shape), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, ValuesView)):
         return type(value), *map(structure_of, value)
     if isinstance(value, dict):
         return type(value), *((key, structure_of(part)) for key, part in value.items())

@@ -256,3 +256,50 @@ def test_a_model_that_draws_noise_is_told_apart_from_one_that_reads_itself() -> 
         return model(X)
 
     assert haltkit.discover(model, seeded).candidates[0].state == "core"
+
+
+class Gated(nn.Module):
+    """A loop with an exit head, beside it a gate of a layer and a map that has nothing to do with either."""
+
+    def __init__(self, name: str, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core = nn.ModuleDict(
+            {"up": nn.Linear(WIDTH, WIDTH), "gate": nn.Linear(WIDTH, 1), "pool": nn.Linear(WIDTH, 1)}
+        )
+        self.core.forward = self.step  # type: ignore[method-assign]
+        self.value = nn.Linear(WIDTH, 1)
+        self.name = name
+        self.add_module(name, nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)))
+
+    def step(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.core["up"](x) * torch.sigmoid(self.core["gate"](x)) + self.core["pool"](x))
+        return out
+
+    def forward(self, x: Tensor, n: int = 6) -> tuple[Tensor, list[Tensor]]:
+        logits = []
+        for _ in range(n):
+            x = self.core(x)
+            logits.append(getattr(self, self.name)(x))
+        return self.value(x), logits
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"), [("exit_gate", 1), ("to_halt_pred", 1), ("q_head", 2), ("early_exit", 2), ("gate", 1)]
+)
+def test_what_looks_like_an_exit_head_is_said_with_the_call_that_halts_by_it(name: str, outputs: int) -> None:
+    model, x = Gated(name, outputs), torch.randn(2, 3, WIDTH)
+    found = haltkit.discover(model, lambda: model(x)[0])
+    assert [(head.path, head.outputs) for head in found.heads] == [(f"{name}.1", outputs)]
+    line = str(found).splitlines()[-1]
+    assert "by its name alone" in line
+    gate = eval(line.partition("lambda x: ")[2].partition("), policy")[0], {"model": model, "x": x})
+    logits = getattr(model, name)[1](x)
+    assert torch.equal(gate, logits[..., 0] - logits[..., 1] if outputs == 2 else logits[..., 0])
+
+
+def test_a_model_without_an_exit_head_is_not_said_to_have_one() -> None:
+    model = Gated("readout", 2)
+    found = haltkit.discover(model, lambda: model(torch.ones(2, 3, WIDTH))[0])
+    assert not found.heads
+    assert str(found).splitlines()[-1].startswith("  haltkit.attach(")

@@ -95,6 +95,16 @@ class Mapping(Small):
         return {"count": carry["count"] + 1, "states": [carry["states"][0], super().forward(carry["states"][1])]}
 
 
+class Values(Small):
+    """The structure of hrm-pytorch: states by the level of their network, handed on as a dictionary's values."""
+
+    def forward(self, x: Tensor, states: Any = None) -> Any:  # type: ignore[override]
+        low, high = (x, x) if states is None else states
+        levels = {0: torch.tanh(self.core(low + high)), 1: high}
+        levels[1] = torch.tanh(self.other(levels[0] + high))
+        return levels[1].mean(-1), levels.values()
+
+
 def recursive() -> Loops:
     model = Recursive()
 
@@ -139,6 +149,18 @@ def mapping() -> Loops:
         for _ in range(n):
             carry = model(carry)
         return carry["states"]
+
+    return model, run
+
+
+def values() -> Loops:
+    model = Values()
+
+    def run(n: int = STEPS) -> Tensor:
+        states = None
+        for _ in range(n):
+            out, states = model(X, states)
+        return out
 
     return model, run
 
@@ -211,6 +233,7 @@ CASES: dict[str, tuple[Callable[[], Loops], dict[str, Any]]] = {
     "tensor": (plain, {"body": ("model",), "initial": 0}),
     "named tuple": (answers, {"initial": 1, "select": "lambda out: out[0].y"}),
     "list in a dictionary": (mapping, {"select": "lambda out: out['states'][1]"}),
+    "values of a dictionary": (values, {"select": "lambda out: list(out[1])[0]"}),
     "sum": (refined, {"on_halt": {"model": "zero"}}),
     "two calls and a sum": (guided, {"on_halt": {"model": "zero"}, "period": 2}),
     "two calls": (alternating, {"period": 2}),
