@@ -167,7 +167,7 @@ _BUILTIN = (
     PolicyRecord(
         "settle",
         policies.Settling,
-        "||d_k|| r / |1 - r e^(i angle)|, r and angle of d_k beside d_{k-1}; 0 on an orbit",
+        "||d_k|| r / |1 - r e^(i angle)|, r and angle of d_k beside d_{k-1}; 0 on an orbit in a plane",
         _STATE,
         patience=2,
         examples=("tau=0.05", "tau=0.05,slack=0.1,turn=45"),

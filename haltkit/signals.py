@@ -134,6 +134,37 @@ def remaining_distance(step_norm: Tensor, step_norm_prev: Tensor, cosine: Tensor
     return torch.where(step_norm == 0, 0.0, left)
 
 
+def span(step_norm: Tensor, step_norm_prev: Tensor, cosine: Tensor) -> Tensor:
+    """``sqrt(||d_k|| ||d_{k-1}|| sin)``, the root of the area that two successive steps span, all ``(...)``.
+
+    A linear map of the plane changes every area by its determinant: round an ellipse the span is constant, where the
+    step norm is not, and in a spiral it shrinks by ``r`` per step. 0 for steps on one line.
+    """
+    return (step_norm * step_norm_prev * (1 - cosine * cosine).clamp_min(0).sqrt()).sqrt()
+
+
+def off_plane(cosine: Tensor, cosine_skip: Tensor, cosine_prev: Tensor) -> Tensor:
+    """Sine of the angle between ``d_k`` and the plane of the two steps before, in [0, 1]; all ``(...)``.
+
+    From ``cos(d_k, d_{k-1})``, ``cos(d_k, d_{k-2})`` and ``cos(d_{k-1}, d_{k-2})``. 0 in a plane, such as on an orbit,
+    where each step is a combination of the two before. Where those lie on one line, it is the angle to the line.
+    """
+    across = 1 - cosine_prev * cosine_prev
+    in_plane = (cosine * cosine + cosine_skip * cosine_skip - 2 * cosine * cosine_skip * cosine_prev) / across
+    explained = torch.where(across > 1e-4, in_plane, cosine * cosine)
+    return (1 - explained).clamp(0, 1).sqrt()
+
+
+def rate(sizes: Tensor) -> Tensor:
+    """By what factor sizes change per step, ``(..., 2n)`` in order of the steps to ``(...)``.
+
+    The sum of the last ``n`` over that of the ``n`` before, which lie ``n`` steps apart: its ``n``-th root. It is exact
+    for a geometric series, and for sizes that recur after ``n`` steps or a part of ``n``; NaN where all are 0.
+    """
+    before, after = sizes.chunk(2, dim=-1)
+    return (after.sum(-1) / before.sum(-1)) ** (2 / sizes.shape[-1])
+
+
 def rounding_floor(size: Tensor | float, dtype: torch.dtype) -> Tensor:
     """What one rounding to ``dtype`` can move a state of this norm by: its unit roundoff times the norm.
 

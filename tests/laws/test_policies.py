@@ -199,12 +199,85 @@ def test_settle_waits_for_no_orbit_and_believes_no_drift() -> None:
         return int(result.outcome[0]), int(result.steps[0])
 
     converged, budget = haltkit.Outcome.CONVERGED, haltkit.Outcome.BUDGET
-    assert ended(rotation()) == (converged, 3)  # two steps show the turn, twice
-    assert ended(orbit()) == (converged, 3)
+    assert ended(rotation()) == (converged, 10)  # nine steps span eight areas, which is seen twice
+    assert ended(orbit()) == (converged, 9)  # to and fro on a line: eight steps of one size, twice
     assert ended(slider()) == (budget, 30)
     assert ended(diverger()) == (budget, 30)
     assert ended(rotation(math.cos(math.radians(5))))[0] == budget  # too slow a turn to be told from a slider
     assert ended(contraction())[0] == converged
+
+
+def ellipse(rate: float, degrees: float, axis: float, phase: float) -> tuple[Any, Tensor]:
+    """A turn along an ellipse of axes 1 and ``axis`` that shrinks by ``rate`` per step, and a start on it."""
+    squeeze = torch.diag(torch.tensor([1.0, axis], dtype=torch.float64))
+    matrix = rate * squeeze @ turn_of(degrees) @ squeeze.inverse()
+    start = squeeze @ torch.tensor([math.cos(phase), math.sin(phase)], dtype=torch.float64)
+    return lambda x: x @ matrix.T, start.unsqueeze(0)
+
+
+def turn_of(degrees: float) -> Tensor:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+@given(st.floats(21, 175), st.floats(1, 2), st.floats(0, math.pi))
+def test_settle_waits_for_no_orbit_whose_steps_are_of_several_sizes(degrees: float, axis: float, phase: float) -> None:
+    step, start = ellipse(1.0, degrees, axis, phase)
+    result = haltkit.run_loop(step, start, haltkit.policy("settle:tau=1e-3"), max_steps=40)
+    assert int(result.outcome[0]) == haltkit.Outcome.CONVERGED
+    assert int(result.steps[0]) >= 10
+
+
+@given(st.floats(0.8, 0.97), st.floats(0, 175), st.floats(1, 2), st.floats(0, math.pi))
+def test_settle_takes_no_spiral_for_an_orbit(rate: float, degrees: float, axis: float, phase: float) -> None:
+    """However elliptic it is, and slow: the same steps as where nothing is taken for an orbit."""
+    step, start = ellipse(rate, degrees, axis, phase)
+    with_orbits, without = (
+        haltkit.run_loop(step, start, haltkit.policy(f"settle:tau=1e-2{keys}"), max_steps=400)
+        for keys in ("", ",slack=0")
+    )
+    assert torch.equal(with_orbits.steps, without.steps)
+
+
+def test_settle_halts_on_a_limit_cycle_once_it_is_reached() -> None:
+    """Rows that come from inside and from outside, and the one that begins farthest away last."""
+
+    def step(x: Tensor) -> Tensor:
+        return x * (1 + 0.3 * (1 - x.square().sum(-1, keepdim=True))) @ turn_of(57).T
+
+    start = torch.tensor([[0.01, 0.0], [0.3, 0.0], [1.5, 0.1]], dtype=torch.float64)
+    result = haltkit.run_loop(step, start, haltkit.policy("settle:tau=1e-3"), max_steps=100)
+    assert (result.outcome == haltkit.Outcome.CONVERGED).all()
+    assert ((result.x.norm(dim=-1) - 1).abs() < 1e-3).all()
+    assert result.steps[0] > result.steps[1]
+    assert result.steps.max() < 35
+
+
+@pytest.mark.parametrize("degrees", [25, 90, 144])
+def test_settle_sees_an_orbit_through_noise_and_a_slider_too(degrees: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda x: 0.03 * torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
+    policy = haltkit.policy("settle:tau=1e-4")
+    turn, start = turn_of(degrees), torch.ones(200, 2, dtype=torch.float64)
+    size = math.sqrt(2) * 2 * math.sin(math.radians(degrees) / 2)
+    around = haltkit.run_loop(lambda x: x @ turn.T + size * noise(x), start, policy, max_steps=60)
+    assert (around.outcome == haltkit.Outcome.CONVERGED).double().mean() > 0.9
+    drifting = haltkit.run_loop(lambda x: x + 1 + noise(x), start, policy, max_steps=60)
+    assert (drifting.outcome == haltkit.Outcome.BUDGET).all()
+
+
+@given(seeds, st.integers(1, 25))
+def test_settle_takes_a_walk_along_a_chain_for_no_orbit(seed: int, length: int) -> None:
+    """From node to node in turning steps of one size, until the end of the chain: two steps later it has settled."""
+    nodes = torch.randn(length + 1, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    nodes /= nodes.norm(dim=-1, keepdim=True)
+
+    def step(x: Tensor) -> Tensor:
+        at = int((nodes - x).norm(dim=-1).argmin())
+        return nodes[min(at + 1, length)].unsqueeze(0)
+
+    result = haltkit.run_loop(step, nodes[:1], haltkit.policy("settle:tau=1e-3"), max_steps=60)
+    assert int(result.steps[0]) == length + 2
 
 
 def algorithm_1(step: Any, x: Tensor, tau: float, budget: int) -> tuple[Tensor, int]:

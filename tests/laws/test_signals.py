@@ -200,3 +200,34 @@ def test_a_zero_state_has_no_direction() -> None:
     a, zero = torch.ones(2, 3), torch.zeros(2, 3)
     assert signals.cosine_distance(a, zero).tolist() == [math.inf] * 2
     assert signals.cosine_distance(zero, zero).tolist() == [math.inf] * 2
+
+
+@given(st.floats(0.5, 1.2), st.floats(1, 179), st.floats(0.3, 3.0), st.floats(0, 3))
+def test_areas_of_steps_shrink_alike_on_every_ellipse(rate: float, degrees: float, axis: float, phase: float) -> None:
+    angles = phase + math.radians(degrees) * torch.arange(8, dtype=torch.float64)
+    x = torch.stack([angles.cos(), axis * angles.sin()], -1) * rate ** torch.arange(8, dtype=torch.float64).unsqueeze(
+        -1
+    )
+    d = x[1:] - x[:-1]
+    sizes = signals.norm(d)
+    spans = signals.span(sizes[1:], sizes[:-1], signals.step_angle(d[1:], d[:-1]))
+    torch.testing.assert_close(spans[1:] / spans[:-1], torch.full((5,), rate, dtype=torch.float64))
+    torch.testing.assert_close(signals.rate(spans), torch.tensor(rate, dtype=torch.float64))
+
+
+@given(seeds)
+def test_the_way_off_a_plane_is_what_least_squares_leave(seed: int) -> None:
+    a, b, c = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    plane = torch.stack([b, c], -1)
+    left = a.unsqueeze(-1) - plane @ torch.linalg.lstsq(plane, a.unsqueeze(-1)).solution
+    found = signals.off_plane(signals.cosine(a, b), signals.cosine(a, c), signals.cosine(b, c))
+    torch.testing.assert_close(found, left.squeeze(-1).norm(dim=-1) / a.norm(dim=-1))
+    in_it = signals.off_plane(signals.cosine(b - c, b), signals.cosine(b - c, c), signals.cosine(b, c))
+    torch.testing.assert_close(in_it, torch.zeros_like(in_it), rtol=0, atol=1e-5)
+    on_line = signals.off_plane(signals.cosine(a, b), -signals.cosine(a, b), signals.cosine(-b, b))
+    torch.testing.assert_close(on_line, (1 - signals.cosine(a, b) ** 2).sqrt())
+
+
+def test_the_rate_of_sizes_that_recur_is_one() -> None:
+    recurring = torch.tensor([[1.0, 5.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]])
+    assert signals.rate(recurring).tolist() == pytest.approx([1.0, math.nan, 2.0], nan_ok=True)
