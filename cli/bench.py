@@ -106,6 +106,8 @@ def bench(
     with progress("choosing thresholds"):
         wanted = candidates(given, subject)
         chosen = benching.choose_policies(subject, wanted)
+        for one in chosen.values():  # what cannot run on this model is refused before anything is measured
+            gpt.forward_adaptive(ids[:1, :2], one, max_loops=1)
     first, half = next(iter(chosen.values())), block // 2
     count, scripted = max(1, min(12, block // 8)), benching.Scripted(min(16, max_loops))
     shares = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)

@@ -86,9 +86,11 @@ def evaluate(
         settings = {"no loops": Setting.of(1, regions)}
     found: dict[str, Evaluated] = {}
     with progress("") as tick:
-        for label, setting in settings.items():
+        # Policies first: one that cannot run on this model is refused before anything is measured.
+        for label in sorted(settings, key=lambda label: settings[label].depth is not None):
             tick(description=label, completed=len(found), total=len(settings))
-            found[label] = measure(subject, setting)
+            found[label] = measure(subject, settings[label])
+    found = {label: found[label] for label in settings}
     items = next(iter(found.values())).items
     about = subject.about
     shown = "bundled checkpoint" if str(about["model"]).startswith("bundled") else str(named)
