@@ -747,7 +747,7 @@ run with that many loops. "Entries alone": whether an entry of the batch that ha
 where a loop carries more than its state in modules whose batch dimension is not found, it does not, and whole batches
 have to halt (`granularity=batch`).
 `tests/attachment/test_gallery.py` holds every line. The
-presets (ALBERT, HRM-text, tiny-recursive-model, OpenMythos, Huginn, torchdeq) are in
+presets (ALBERT, HRM-text, hrm-pytorch, tiny-recursive-model, OpenMythos, Huginn, Ouro, torchdeq) are in
 [haltkit/attachment](../haltkit/attachment/README.md), and so is `haltkit.LoopAround` for a loop around calls of a whole
 model. `tests/attachment/test_discover_around.py` holds its proposals: deep supervision of tiny-recursive-model (the
 package), and stand-ins of HRM's ACT loop, guided diffusion and refinement.
