@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from haltkit.card import Card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified, save_fitted, save_winner
 from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table
+from haltkit.comparison.fitting import fitted as fitted_module
 from haltkit.comparison.fitting.fitted import Fitting
 from haltkit.comparison.fitting.table import shrunk_depths
+from haltkit.comparison.measure import measure
 from haltkit.comparison.oracle import Oracle
 from haltkit.driving import Pass
 from haltkit.identity import Identity
@@ -324,6 +327,32 @@ def test_a_candidate_is_worth_its_quality_less_one_standard_error(granularity: A
     (found,) = fitting.try_live([{"loop": Fixed(4)}], oracles if granularity == "sequence" else [])
     assert 0 < float(each.mean()) < 1
     assert found == pytest.approx(float(each.mean() - each.std() / len(each) ** 0.5))
+
+
+def test_candidates_behind_the_first_that_falls_short_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds from safe to eager: a few are run at a time, and the same ones are chosen as if all were."""
+    ran: list[int] = []
+
+    def counted(subject: Subject, settings: Sequence[Any], **more: Any) -> Any:
+        ran.append(len(settings) - 1)  # the first is full depth
+        return measure(subject, settings, **more)
+
+    monkeypatch.setattr(fitted_module, "measure", counted)
+    fitting = Fitting.of(_subject(40), 0.9, 0)
+    depths = [STEPS, 5, 3, *range(3, 20)]
+    qualities = list(
+        takewhile(lambda quality: quality >= 0.9, fitting.try_live([{"loop": Fixed(k)} for k in depths], []))
+    )
+    assert len(qualities) == 2
+    assert ran == [8]
+
+
+def test_where_the_safest_thresholds_fall_short_it_is_their_quality_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Fitting, "try_live", lambda *_: iter([0.5, 0.9, 1.0]))
+    with pytest.raises(ValueError, match=r"not even the safest .*the safest has 0\.5000"):
+        fit_probe(_subject(), level=0.99)
 
 
 def test_a_single_sequence_cannot_choose() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from haltkit.weights import Weights
 __all__ = ["Fitted", "Fitting"]
 
 Policies = Mapping[str, HaltingPolicy[Any]]
+AT_ONCE = 8  # candidates that are run beside one run at full depth
 
 
 @dataclass(frozen=True)
@@ -113,32 +114,37 @@ class Fitting:
         found = subject.record(subject.inputs(sample), self.steps).regions
         return {name: (region, readings(region, self.readout, labels(sample))) for name, region in found.items()}
 
-    def try_live(self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    def try_live(self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]) -> Iterator[float]:
         """The quality of each candidate on the samples that choose, less one standard error, clustered by sequence.
 
         The quality is agreement with full depth; where whole sequences halt, the share that was not halted before all
         of their predictions were final, in any region. The standard error is there because the candidate that just
-        reaches a level on some sequences falls short of it on half of all others.
+        reaches a level on some sequences falls short of it on half of all others. Candidates are run a few at a time,
+        as far as the caller asks.
 
         Args:
             candidates: policies by region.
             oracles: the *stable* oracle's depths, sample by sample.
         """
         regions = self.choose.regions
-        settings = [Setting.of(self.steps, regions), *(Setting.of(one, regions) for one in candidates)]
-        rows = measure(self.choose, settings, oracles=oracles, repeats=1).rows[1:]
-        return [_quality(row, self.whole) for row in rows]
+        full, settings = Setting.of(self.steps, regions), [Setting.of(one, regions) for one in candidates]
+        for first in range(0, len(settings), AT_ONCE):
+            tried = [full, *settings[first : first + AT_ONCE]]
+            rows = measure(self.choose, tried, oracles=oracles, repeats=1).rows[1:]
+            yield from (_quality(row, self.whole) for row in rows)
 
-    def refuse(self, best: float) -> ValueError:
-        """What is said where no candidate reaches the level."""
-        if not math.isfinite(best):
+    def refuse(self, quality: float, which: Literal["best", "safest"]) -> ValueError:
+        """What is said where no candidate is chosen: the quality of the best, or of the safest where that ended it."""
+        if not math.isfinite(quality):
             return ValueError(
                 "a single sequence chooses, so that nothing is known of the error: fit on more sequences (--sequences)"
             )
+        none = "no" if which == "best" else "not even the safest"
         several = "; an inner region's readout may say little about what later regions need"
         return ValueError(
-            f"no setting reaches {self.level:g} on live runs with one standard error to spare (the best has {best:.4f} "
-            f"less that): ask for less, or fit on more samples{several if len(self.choose.regions) > 1 else ''}"
+            f"{none} setting reaches {self.level:g} on live runs with one standard error to spare (the {which} has "
+            f"{quality:.4f} less the error): ask for less, or fit on more samples"
+            f"{several if len(self.choose.regions) > 1 else ''}"
         )
 
     def reported(self, policies: Policies) -> tuple[Row, dict[str, Possible]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -228,11 +228,15 @@ def _chosen(fitting: Fitting, kind: _Kind, target: Oracle, weights: Weights) -> 
     policies: list[Policies] = [kind.policies(taus, weights, fitting.learn.granularity) for taus in candidates]
     numbers = range(len(fitting.choose.samples))
     oracles = [{name: rows[number].final for name, rows in judged.items()} for number in numbers]
-    tried = fitting.try_live(policies, oracles)
-    good = list(takewhile(lambda quality: quality >= fitting.level, tried))
-    if not good:
-        raise fitting.refuse(tried[0])
-    return candidates[len(good) - 1]
+    chosen: dict[str, float] | None = None
+    for taus, quality in zip(candidates, fitting.try_live(policies, oracles), strict=True):
+        if quality < fitting.level:
+            if chosen is None:
+                raise fitting.refuse(quality, "safest")
+            break
+        chosen = taus
+    assert chosen is not None  # there are candidates
+    return chosen
 
 
 def _between(safe: Mapping[str, float], eager: Mapping[str, float], part: float) -> dict[str, float]:

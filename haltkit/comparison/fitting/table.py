@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,6 @@ SHARES = (1.0, 0.9995, 0.999, 0.998, 0.997, 0.995, 0.993, 0.99, 0.985, 0.98, 0.9
 FLOORS = (1, 2, 3, 4, 6)
 # Of a row that halts with another prediction than full depth's, in steps.
 PRICES = tuple(10 * 1.7**power for power in range(17))
-AT_ONCE = 8  # candidates that are run beside one run at full depth
 
 
 @torch.no_grad()
@@ -66,17 +66,16 @@ def fit_table(subject: Subject, *, level: float = 0.99, target: Oracle | None = 
     judged = _judged(fitting)
     numbers = range(len(fitting.choose.samples))
     oracles = [{name: parts[number].depths for name, parts in judged.items()} for number in numbers]
-    best: Weights | None = None
-    qualities: list[float] = []
     candidates = _candidates(seen, judged)  # from the fewest steps to the most
-    while best is None and len(qualities) < len(candidates):
-        tried = candidates[len(qualities) : len(qualities) + AT_ONCE]
-        policies = [dict.fromkeys(subject.regions, Table(weights)) for weights in tried]
-        found = fitting.try_live(policies, oracles if fitting.whole else [])
-        best = next((weights for weights, quality in zip(tried, found, strict=True) if quality >= level), None)
-        qualities += found
+    policies = [dict.fromkeys(subject.regions, Table(weights)) for weights in candidates]
+    best, most = None, -math.inf
+    for weights, quality in zip(candidates, fitting.try_live(policies, oracles if fitting.whole else []), strict=True):
+        most = max(most, quality)
+        if quality >= level:
+            best = weights
+            break
     if best is None:
-        raise fitting.refuse(max(qualities))
+        raise fitting.refuse(most, "best")
     chosen: dict[str, HaltingPolicy[Any]] = dict.fromkeys(subject.regions, Table(best))
     row, headroom = fitting.reported(chosen)
     learned = {name: len(rows.depths) for name, rows in seen.items()}
