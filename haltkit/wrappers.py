@@ -1,8 +1,8 @@
 """Policies around policies: they change what is decided, never what is measured.
 
-Each is a policy itself, so they nest. The order that the registry builds is pooling, then patience, then
-``CheckEvery`` and ``MinSteps``: patience therefore counts every measured step, also those at which
-``CheckEvery`` halts nothing.
+Each is a policy itself, so they nest. The order that the registry builds is pooling, then thresholds by step
+(:mod:`haltkit.stepwise`), then patience, then ``CheckEvery`` and ``MinSteps``: patience therefore counts every measured
+step, also those at which ``CheckEvery`` halts nothing.
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ class Pooled:
             raise ValueError(f"{type(self.policy).__name__} has no tau to compare a pooled score with")
         if self.over not in ("sequence", "batch", "world") or self.reduce not in ("mean", "max"):
             raise ValueError(f"pooling over {self.over!r} by {self.reduce!r}: sequence, batch or world, mean or max")
+
+    @property
+    def tau(self) -> float:
+        """What the pooled score is compared with."""
+        return self.policy.tau
 
     @property
     def granularity(self) -> Granularity:

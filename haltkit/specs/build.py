@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import PolicyRecord, record_of
+from haltkit.stepwise import StepTaus, TauByStep
 from haltkit.weights import Weights, is_weights
 from haltkit.wrappers import AllOf, AnyOf, CheckEvery, MinSteps, Patience, Pooled
 
@@ -29,6 +30,7 @@ class Wrapping:
     check_every: int = 1
     granularity: Literal["token", "sequence", "batch", "world"] = "token"
     pool: Literal["mean", "max"] = "mean"
+    tau_by_step: StepTaus | None = None
 
 
 WRAPPER_KEYS: dict[str, str] = {
@@ -37,6 +39,7 @@ WRAPPER_KEYS: dict[str, str] = {
     "check_every": "halt only at multiples of this step (1)",
     "granularity": "token, sequence, batch or world (all processes): which rows decide together (token)",
     "pool": "mean or max: how their scores are pooled (mean)",
+    "tau_by_step": "in place of tau: 0.5@4/1.2@9 is 0.5 from step 4 on, 1.2 from step 9 on, no halt before (none)",
 }
 # What a combination takes: pooling belongs to its parts, which have scores of their own.
 _COMBINATION_KEYS = ("patience", "min_steps", "check_every")
@@ -70,7 +73,11 @@ class Spec:
         """Whether a threshold is still to be chosen: the policy takes a ``tau``, or a part does, and has none."""
         if self.parts:
             return any(part.open for part in self.parts)
-        return self.takes("tau") and self.get("tau") is None
+        return self.takes("tau") and not self._says("tau")
+
+    def _says(self, key: str) -> bool:
+        """Whether the policy's own keys settle what a key is about."""
+        return self.get(key) is not None or (key == "tau" and self.get("tau_by_step") is not None)
 
     @property
     def needs_readout(self) -> bool:
@@ -109,7 +116,7 @@ class Spec:
         """The spec with one key set wherever the policy, or a part of it, takes the key and says nothing."""
         if self.parts:
             return replace(self, parts=tuple(part.with_default(key, value) for part in self.parts))
-        return self.with_key(key, value) if self.takes(key) and self.get(key) is None else self
+        return self.with_key(key, value) if self.takes(key) and not self._says(key) else self
 
     def located(self, folder: Path) -> Spec:
         """The spec with files of weights that it names looked for in a folder, unless their paths are absolute."""
@@ -147,14 +154,21 @@ class Spec:
         shared = tuple(key for key in WRAPPER_KEYS if record.wrapped and key not in own)
         wrapping, rest = _split_keys(self, shared)
         _refuse_unknown(self, rest, own, shared)
+        wrap = _wrapping(self, wrapping, Wrapping(patience=1 if "patience" in own else record.patience))
+        if wrap.tau_by_step is not None:
+            if "tau" in rest or "tau" not in own:
+                wrong = f"says tau={rest['tau']} too: drop one" if "tau" in rest else "has no tau that it could replace"
+                raise ValueError(f"{str(self)!r}: tau_by_step gives a tau for each step, and {self.name} {wrong}")
+            rest["tau"] = repr(wrap.tau_by_step.largest)
         policy: HaltingPolicy[Any] = record.policy(**_values(self, record, rest))
-        default = 1 if "patience" in own else record.patience
-        return _wrap(policy, _wrapping(self, wrapping, Wrapping(patience=default)))
+        return _wrap(policy, wrap)
 
 
 def _wrap(inner: HaltingPolicy[Any], keys: Wrapping) -> HaltingPolicy[Any]:
     if keys.granularity != "token":
         inner = Pooled(typing.cast(Any, inner), keys.granularity, keys.pool)
+    if keys.tau_by_step is not None:
+        inner = TauByStep(typing.cast(Any, inner), keys.tau_by_step)
     if keys.patience != 1:
         inner = Patience(inner, keys.patience)
     if keys.check_every != 1:
@@ -220,6 +234,11 @@ def value_of(text: str, hint: Any, key: str, spec: Spec) -> Any:
         return text
     if is_weights(hint):
         return Weights.load(text)
+    if hint == StepTaus | None:
+        try:
+            return StepTaus.of_text(text)
+        except ValueError as error:
+            raise ValueError(f"{key}={text} in {str(spec)!r}: {error}") from None
     raise ValueError(f"{key} of {spec.name} is of type {hint}, which a spec cannot write: build it in Python")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from haltkit.protocol import HaltingPolicy
 from haltkit.registry import PolicyRecord, place_of, record_of
 from haltkit.specs.build import COMBINED, Spec, value_of
+from haltkit.stepwise import TauByStep
 from haltkit.weights import Weights, held_by
 from haltkit.wrappers import AllOf, AnyOf, CheckEvery, MinSteps, Patience, Pooled
 
@@ -44,6 +45,9 @@ def spec_of(built: HaltingPolicy[Any], files: Mapping[Weights, str] = MappingPro
     patience = 1
     if isinstance(inner, Patience):
         patience, inner = inner.count, inner.policy
+    by_step = isinstance(inner, TauByStep)
+    if by_step:
+        keys, inner = [("tau_by_step", str(inner.taus)), *keys], inner.policy
     pooled = inner if isinstance(inner, Pooled) else None
     if pooled is not None:
         pooling = [("granularity", pooled.over), *([("pool", pooled.reduce)] if pooled.reduce != "mean" else [])]
@@ -54,7 +58,7 @@ def spec_of(built: HaltingPolicy[Any], files: Mapping[Weights, str] = MappingPro
         name = next(name for name, kind in COMBINED.items() if isinstance(inner, kind))
         shown = [("patience", str(patience)), *keys] if patience != 1 else keys
         return Spec(name, tuple(shown), tuple(spec_of(part, files) for part in inner.policies))
-    if isinstance(inner, (MinSteps, CheckEvery, Patience, Pooled)):
+    if isinstance(inner, (MinSteps, CheckEvery, Patience, Pooled, TauByStep)):
         raise UnprintablePolicy(f"{type(inner).__name__} stands inside a wrapper that specs put inside it")
     record = _record(inner)
     default = 1 if "patience" in record.fields else record.patience
@@ -62,7 +66,12 @@ def spec_of(built: HaltingPolicy[Any], files: Mapping[Weights, str] = MappingPro
         keys = [("patience", str(patience)), *keys]
     if keys and not record.wrapped:
         raise UnprintablePolicy(f"{record.name} takes no {keys[0][0]} in a spec")
-    return Spec(place_of(record), (*_own(inner, record, files), *keys))
+    own = _own(inner, record, files)
+    if by_step:
+        if "tau" not in record.fields:
+            raise UnprintablePolicy(f"{record.name} has no key tau that a spec could give by step")
+        own = [(key, text) for key, text in own if key != "tau"]
+    return Spec(place_of(record), (*own, *keys))
 
 
 def text_of(policies: Mapping[str, HaltingPolicy[Any]], files: Mapping[Weights, str] = MappingProxyType({})) -> str:

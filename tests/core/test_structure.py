@@ -22,7 +22,7 @@ CORE = [
     {"timing", "signals", "files", "trust", "identity", "measured", "standing"},
     {"weights", "headroom"},
     {"protocol", "folders", "calibration"},
-    {"policies", "wrappers", "rows", "bodies", "parts", "front", "kinds"},
+    {"policies", "wrappers", "stepwise", "rows", "bodies", "parts", "front", "kinds"},
     {"registry"},
     {"specs"},
     {"loop"},
