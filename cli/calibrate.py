@@ -43,6 +43,7 @@ def calibrate(
     method: Annotated[
         str, among("betting|hoeffding-bentkus|binomial|conformal", "How losses become evidence.")
     ] = "betting",
+    by: Annotated[str | None, among("step|region", "A threshold for each step, or for each region.")] = None,
     taus: Annotated[str, among("auto|LIST", "Thresholds to test.")] = "auto",
     loss_bound: Annotated[float, typer.Option(help="Where loss-gap is cut.")] = 1.0,
     seed: Annotated[int, seed_option("Of the order in which betting uses the units.")] = 0,
@@ -63,7 +64,7 @@ def calibrate(
     from haltkit.comparison.certify import certify, check_asked
     from haltkit.comparison.choice import save_certified
 
-    check_asked(risk, method, seed)
+    check_asked(risk, method, seed, by)
     if not 0 < delta < 1:
         raise ValueError(f"--delta {delta} is outside (0, 1): it is the probability that the promise fails")
     if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
@@ -85,6 +86,7 @@ def calibrate(
             risk=cast(Any, risk),
             epsilon=epsilon,
             delta=delta,
+            by=cast(Any, by),
             taus=tried,
             method=cast(Any, method),
             loss_bound=loss_bound,

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from haltkit import timing
 from haltkit.calibration import Certificate, calibrate
 from haltkit.calibration.certificate import Method
+from haltkit.calibration.conditional import Asked
+from haltkit.comparison.by_region import joint_path
+from haltkit.comparison.by_step import certify_by_step, spec_by_step
+from haltkit.comparison.live import Live, Ran, Risk
 from haltkit.comparison.possible import Possible, possible_if_known
 from haltkit.comparison.settings import Given, Sweeps, candidates
-from haltkit.driving import Look, Pass
+from haltkit.driving import Look
 from haltkit.protocol import Readout, granularity_of
 from haltkit.recording.replay import replay
 from haltkit.setting import Setting
@@ -23,9 +27,10 @@ from haltkit.specs import UnprintablePolicy, packed
 from haltkit.standing import PLAIN, Standing
 from haltkit.subject import Subject
 
-__all__ = ["Certified", "Risk", "certify", "check_asked"]
+__all__ = ["By", "Certified", "Risk", "certify", "check_asked"]
 
-Risk = Literal["disagreement", "loss-gap", "answer"]
+By = Literal["step", "region"]
+CHOOSERS = 8  # one sample of so many finds the path through the thresholds of regions
 _RISKS: dict[Risk, str] = {
     "disagreement": "share of {item}s whose top prediction is another than at full depth",
     "loss-gap": "{metric} above full depth's, cut to [0, {bound:g}]",
@@ -72,6 +77,7 @@ def certify(
     risk: Risk = "disagreement",
     epsilon: float,
     delta: float,
+    by: By | None = None,
     taus: str | Sequence[float] = "auto",
     method: Method = "betting",
     loss_bound: float = 1.0,
@@ -85,6 +91,12 @@ def certify(
     (``stable``, or a policy per region) come in the order of the steps that they take on the first sample, the most
     first.
 
+    Thresholds by region are a path through those of all regions, found on the first eighth of the samples
+    (:func:`haltkit.comparison.by_region.joint_path`) and tested on the others in its order. Thresholds by step are
+    proposed by one half of the samples, drawn at random, and tested on the other
+    (:func:`haltkit.comparison.by_step.certify_by_step`): then the risk is at most epsilon among what halts by step t,
+    for every step t.
+
     Args:
         subject: at least two samples; every sequence of the second and later ones is a unit, or every such sample where
             a policy halts whole batches: sequences that halt together are not independent.
@@ -92,6 +104,7 @@ def certify(
         risk: ``disagreement`` and ``loss-gap`` are against full depth, ``answer`` is against the labels: it needs a
             loss that is 0 or 1.
         epsilon, delta, method, seed: see :func:`haltkit.calibration.calibrate`.
+        by: a threshold for each ``step`` or each ``region``; None: one.
         taus: ``auto``, from the scores on the first sample at most depths, or the thresholds to test.
         loss_bound: where ``loss-gap`` is cut; 1 for the others.
         on_setting: told of every setting before it is run.
@@ -99,9 +112,10 @@ def certify(
     Raises:
         ValueError: an unknown risk or method, a negative seed, several policies, fewer than two samples, logits or
             labels that the subject lacks, a loss outside [0, 1] as an ``answer``, or epsilon or delta outside their
-            range.
+            range; by step, several regions, a policy without an open threshold, rows that halt one by one without
+            losses of their own, or ``conformal``.
     """
-    check_asked(risk, method, seed)
+    check_asked(risk, method, seed, by)
     if len(subject.samples) < 2:
         raise ValueError(
             "the first sample is used to choose thresholds, so a calibration needs at least two: give more sequences "
@@ -112,64 +126,93 @@ def certify(
     if risk == "answer" and subject.unit != "wrong":
         raise ValueError(f"the loss of {subject.name} is in {subject.unit}, not right or wrong: there are no labels")
     bound = loss_bound if risk == "loss-gap" else 1.0
-    chosen_on, samples = subject.samples[:1], subject.samples[1:]
-    look = replace(subject, samples=chosen_on).look()
+    told = on_setting or (lambda _: None)
+    looked = replace(subject, samples=subject.samples[:1])
+    look = looked.look()
     depths = sorted({*range(2, min(look.full_depth, 16) + 1), *range(20, look.full_depth + 1, 4)})
     dense = replace(subject, target_steps=tuple(depths))
     given = candidates(policy if isinstance(policy, str) else [policy], subject)
     if len(given) != 1:
         raise ValueError(f"{len(given)} policies: a certificate is about one, so give one")
     sweeps = Sweeps.on(dense, look, taus)
-    settings = _from_the_safest(sweeps.settings(given[0]), look, sweeps.readout)
-    run = partial(_run, subject, samples)
-    full_seconds, full = timing.clock(lambda: run(Setting.of(look.full_depth, subject.regions)))
-    # Sequences that halt together are not independent: what halts as one counts as one.
-    policies = [one for setting in settings for one in setting.policies.values()]
-    together = any(granularity_of(one) == "batch" for one in policies)
-    lost = partial(_losses, subject, risk, bound, together, full)
-    record = partial(
-        calibrate,
-        epsilon=epsilon,
-        delta=delta,
-        method=method,
-        risk=_RISKS[risk].format(item=subject.item, metric=subject.metric, bound=bound),
-        loss_bound=bound,
-        unit="batch" if together and any(len(losses) > 1 for _, losses, _ in full) else "sequence",
-        seed=seed,
+    measured = _RISKS[risk].format(item=subject.item, metric=subject.metric, bound=bound)
+
+    def live_on(samples: Sequence[Any]) -> Live:
+        return Live.of(subject, samples, look.full_depth, risk, bound)
+
+    if by == "step":
+        spec = spec_by_step(given[0], sweeps)
+        order = np.random.default_rng(seed).permutation(len(subject.samples)).tolist()
+        halves = [[subject.samples[i] for i in part] for part in (order[: len(order) // 2], order[len(order) // 2 :])]
+        asked = Asked(epsilon, delta, method, measured, loss_bound=bound, seed=seed)
+        certificate, ran, live = certify_by_step(spec, sweeps, (halves[0], halves[1]), live_on, asked, told)
+    else:
+        if by == "region":
+            choosing = max(1, len(subject.samples) // CHOOSERS)
+            settings = joint_path(given[0], sweeps, live_on(subject.samples[:choosing]), told)
+        else:
+            choosing, settings = 1, _from_the_safest(sweeps.settings(given[0]), look, sweeps.readout)
+        live = live_on(subject.samples[choosing:])
+        together = any(map(_together, settings))
+        record = partial(
+            calibrate,
+            epsilon=epsilon,
+            delta=delta,
+            method=method,
+            risk=measured,
+            loss_bound=bound,
+            unit=live.unit(together),
+            seed=seed,
+        )
+        certificate, ran = _in_sequence(settings, live, together, record, told)
+    if ran is None:
+        return Certified(certificate, None, {}, look.full_depth, standing=given[0].standing)
+    headroom, _ = possible_if_known(replace(looked, full_depth=look.full_depth))
+    times = live.ms(ran), live.ms(live.full)
+    return Certified(
+        certificate, ran.setting, dict(ran.steps), look.full_depth, *times, headroom, standing=given[0].standing
     )
+
+
+def _in_sequence(
+    settings: Sequence[Setting],
+    live: Live,
+    together: bool,
+    record: Callable[..., Certificate],
+    on_setting: Callable[[Setting], None],
+) -> tuple[Certificate, Ran | None]:
+    """Run settings live in the order of their test until one fails; the certificate, and the run that it chose."""
     columns: list[Tensor] = []
-    steps: list[dict[str, float]] = []
-    times: list[float] = []
+    runs: list[Ran] = []
     for setting in settings:
-        if on_setting is not None:
-            on_setting(setting)
-        seconds, passes = timing.clock(partial(run, setting))
-        times.append(seconds)
-        columns.append(lost(passes))
-        steps.append(_mean_steps(setting, passes))
-        tried = [_named(one) for one in settings[: len(columns)]]
-        certificate = record(torch.stack(columns, 1), settings=tried)
+        on_setting(setting)
+        runs.append(live.run(setting))
+        columns.append(live.by_unit(runs[-1], together))
+        certificate = record(torch.stack(columns, 1), settings=[_named(one.setting) for one in runs])
         if certificate.chosen != len(columns) - 1:
             break
-    chosen = certificate.chosen
-    if chosen is None:
-        return Certified(certificate, None, {}, look.full_depth, standing=given[0].standing)
-    headroom, _ = possible_if_known(replace(subject, samples=chosen_on, full_depth=look.full_depth))
-    items = sum(losses.numel() for _, losses, _ in full)
-    ms, full_ms = (1e3 * seconds / items for seconds in (times[chosen], full_seconds))
-    found = Certified(certificate, settings[chosen], steps[chosen], look.full_depth, ms, full_ms, headroom)
-    return replace(found, standing=given[0].standing)
+    return certificate, None if certificate.chosen is None else runs[certificate.chosen]
 
 
-def check_asked(risk: str, method: str, seed: int) -> None:
+def _together(setting: Setting) -> bool:
+    """Whether whole batches halt: their sequences are not independent, so what halts as one counts as one."""
+    return any(granularity_of(one) == "batch" for one in setting.policies.values())
+
+
+def check_asked(risk: str, method: str, seed: int, by: str | None = None) -> None:
     """Check what :func:`certify` is asked for, as far as that takes no subject.
 
     Raises:
-        ValueError: an unknown risk or method, or a negative seed.
+        ValueError: an unknown risk, method or kind of threshold, a negative seed, or thresholds by step by a method
+            that has no p-values.
     """
     for name, asked, allowed in (("risk", risk, get_args(Risk)), ("method", method, get_args(Method))):
         if asked not in allowed:
             raise ValueError(f"{name}={asked!r}: allowed are {', '.join(allowed)}")
+    if by is not None and by not in get_args(By):
+        raise ValueError(f"by={by!r}: allowed are {', '.join(get_args(By))}")
+    if by == "step" and method == "conformal":
+        raise ValueError("conformal has no p-values, which thresholds by step need: use another method")
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
 
@@ -194,45 +237,3 @@ def _named(setting: Setting) -> str:
         return packed(setting.policies)[0]
     except UnprintablePolicy:
         return setting.label
-
-
-def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> list[tuple[Pass, Tensor, Tensor | None]]:
-    """Each sample's pass, losses and top predictions; logits are not kept."""
-    kept = []
-    with subject.using(setting) as run:
-        for sample in samples:
-            done = run(sample)
-            tops = None if subject.logits is None else subject.logits(done.output).argmax(-1)
-            kept.append((replace(done, output=None), subject.losses(done.output, sample), tops))
-    return kept
-
-
-def _losses(
-    subject: Subject,
-    risk: Risk,
-    bound: float,
-    together: bool,
-    full: Sequence[tuple[Pass, Tensor, Tensor | None]],
-    passes: Sequence[tuple[Pass, Tensor, Tensor | None]],
-) -> Tensor:
-    """One loss per sequence, or one per sample where its sequences halt together; in [0, bound]."""
-    found = []
-    for (_, losses, tops), (_, full_losses, full_tops) in zip(passes, full, strict=True):
-        if risk == "disagreement":
-            assert tops is not None  # certify refuses a subject without logits
-            assert full_tops is not None
-            differ = (tops != full_tops).reshape(len(tops), -1).double()
-            each = differ.amax(1) if subject.granularity == "sequence" else differ.mean(1)
-        else:
-            each = losses.double().reshape(len(losses), -1).mean(1)
-            if risk == "loss-gap":
-                each = (each - full_losses.double().reshape(len(losses), -1).mean(1)).clamp(0.0, bound)
-        found.append(each.mean(0, keepdim=True) if together else each)
-    return torch.cat(found).cpu()
-
-
-def _mean_steps(setting: Setting, passes: Sequence[tuple[Pass, Tensor, Tensor | None]]) -> dict[str, float]:
-    if setting.depth is not None:
-        return {name: float(steps) for name, steps in setting.depth.steps.items()}
-    names = passes[0][0].steps
-    return {name: float(torch.cat([p.steps[name].flatten() for p, _, _ in passes]).double().mean()) for name in names}

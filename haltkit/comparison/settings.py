@@ -189,7 +189,7 @@ class Sweeps:
         Raises:
             ValueError: a bad spec, or no threshold.
         """
-        parts = {region: self._with_granularity(part, candidate) for region, part in candidate.parts.items()}
+        parts = self.parts(candidate)
         if not candidate.open:
             alone = parts.get("")
             if isinstance(alone, Spec) and (values := alone.sweep):
@@ -200,12 +200,13 @@ class Sweeps:
         made = [self._setting(candidate, parts, tau) for tau in self._common(candidate)]
         made += self._picked(candidate, parts)
         if not made:
-            raise ValueError(
-                f"no threshold for {candidate.name!r} could be picked from its scores over the steps that were seen: "
-                "say which taus to try, or run more steps"
-            )
+            raise ValueError(_no_threshold(repr(candidate.name)))
         unique = {setting.text or str(number): setting for number, setting in enumerate(made)}
         return sorted(unique.values(), key=lambda setting: setting.tau or 0.0)
+
+    def parts(self, candidate: Candidate) -> dict[str, Spec | HaltingPolicy[Any]]:
+        """The candidate's parts with the granularity that they are run with."""
+        return {region: self._with_granularity(part, candidate) for region, part in candidate.parts.items()}
 
     def _with_granularity(self, part: Any, candidate: Candidate) -> Any:
         if not isinstance(part, Spec) or candidate.as_given or not part.takes("granularity"):
@@ -235,7 +236,7 @@ class Sweeps:
         if self.taus not in ("auto", "both"):
             return []
         found = {
-            region: taus_of(part, self._recorded(region), self.readout, self.targets)
+            region: taus_of(part, self.recorded(region), self.readout, self.targets)
             for region, part in parts.items()
             if isinstance(part, Spec) and part.open
         }
@@ -248,10 +249,37 @@ class Sweeps:
                 settings.append(Setting.of(built, self.subject.regions).named(candidate.name))
         return settings
 
-    def _recorded(self, region: str) -> list[RegionTrajectory]:
+    def grid(self, candidate: Candidate, region: str) -> list[HaltingPolicy[Any]]:
+        """A region's policy at each of its own thresholds; the one policy where no threshold is open.
+
+        Raises:
+            ValueError: a bad spec, or no threshold.
+        """
+        parts = self.parts(candidate)
+        part = parts.get(region, parts.get(""))
+        if not isinstance(part, Spec):
+            return [_built(part, None)]
+        if not part.open:
+            return [spec.build() for spec in part.sweep or [part]]
+        taus = set(self._common(candidate))
+        if isinstance(self.taus, str):
+            taus |= set(taus_of(part, self.recorded(region), self.readout, self.targets).values())
+        if not taus:
+            raise ValueError(_no_threshold(f"{candidate.name!r} in region {region!r}"))
+        return [_built(part, tau) for tau in sorted(taus)]
+
+    def recorded(self, region: str) -> list[RegionTrajectory]:
+        """The recordings of one region; of all, where none is named."""
         if region:
             return [recording[region] for recording in self.look.recordings]
         return [one for recording in self.look.recordings for one in recording.values()]
+
+
+def _no_threshold(what: str) -> str:
+    return (
+        f"no threshold for {what} could be picked from its scores over the steps that were seen: say which taus to "
+        "try, or run more steps"
+    )
 
 
 def _built(part: Any, tau: float | None) -> HaltingPolicy[Any]:

@@ -14,7 +14,16 @@ from haltkit.recording.trajectory import RegionTrajectory
 from haltkit.registry import record_of
 from haltkit.specs import Spec
 
-__all__ = ["PAPER_TAUS", "TARGET_STEPS", "observed_taus", "scores_of", "tau_at_step", "tau_within", "taus_of"]
+__all__ = [
+    "PAPER_TAUS",
+    "TARGET_STEPS",
+    "observed_taus",
+    "patience_of",
+    "scores_of",
+    "tau_at_step",
+    "tau_within",
+    "taus_of",
+]
 
 # The thresholds of arXiv 2509.23314, Figure 4.
 PAPER_TAUS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -104,8 +113,13 @@ def scores_of(spec: Spec, recordings: Sequence[RegionTrajectory], readout: Reado
     judge = spec.with_key("tau", "1").build()
     with torch.no_grad():
         seen = [scores(judge, region, readout=readout).flatten(1) for region in recordings]
+    return torch.cat(seen, 1), patience_of(spec)
+
+
+def patience_of(spec: Spec) -> int:
+    """Hits in a row that a policy asks for, as its spec or its record says."""
     written = spec.get("patience")
-    return torch.cat(seen, 1), int(written) if written is not None else record_of(spec.name).patience
+    return int(written) if written is not None else record_of(spec.name).patience
 
 
 def taus_of(

@@ -32,6 +32,18 @@ ARGUMENTS = {
     "bench_sudoku.py": ["--boards", "9", "--part", "5", "--slots", "4", "--repeats", "1"],
     "check_sudoku.py": ["--boards", "2", "--empty", "18"],
     "bench_calibration.py": ["--splits", "2"],
+    "bench_early_risk.py": [
+        "--sequences",
+        "96",
+        "--fresh",
+        "8",
+        "--batch",
+        "8",
+        "--full-depth",
+        "5",
+        "--epsilon",
+        "0.4",
+    ],
     "bench_rows.py": ["--rows", "64", "--steps", "2", "--repeats", "1"],
     "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
 }

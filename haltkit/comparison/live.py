@@ -1,0 +1,174 @@
+"""Live runs of a subject against its full depth: what each sequence lost, or each row and where it halted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from haltkit import timing
+from haltkit.protocol import MOST, Granularity
+from haltkit.setting import Setting
+from haltkit.subject import Subject
+
+__all__ = ["Live", "Ran", "Risk"]
+
+Risk = Literal["disagreement", "loss-gap", "answer"]
+
+
+class Seen(NamedTuple):
+    """What is kept of a pass; logits are not."""
+
+    steps: Mapping[str, Tensor]
+    losses: Tensor
+    tops: Tensor | None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A setting that was run on all samples, in so many seconds."""
+
+    setting: Setting
+    seconds: float
+    seen: Sequence[Seen]
+
+    @property
+    def steps(self) -> dict[str, float]:
+        """Mean steps by region."""
+        depth = self.setting.depth
+        if depth is not None:
+            return {name: float(steps) for name, steps in depth.steps.items()}
+        names = self.seen[0].steps
+        return {name: float(torch.cat([s.steps[name].flatten() for s in self.seen]).double().mean()) for name in names}
+
+
+@dataclass(frozen=True)
+class Live:
+    """Runs settings on samples and says what they lost against full depth, or the labels. Make one with :meth:`of`.
+
+    Attributes:
+        subject: what is run.
+        samples: what it is run on.
+        risk: as in :func:`haltkit.comparison.certify.certify`.
+        bound: the largest possible loss.
+        full: the run at full depth.
+    """
+
+    subject: Subject
+    samples: Sequence[Any]
+    risk: Risk
+    bound: float
+    full: Ran
+
+    @classmethod
+    def of(cls, subject: Subject, samples: Sequence[Any], full_depth: int, risk: Risk, bound: float) -> Live:
+        """Run full depth."""
+        full = _run(subject, samples, Setting.of(full_depth, subject.regions))
+        return cls(subject, samples, risk, bound, full)
+
+    def run(self, setting: Setting) -> Ran:
+        """Run a setting on every sample."""
+        return _run(self.subject, self.samples, setting)
+
+    def unit(self, together: bool) -> str:
+        """What one unit is: a sequence, or a batch where its sequences halt together."""
+        return "batch" if together and any(len(seen.losses) > 1 for seen in self.full.seen) else "sequence"
+
+    def ms(self, ran: Ran) -> float:
+        """Wall-clock milliseconds per item of the subject."""
+        return 1e3 * ran.seconds / sum(seen.losses.numel() for seen in self.full.seen)
+
+    def by_unit(self, ran: Ran, together: bool) -> Tensor:
+        """The loss of each sequence, or of each sample where its sequences halt together; in [0, bound]."""
+        found = []
+        for seen, full in zip(ran.seen, self.full.seen, strict=True):
+            if self.risk == "disagreement":
+                differ = self._rows(seen, full)
+                each = differ.amax(1) if self.subject.granularity == "sequence" else differ.mean(1)
+            else:
+                each = _mean(seen.losses)
+                if self.risk == "loss-gap":
+                    each = (each - _mean(full.losses)).clamp(0.0, self.bound)
+            found.append(each.mean(0, keepdim=True) if together else each)
+        return torch.cat(found).cpu()
+
+    def losses(self, ran: Ran, granularity: Granularity) -> NDArray[np.float64]:
+        """What each row of each unit lost, ``(units, R)``.
+
+        What halts as one is one row: a sample under ``batch``, a sequence under ``sequence``. Under ``token`` the rows
+        are those that are asked something.
+        """
+        if granularity != "token":
+            return self.by_unit(ran, granularity != "sequence").unsqueeze(1).numpy()
+        return torch.cat([self._rows(*one) for one in zip(ran.seen, self.full.seen, strict=True)]).cpu().numpy()
+
+    def steps(self, ran: Ran, granularity: Granularity) -> NDArray[np.int64]:
+        """Where each row of each unit halted, ``(units, R)``, in the only region; padding never halts.
+
+        Raises:
+            ValueError: see :meth:`rows_of`.
+        """
+        every = [
+            self.rows_of(number, steps, granularity)
+            for number, (steps,) in enumerate(s.steps.values() for s in ran.seen)
+        ]
+        steps = torch.cat(every).cpu()
+        return steps.masked_fill(steps == 0, MOST).numpy()
+
+    def rows_of(self, number: int, values: Tensor, granularity: Granularity) -> Tensor:
+        """From values of a sample's rows, ``(B, T)`` or ``(B,)``, to those of the rows of its units, ``(units, R)``.
+
+        What halts as one has the largest of its values.
+
+        Raises:
+            ValueError: rows halt one by one, and the losses are not theirs.
+        """
+        values = values.reshape(len(values), -1)
+        if granularity != "token":
+            return values.amax(1, keepdim=True) if granularity == "sequence" else values.amax().reshape(1, 1)
+        full, labels = self.full.seen[number], self.subject.labels
+        shape = self._rows(full, full).shape
+        if values.shape != shape and labels is not None:
+            asked = labels(self.samples[number]).reshape(len(values), -1) >= 0
+            if asked.shape == values.shape and bool((asked.sum(1) == shape[1]).all()):
+                values = values[asked.to(values.device)].reshape(shape)
+        if values.shape != shape:
+            raise ValueError(
+                f"{values.shape[1]} rows of a sequence halt one by one, and it has {shape[1]} losses: thresholds by "
+                "step need a loss for each row that halts, or rows that halt as one; add granularity=sequence"
+            )
+        return values
+
+    def _rows(self, seen: Seen, full: Seen) -> Tensor:
+        """What each row lost, ``(B, R)`` in [0, bound]."""
+        if self.risk == "disagreement":
+            assert seen.tops is not None  # certify refuses a subject without logits
+            assert full.tops is not None
+            return (seen.tops != full.tops).reshape(len(seen.tops), -1).double()
+        losses = seen.losses.double().reshape(len(seen.losses), -1)
+        if self.risk == "loss-gap":
+            losses = (losses - full.losses.double().reshape(losses.shape)).clamp(0.0, self.bound)
+        return losses
+
+
+def _mean(losses: Tensor) -> Tensor:
+    return losses.double().reshape(len(losses), -1).mean(1)
+
+
+def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> Ran:
+    def all_samples() -> list[Seen]:
+        kept = []
+        with subject.using(setting) as run:
+            for sample in samples:
+                done = run(sample)
+                tops = None if subject.logits is None else subject.logits(done.output).argmax(-1)
+                kept.append(Seen(done.steps, subject.losses(done.output, sample), tops))
+        return kept
+
+    seconds, seen = timing.clock(all_samples)
+    return Ran(setting, seconds, seen)
