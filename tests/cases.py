@@ -75,6 +75,7 @@ SPECS = {
     "patience": "norm:tau=0.2,patience=3",
     "min_steps": "accel:tau=0.5,min_steps=5",
     "check_every": "speed:tau=0.3,check_every=3",
+    "tau_by_step": "norm:tau_by_step=0.1@2/0.3@4/0@6/0.2@7",
     "any": "any(accel:tau=0.02|norm-rel:tau=0.1)",
     "all": "all(accel:tau=0.2|norm:tau=0.1):min_steps=4",
 }

@@ -103,7 +103,7 @@ def certify_by_step(
                 policy = spec.with_key("tau_by_step", _from_step(proposed, start, patience_of(spec))).build()
                 ran = run(second, Setting.of(policy, regions).named(str(spec)))
                 steps, losses = second.steps(ran, granularity)[units], second.losses(ran, granularity)[units]
-                tested.append((ran, steps, losses, asked.worst(steps, losses, start, full_depth)))
+                tested.append((ran.summary(), steps, losses, asked.worst(steps, losses, start, full_depth)))
                 yield tested[-1][3]
 
     passed = fixed_sequence(tests(), asked.delta)

@@ -186,8 +186,9 @@ def _in_sequence(
     runs: list[Ran] = []
     for setting in settings:
         on_setting(setting)
-        runs.append(live.run(setting))
-        columns.append(live.by_unit(runs[-1], together))
+        ran = live.run(setting)
+        columns.append(live.by_unit(ran, together))
+        runs.append(ran.summary())
         certificate = record(torch.stack(columns, 1), settings=[_named(one.setting) for one in runs])
         if certificate.chosen != len(columns) - 1:
             break

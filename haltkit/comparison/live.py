@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,20 +31,23 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Ran:
-    """A setting that was run on all samples, in so many seconds."""
+    """A setting that was run on all samples, in so many seconds.
+
+    Attributes:
+        setting: what was run.
+        seconds: of wall-clock time.
+        steps: their mean by region.
+        seen: what is known of each pass; empty in a summary.
+    """
 
     setting: Setting
     seconds: float
+    steps: Mapping[str, float]
     seen: Sequence[Seen]
 
-    @property
-    def steps(self) -> dict[str, float]:
-        """Mean steps by region."""
-        depth = self.setting.depth
-        if depth is not None:
-            return {name: float(steps) for name, steps in depth.steps.items()}
-        names = self.seen[0].steps
-        return {name: float(torch.cat([s.steps[name].flatten() for s in self.seen]).double().mean()) for name in names}
+    def summary(self) -> Ran:
+        """The same without what was seen of each pass: many of them, kept between large temporaries, hold the heap."""
+        return replace(self, seen=())
 
 
 @dataclass(frozen=True)
@@ -171,4 +174,9 @@ def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> Ran:
         return kept
 
     seconds, seen = timing.clock(all_samples)
-    return Ran(setting, seconds, seen)
+    if setting.depth is not None:
+        means = {name: float(steps) for name, steps in setting.depth.steps.items()}
+    else:
+        every = {name: torch.cat([one.steps[name].flatten() for one in seen]) for name in seen[0].steps}
+        means = {name: float(steps.double().mean()) for name, steps in every.items()}
+    return Ran(setting, seconds, means, seen)

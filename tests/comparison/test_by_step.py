@@ -343,6 +343,11 @@ def test_what_cannot_be_certified_by_step_is_refused(
         certify(subject, **{"policy": "norm", "epsilon": 0.05, "delta": 0.1, "by": "step", **asked})
 
 
+def test_thresholds_by_step_are_for_one_region() -> None:
+    with pytest.raises(ValueError, match="this model has a, b"):
+        certify(_two_regions(40), "norm", epsilon=0.05, delta=0.1, by="step")
+
+
 # --- by region
 
 
