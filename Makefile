@@ -101,6 +101,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python examples/bench_training.py
 	$(BIN)/python examples/bench_calibration.py
 	$(BIN)/python examples/bench_recorded_calibration.py
+	$(BIN)/python examples/bench_early_risk.py
 	$(BIN)/python examples/bench_batches.py
 	$(BIN)/haltkit bench --json haltkit-bench.json
 
