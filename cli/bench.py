@@ -180,8 +180,8 @@ def bench(
         highlight=False,
         markup=False,
     )
-    for one in wanted:
-        say_standing(console, one.name, one.standing)
+    for candidate in wanted:
+        say_standing(console, candidate.name, candidate.standing)
     results: dict[str, Any] = {}
     for part in PARTS:
         if part not in parts:
