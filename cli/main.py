@@ -28,6 +28,7 @@ from haltkit.cli import (
     report,
     solve,
     train,
+    watch,
 )
 from haltkit.cli.terminal import starting
 
@@ -82,6 +83,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report.report,
     "solve": solve.solve,
     "train": train.train,
+    "watch": watch.watch,
 }
 # lm-eval reads its arguments itself, --help too.
 SETTINGS = {"lm-eval": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}}

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from haltkit.specs import policy as policy
     from haltkit.subject import Subject as Subject
     from haltkit.trust import allow_code as allow_code
+    from haltkit.watching import watch as watch
     from haltkit.weights import Weights as Weights
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "haltkit.specs": ("policy",),
     "haltkit.subject": ("Subject",),
     "haltkit.trust": ("allow_code",),
+    "haltkit.watching": ("watch",),
     "haltkit.weights": ("Weights",),
     "haltkit.recording.replay": ("readout_of_recordings", "replay"),
     "haltkit.recording.trajectory": ("Trajectory",),

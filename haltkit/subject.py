@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from haltkit.attachment import Loop
 from haltkit.attachment.presets import preset_for
+from haltkit.calibration.losses import Judged, as_losses
 from haltkit.driving import Adaptive, ByAttaching, ByModules, ByRow, Driver, Look, Pass, RunPass
 from haltkit.kinds import DepthByRow, Kinds
 from haltkit.policies import Table
@@ -247,14 +248,16 @@ class Subject:
         Raises:
             ValueError: the loss is not a number or a tensor of numbers, or not finite.
         """
-        value = output if self.loss is None else self.loss(output, sample)
-        if isinstance(value, (int, float)):
-            value = torch.tensor(float(value))
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the loss must be a number or a tensor of them, less being better; got {type(value)}")
-        if not bool(value.isfinite().all()):
-            raise ValueError("the loss is not finite: nothing can be compared by it")
-        return value.detach().reshape(1) if value.ndim == 0 else value.detach()
+        return as_losses(output if self.loss is None else self.loss(output, sample))
+
+    def judged(self, output: Any, sample: Any) -> Judged:
+        """What a pass lost, and its top predictions if there are logits; the logits themselves are not kept.
+
+        Raises:
+            ValueError: see :meth:`losses`.
+        """
+        tops = None if self.logits is None else self.logits(output).argmax(-1)
+        return Judged(self.losses(output, sample), tops)
 
     @torch.no_grad()
     def look(self) -> Look:

@@ -23,9 +23,10 @@ from haltkit.attachment.regions import around, nesting
 from haltkit.attachment.retiring import Freezing, HaltedEntries, Retiring
 from haltkit.attachment.session import NOTHING_RAN, Session, next_number, trajectory_of
 from haltkit.attachment.steadiness import Inputs
-from haltkit.attachment.verify import NOTHING, ByRegion, Probe
+from haltkit.attachment.verify import NEVER, NOTHING, ByRegion, Probe
 from haltkit.card import Card
 from haltkit.loop import Execution, LoopObserver
+from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, Readout
 from haltkit.queue import check_slots, in_turn
 from haltkit.recording.trajectory import Trajectory
@@ -76,7 +77,7 @@ class HaltingSession(Session):
 
     def __init__(self, model: nn.Module, how: Halting) -> None:
         """Nothing about the model is changed yet: :meth:`attach` does that."""
-        self.model, self.how = model, how
+        self.model, self.how, self.card = model, how, how.card
         self.regions = tuple(how.loops)
         self.policies, self.loops, self.readouts = dict(how.policies), dict(how.loops), dict(how.readouts)
         self.standing, self.number = how.standing, next_number()
@@ -207,6 +208,11 @@ class HaltingSession(Session):
     def detached(self) -> Iterator[None]:
         with self._passing.through():
             yield
+
+    def at_full_depth(self) -> AbstractContextManager[Any]:
+        if not self.how.max_steps:
+            return self.detached()
+        return self._probe({n: Fixed(self.how.max_steps[n]) if n in self.how.max_steps else NEVER for n in self.loops})
 
     def queue(
         self,

@@ -14,6 +14,7 @@ from haltkit.attachment.description import Loop
 from haltkit.attachment.joining import QueueOutput
 from haltkit.attachment.tally import Tally
 from haltkit.attachment.verify import NOTHING, ByRegion, Probe, Report, verify
+from haltkit.card import Card
 from haltkit.loop import LoopObserver
 from haltkit.protocol import HaltingPolicy, Readout, granularity_of
 from haltkit.recording.recorder import Recorder
@@ -46,6 +47,7 @@ class Session(ABC):
         tally: counts over all loops of the session, by region.
         standing: what is promised of the policies, or what they are used without, where they came from a card; its
             text is one line, empty where there is nothing to say.
+        card: that the policies are from; None: they are not from a card.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Session(ABC):
     loops: Mapping[str, Loop]
     readouts: Mapping[str, Readout]
     tally: Mapping[str, Tally]
+    card: Card | None = None
     standing: Standing = PLAIN
 
     def __repr__(self) -> str:
@@ -73,6 +76,13 @@ class Session(ABC):
     @abstractmethod
     def detached(self) -> AbstractContextManager[None]:
         """Detach for the length of a ``with`` block: calls pass through as if nothing were attached."""
+
+    def at_full_depth(self) -> AbstractContextManager[Any]:
+        """Run every loop to its full depth for the length of a ``with`` block: to its budget, or as deep as it goes.
+
+        What happens inside is neither counted nor remembered.
+        """
+        return self.detached()
 
     @property
     @abstractmethod

@@ -23,11 +23,13 @@ class Tally:
     Attributes:
         loops: passes through the loop.
         computed, skipped: iterations that ran, and iterations that were given from the tape.
+        mean_steps: the mean over its rows of each loop's steps, added up.
         seconds: time inside the body's modules of the iterations that ran, as the host saw it.
     """
 
     def __init__(self) -> None:
         self.computed = self.skipped = self.loops = 0
+        self.mean_steps = 0.0
         self.seconds = 0.0
         self._histogram: Counter[int] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -43,7 +45,9 @@ class Tally:
             self.computed += computed
             self.skipped += skipped
             self.seconds += seconds
-            self._histogram.update(_counts(steps))
+            taken = _counts(steps)
+            self.mean_steps += sum(k * rows for k, rows in taken.items()) / max(1, steps.numel())
+            self._histogram.update(taken)
             self._outcomes.update({Outcome(value).name: count for value, count in _counts(outcome).items()})
 
     def observed(self, steps: int, rows: int) -> None:
@@ -52,6 +56,7 @@ class Tally:
             if not self._paused:
                 self.loops += 1
                 self.computed += steps
+                self.mean_steps += steps
                 self._histogram[steps] += rows
                 self._outcomes[Outcome.BUDGET.name] += rows
 

@@ -3,5 +3,6 @@
 from haltkit.calibration.calibrate import calibrate
 from haltkit.calibration.certificate import Certificate
 from haltkit.calibration.monitor import Monitor
+from haltkit.calibration.spot_checks import SpotChecks
 
-__all__ = ["Certificate", "Monitor", "calibrate"]
+__all__ = ["Certificate", "Monitor", "SpotChecks", "calibrate"]

@@ -34,6 +34,7 @@ def calibrate(
     cost: ArrayLike | Tensor | None = None,
     loss_bound: float = 1.0,
     seed: int = 0,
+    loss: str = "",
 ) -> Certificate:
     """Certify the most eager setting whose risk is at most epsilon.
 
@@ -54,6 +55,8 @@ def calibrate(
         cost: ``(settings,)``, such as mean steps: the cheapest certified setting is chosen. Otherwise the last one.
         loss_bound: the largest possible loss.
         seed: of the order in which ``betting`` uses the units; the other methods do not depend on order.
+        loss: which of :mod:`haltkit.calibration.losses` these are, so that spot checks can make more of them; empty:
+            none of them.
 
     Returns:
         a certificate; where nothing can be certified, one without a chosen setting that says how many units are
@@ -95,6 +98,7 @@ def calibrate(
         loss_bound=loss_bound,
         data_hash=data_hash(values),
         seed=seed,
+        loss=loss,
     )
     if method == "conformal":
         return _conformal(values, epsilon, loss_bound, costs, record)

@@ -44,6 +44,8 @@ class Certificate:
         data_hash: SHA-256 of the losses, so that the certificate can be matched with its data.
         seed: of the order in which the units were used.
         reason: why this setting was chosen, or why none was.
+        loss: which of :mod:`haltkit.calibration.losses` the losses are; empty: none of them, or not known, as in files
+            of before it was said.
 
     Raises:
         ValueError: fields that contradict each other, as in a file that was edited.
@@ -67,6 +69,7 @@ class Certificate:
     data_hash: str
     seed: int
     reason: str
+    loss: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < self.loss_bound < math.inf:
@@ -112,6 +115,7 @@ class Certificate:
         version = found.pop("version", None)
         if version != _VERSION:
             raise ValueError(f"a certificate of version {version}: this haltkit reads version {_VERSION}; upgrade it")
+        found.setdefault("loss", "")
         names = {field.name for field in dataclasses.fields(cls)}
         if names != set(found):
             raise ValueError(

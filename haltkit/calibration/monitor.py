@@ -8,6 +8,7 @@ however often, the alarm is false with probability at most ``delta`` over the wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,6 +60,10 @@ class Monitor:
             raise ValueError(f"delta={self.delta} is outside (0, 1): it is the probability of a false alarm")
         if len(self.log_wealths) != len(_BETS):
             raise ValueError(f"{len(self.log_wealths)} wealths, where a monitor has {len(_BETS)}")
+        if not all(map(math.isfinite, (*self.log_wealths, self.peak))) or self.peak < 0:
+            raise ValueError("wealths of a monitor are finite, and the largest so far is at least 1, the stake")
+        if not 0 <= self.total <= self.checks * self.loss_bound * (1 + 1e-9):
+            raise ValueError(f"{self.checks} spot checks cannot have lost {self.total}: at most {self.loss_bound} each")
 
     def update(self, loss: float) -> Monitor:
         """The monitor after one more spot check.
@@ -104,27 +109,67 @@ class Monitor:
             raise ValueError("no spot checks were made, so nothing is known about the risk: let some units run on")
         return self.total / self.checks
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Between which bounds the risk is, at this level, if it stayed the same over all spot checks.
+
+        Valid at every moment, however often one looks. The bounds are where a mixture of bets on every other risk q,
+        ``prod_i (q / r)^x_i ((1 - q) / (1 - r))^(1 - x_i)`` for losses in [0, 1] with mean r, weighted by the
+        arcsine law, reaches ``1 / (1 - level)``: for losses of 0 and 1 it is the ratio of likelihoods, for others it is
+        no larger in expectation, since it is convex in x. Robbins (1970).
+
+        Raises:
+            ValueError: a level outside (0, 1), or no spot checks.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} is outside (0, 1)")
+        mean = min(1.0, self.risk / self.loss_bound)
+        won, count = mean * self.checks, self.checks
+        mixed = math.lgamma(won + 0.5) + math.lgamma(count - won + 0.5) - math.lgamma(count + 1) - math.log(math.pi)
+
+        def excluded(r: float) -> bool:
+            fits = (won * math.log(r) if won else 0.0) + ((count - won) * math.log1p(-r) if won < count else 0.0)
+            return mixed - fits >= -math.log1p(-level)
+
+        low = _edge(excluded, 0.0, mean) if mean > 0 else 0.0
+        high = _edge(excluded, 1.0, mean) if mean < 1 else 1.0
+        return low * self.loss_bound, high * self.loss_bound
+
+
+def _edge(excluded: Callable[[float], bool], outside: float, inside: float) -> float:
+    """The outer end of what is not excluded, to float64's precision; ``inside`` is not excluded."""
+    for _ in range(60):
+        middle = (outside + inside) / 2
+        if middle in (0.0, 1.0) or excluded(middle):
+            outside = middle
+        else:
+            inside = middle
+    return outside
+
 
 def _log_mean(logs: tuple[float, ...]) -> float:
     largest = max(logs)
     return largest + math.log(sum(math.exp(value - largest) for value in logs) / len(logs))
 
 
-def spot_check_cost(rate: float, mean_steps: float, full_depth: float) -> float:
+def spot_check_cost(rate: float, mean_steps: float, full_depth: float, *, again: bool = False) -> float:
     """Steps that spot checks add per unit, on average: ``rate * (full_depth - mean_steps)``.
 
-    A unit that is checked runs on from where it would have halted, so only the steps beyond that are extra.
+    A unit that runs on from where it would have halted takes only the steps beyond that. This is the run at full depth
+    only where all rows that see each other halt together: otherwise the others have read rows that had halted, and the
+    unit must run again from its beginning, which costs ``rate * full_depth``.
 
     Args:
         rate: the share of units that are checked, in [0, 1].
         mean_steps: steps of a unit that halts.
+        full_depth: steps of a unit that does not.
+        again: whether units run again, as under :func:`haltkit.watch`.
 
     Raises:
         ValueError: a rate outside [0, 1], or ``mean_steps`` outside ``[0, full_depth]``.
     """
     if not 0 <= rate <= 1 or not 0 <= mean_steps <= full_depth:
         raise ValueError(f"a share of {rate} and {mean_steps} of {full_depth} steps: [0, 1] and [0, full depth]")
-    return rate * (full_depth - mean_steps)
+    return rate * (full_depth if again else full_depth - mean_steps)
 
 
 def checks_until_alarm(risk: float, epsilon: float, delta: float, loss_bound: float = 1.0) -> float:

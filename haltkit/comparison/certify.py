@@ -162,6 +162,7 @@ def certify(
             risk=measured,
             loss_bound=bound,
             unit=live.unit(together),
+            loss=live.loss,
             seed=seed,
         )
         certificate, ran = _in_sequence(settings, live, together, record, told)

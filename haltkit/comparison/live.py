@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haltkit import timing
+from haltkit.calibration.losses import Judged, Loss, lost
 from haltkit.protocol import MOST, Granularity
 from haltkit.setting import Setting
 from haltkit.subject import Subject
@@ -22,11 +23,16 @@ Risk = Literal["disagreement", "loss-gap", "answer"]
 
 
 class Seen(NamedTuple):
-    """What is kept of a pass; logits are not."""
+    """What is kept of a pass."""
 
     steps: Mapping[str, Tensor]
-    losses: Tensor
-    tops: Tensor | None
+    judged: Judged
+
+    @property
+    def losses(self) -> Tensor:
+        """Those that a subject always has."""
+        assert self.judged.losses is not None
+        return self.judged.losses
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,12 @@ class Live:
         full = _run(subject, samples, Setting.of(full_depth, subject.regions))
         return cls(subject, samples, risk, bound, full)
 
+    @property
+    def loss(self) -> Loss:
+        """What one sequence loses: the risk, of sequences that are right or wrong as a whole if they halt as one."""
+        whole = self.risk == "disagreement" and self.subject.granularity == "sequence"
+        return "disagreement-anywhere" if whole else self.risk
+
     def run(self, setting: Setting) -> Ran:
         """Run a setting on every sample."""
         return _run(self.subject, self.samples, setting)
@@ -88,17 +100,9 @@ class Live:
 
     def by_unit(self, ran: Ran, together: bool) -> Tensor:
         """The loss of each sequence, or of each sample where its sequences halt together; in [0, bound]."""
-        found = []
-        for seen, full in zip(ran.seen, self.full.seen, strict=True):
-            if self.risk == "disagreement":
-                differ = self._rows(seen, full)
-                each = differ.amax(1) if self.subject.granularity == "sequence" else differ.mean(1)
-            else:
-                each = _mean(seen.losses)
-                if self.risk == "loss-gap":
-                    each = (each - _mean(full.losses)).clamp(0.0, self.bound)
-            found.append(each.mean(0, keepdim=True) if together else each)
-        return torch.cat(found).cpu()
+        pairs = zip(ran.seen, self.full.seen, strict=True)
+        each = (lost(self.loss, self.bound, seen.judged, full.judged) for seen, full in pairs)
+        return torch.cat([one.mean(0, keepdim=True) if together else one for one in each]).cpu()
 
     def losses(self, ran: Ran, granularity: Granularity) -> NDArray[np.float64]:
         """What each row of each unit lost, ``(units, R)``.
@@ -150,17 +154,14 @@ class Live:
     def _rows(self, seen: Seen, full: Seen) -> Tensor:
         """What each row lost, ``(B, R)`` in [0, bound]."""
         if self.risk == "disagreement":
-            assert seen.tops is not None  # certify refuses a subject without logits
-            assert full.tops is not None
-            return (seen.tops != full.tops).reshape(len(seen.tops), -1).double()
+            tops, known = seen.judged.tops, full.judged.tops
+            assert tops is not None  # certify refuses a subject without logits
+            assert known is not None
+            return (tops != known).reshape(len(tops), -1).double()
         losses = seen.losses.double().reshape(len(seen.losses), -1)
         if self.risk == "loss-gap":
             losses = (losses - full.losses.double().reshape(losses.shape)).clamp(0.0, self.bound)
         return losses
-
-
-def _mean(losses: Tensor) -> Tensor:
-    return losses.double().reshape(len(losses), -1).mean(1)
 
 
 def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> Ran:
@@ -169,8 +170,7 @@ def _run(subject: Subject, samples: Sequence[Any], setting: Setting) -> Ran:
         with subject.using(setting) as run:
             for sample in samples:
                 done = run(sample)
-                tops = None if subject.logits is None else subject.logits(done.output).argmax(-1)
-                kept.append(Seen(done.steps, subject.losses(done.output, sample), tops))
+                kept.append(Seen(done.steps, subject.judged(done.output, sample)))
         return kept
 
     seconds, seen = timing.clock(all_samples)

@@ -34,6 +34,7 @@ CORE = [
     {"attachment"},
     {"driving"},
     {"subject"},
+    {"watching"},
     {"comparison"},
     {"diagnostics"},
     {"reporting"},
