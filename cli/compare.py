@@ -125,7 +125,7 @@ def compare(
         subject = resolve(named, options, asked_options(context), device)
         if save_path is not None:
             check_savable(subject.described)  # before minutes are spent on measuring
-        tick(description=f"{len(subject.samples)} samples")
+        tick(description=f"looking at {len(subject.samples)} samples")
         result = compare_subject(
             subject,
             policies=given,
@@ -133,6 +133,7 @@ def compare(
             granularity=granularity,
             repeats=repeats,
             on_tick=lambda done, total: tick(completed=done, total=total),
+            on_doing=lambda what: tick(description=what),
         )
     console = make_console(json_path)
     print_headroom(console, result)

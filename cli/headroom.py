@@ -9,9 +9,10 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
-from haltkit.cli.oracles import LEVEL, ORACLES, describe_auc, describe_headroom, oracle_of
+from haltkit.cli.oracles import ORACLES, describe_auc, describe_headroom, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+from haltkit.measured import LEVEL
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from haltkit.cli.grid import Column, print_grid, print_wrapped
+from haltkit.cli.tables import cost_of
+from haltkit.measured import LEVEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from haltkit.comparison import Comparison, Row
+    from haltkit.comparison import Comparison
+    from haltkit.comparison.against import AgainstOracle
     from haltkit.comparison.oracle import Oracle
     from haltkit.comparison.possible import Possible
     from haltkit.headroom import Auc, Definition
 
-__all__ = ["LEVEL", "ORACLES", "describe_auc", "describe_headroom", "oracle_of", "print_headroom", "print_regret"]
+__all__ = ["ORACLES", "describe_auc", "describe_headroom", "oracle_of", "print_headroom", "print_regret"]
 
 # What --oracle and --target name: see haltkit.headroom.oracles.
 ORACLES = ("stable", "eps-loss", "right", "best")
-
-# The share of rows on which the fixed depth that headroom is measured against may lose nothing.
-LEVEL = 0.99
 
 
 def oracle_of(definition: str, epsilon: float | None) -> Oracle:
@@ -75,45 +76,48 @@ def print_headroom(console: Console, result: Comparison) -> None:
 
 
 def print_regret(console: Console, result: Comparison) -> None:
-    """Each policy's fastest setting of the winner's quality against the oracle, and what is promised of settings."""
-    concluded = result.conclusion()
-    chosen = [f.best for f in concluded.findings if f.kind == "loss" and f.level == concluded.level and f.best]
-    found = [(row.label, name, cells) for row in chosen for name, cells in _against(result, row)]
+    """Each policy's best setting against the oracle, and what is promised of settings."""
+    found = result.against_oracle()
     if found:
-        unit = result.unit if result.unit != "loss" else result.metric
-        numbers = zip(*(cells for _, _, cells in found), strict=True)
+        unit, level = result.unit if result.unit != "loss" else result.metric, result.conclusion().level
+        columns = [
+            Column("setting", [_setting(one) for one in found], _marks(found, f"{level:g} {unit}"), left=True),
+            Column("region", [one.region for one in found]),
+            Column("steps", [f"{one.steps:.1f}" for one in found]),
+            Column("oracle", [f"{one.oracle:.1f}" for one in found]),
+            Column(
+                "fixed", [str(one.fixed) for one in found], f"fixed: the best fixed depth, {LEVEL:.0%} lose nothing"
+            ),
+            Column(
+                "wasted", [f"{one.wasted:.1f}" for one in found], "wasted: mean steps after the prediction was final"
+            ),
+            Column("early", [f"{one.early:.1%}" for one in found], "early: rows halted before that"),
+            Column(
+                "realised",
+                ["" if one.realised is None else f"{one.realised:.0%}" for one in found],
+                "realised: share of the headroom, the steps from the fixed depth to the oracle, that is saved",
+            ),
+        ]
         console.print()
-        print_grid(
-            console,
-            [
-                Column("setting", [label for label, _, _ in found], left=True),
-                Column("region", [name for _, name, _ in found]),
-                *(Column(name, cells, note) for (name, note), cells in zip(_NUMBERS.items(), numbers, strict=True)),
-            ],
-            title=f"Against the oracle, within {concluded.level:g} {unit}",
-        )
+        print_grid(console, columns, title=f"Against the oracle: each policy's fastest setting within {level:g} {unit}")
     for row in result.rows:
         if row.standing:
-            print_wrapped(console, f"{row.spec or row.label}: {row.standing}")
+            agrees = "" if row.agreement is None else f", agreement {row.agreement:.1%}"
+            name = row.spec or row.label
+            name += f" ({row.policy})" * (row.policy not in (row.spec, row.label))
+            print_wrapped(console, f"{cost_of(row, result.item, name)}{agrees}; {row.standing}")
 
 
-# What is told of a policy against the oracle, and what it means.
-_NUMBERS = {
-    "steps": "",
-    "oracle": "",
-    "wasted": "wasted: mean steps after the prediction was final",
-    "early": "early: rows halted before that",
-    "realised": "realised: share saved of the steps between the best fixed depth and the oracle",
-}
+def _setting(one: AgainstOracle) -> str:
+    return one.setting + " *" * (not one.good) + " +" * one.certified
 
 
-def _against(result: Comparison, row: Row) -> list[tuple[str, list[str]]]:
-    from haltkit.headroom import realised
-
-    found = []
-    for name, regret in row.regret.items():
-        known = result.headroom[name].headroom
-        share = realised(regret.steps, known, LEVEL)
-        numbers = [f"{regret.steps:.1f}", f"{known.mean_depth:.1f}", f"{regret.wasted:.1f}", f"{regret.early:.1%}"]
-        found.append((name, [*numbers, "" if share is None else f"{share:.0%}"]))
-    return found
+def _marks(found: Sequence[AgainstOracle], level: str) -> str:
+    """What the marks in the first column mean, of those that are there."""
+    marks = {
+        f"*: not within {level} for sure, so the policy's setting of the least loss": any(
+            not one.good for one in found
+        ),
+        "+: certified, see below": any(one.certified for one in found),
+    }
+    return "; ".join(mark for mark, there in marks.items() if there)

@@ -23,9 +23,9 @@ def comparison_title(result: Comparison) -> str:
     return f"{about.get('model', 'model')}, {result.items:,} {result.item}s" + (f" of {text}" if text else "")
 
 
-def cost_of(row: Row, item: str) -> str:
-    """A setting and its time."""
-    return f"{row.label}: {row.ms:.3f} ms/{item}, {row.speedup:.2f}x full depth"
+def cost_of(row: Row, item: str, name: str = "") -> str:
+    """A setting, by its label or another name, and its time."""
+    return f"{name or row.label}: {row.ms:.3f} ms/{item}, {row.speedup:.2f}x full depth"
 
 
 def _number(result: Comparison, value: float, sign: str = "") -> str:

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +19,11 @@ from haltkit.cli.subjects import asked_options, is_function, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 if TYPE_CHECKING:
-    from haltkit.calibration import Certificate, SpotChecks
+    from haltkit.calibration import Certificate, Monitor, SpotChecks
     from haltkit.watching import MonitoredRun
 
 ALARM = 1  # exit code
+LEVEL = 0.95  # of the interval
 
 
 def watch(
@@ -125,7 +127,7 @@ def _run(run: MonitoredRun, samples: Sequence[Any], tick: Any) -> _Times:
         if run.alarm:
             break
         due = run.checks.due
-        (times.checked if due else times.passed).append(timing.clock(lambda one=sample: run(one))[0])
+        (times.checked if due else times.passed).append(timing.clock(partial(run, sample))[0])
         tick()
     return times
 
@@ -144,12 +146,8 @@ def _stored(state: Path | None) -> SpotChecks | None:
 
 
 def _told(checks: SpotChecks, promised: Certificate, policy: str, source: str, times: _Times) -> list[str]:
-    from haltkit.calibration.monitor import checks_until_alarm
-
     monitor = checks.monitor
-    low, high = monitor.interval(0.95)
-    twice = min(2 * monitor.epsilon, (monitor.epsilon + monitor.loss_bound) / 2)
-    expected = checks_until_alarm(twice, monitor.epsilon, monitor.delta, monitor.loss_bound)
+    (low, high), (twice, expected) = monitor.interval(LEVEL), _power(monitor)
     added = "" if times.added is None else f", {times.added:+.1%} of the time"
     verdict = (
         f"  ALARM at call {checks.units}: the certificate's risk is exceeded (false with probability at most "
@@ -160,12 +158,21 @@ def _told(checks: SpotChecks, promised: Certificate, policy: str, source: str, t
     return [
         f"{policy} on {source}: {checks.units} calls, {monitor.checks} of them checked (rate {checks.rate:g}, seed "
         f"{checks.seed})",
-        f"  {promised.risk}: {monitor.risk:.4g}, 95% interval {low:.4g} to {high:.4g}; certified {monitor.epsilon:g}",
+        f"  {promised.risk}: {monitor.risk:.4g}, {LEVEL:.0%} interval {low:.4g} to {high:.4g}; certified "
+        f"{monitor.epsilon:g}",
         f"  wealth {monitor.wealth:.3g}, alarm at {1 / monitor.delta:.3g}; p-value {monitor.p_value:.3g}",
         verdict,
         f"  steps per call {checks.mean_steps:.2f}; spot checks add {checks.cost:.2f} (at this rate "
         f"{checks.expected_cost:.2f} on average){added}",
     ]
+
+
+def _power(monitor: Monitor) -> tuple[float, float]:
+    """A risk of twice the certified one, or half-way to the largest loss, and the checks until its alarm."""
+    from haltkit.calibration.monitor import checks_until_alarm
+
+    risk = min(2 * monitor.epsilon, (monitor.epsilon + monitor.loss_bound) / 2)
+    return risk, checks_until_alarm(risk, monitor.epsilon, monitor.delta, monitor.loss_bound)
 
 
 def _values(checks: SpotChecks, policy: str, source: str, times: _Times) -> dict[str, Any]:
@@ -180,10 +187,13 @@ def _values(checks: SpotChecks, policy: str, source: str, times: _Times) -> dict
         "epsilon": monitor.epsilon,
         "delta": monitor.delta,
         "risk": monitor.risk,
-        "interval": monitor.interval(0.95),
+        "interval": monitor.interval(LEVEL),
+        "interval_level": LEVEL,
         "wealth": monitor.wealth,
+        "alarm_at": 1 / monitor.delta,
         "p_value": monitor.p_value,
         "alarm": monitor.alarm,
+        "power": dict(zip(("risk", "checks"), _power(monitor), strict=True)),
         "steps": checks.mean_steps,
         "cost": checks.cost,
         "expected_cost": checks.expected_cost,

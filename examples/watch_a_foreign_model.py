@@ -71,7 +71,7 @@ def main() -> None:
         state.write_text(run.checks.to_json())
         tell("Monday", run.checks)
 
-        # Tuesday: a sensor has become far quieter, so that goals lie closer together than the halted state is to its own.
+        # Tuesday: a sensor has become far quieter, so that the differences that count are smaller.
         with haltkit.attach(model, card) as session:
             go_on = SpotChecks.from_json(state.read_text())
             run = haltkit.watch(session, resume=go_on, on_alarm=lambda checks: session.detach())

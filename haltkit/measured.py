@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Measured"]
+__all__ = ["LEVEL", "Measured"]
 
+# Share of rows that lose nothing at the fixed depths that are named, where no other level was asked for.
+LEVEL = 0.99
 _NUMBER = (int, float)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from haltkit.attachment import Session
 from haltkit.calibration.certificate import Certificate
-from haltkit.calibration.losses import Judged, Loss, as_losses, lost
+from haltkit.calibration.losses import LOSSES, Judged, Loss, as_losses, lost
 from haltkit.calibration.spot_checks import SpotChecks
 from haltkit.card import Card
 from haltkit.driving import Pass
@@ -206,12 +206,13 @@ def watch_subject(
 
 
 def _loss_of(certificate: Certificate) -> Loss:
-    if certificate.loss not in ("disagreement", "disagreement-anywhere", "loss-gap", "answer"):
-        raise ValueError(
-            f"the certificate is about {certificate.risk!r}, and does not say how that is measured: run 'haltkit "
-            "calibrate' of this version, or feed a haltkit.calibration.Monitor with losses of your own"
-        )
-    return certificate.loss
+    for known in LOSSES:
+        if known == certificate.loss:
+            return known
+    raise ValueError(
+        f"the certificate is about {certificate.risk!r}, and does not say how that is measured: run 'haltkit "
+        "calibrate' of this version, or feed a haltkit.calibration.Monitor with losses of your own"
+    )
 
 
 def _begun(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Judged", "Loss", "as_losses", "lost"]
+__all__ = ["LOSSES", "Judged", "Loss", "as_losses", "lost"]
 
 # disagreement-anywhere: of sequences that are right or wrong as a whole.
 Loss = Literal["disagreement", "disagreement-anywhere", "loss-gap", "answer"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def lost(loss: Loss, bound: float, halted: Judged, full: Judged) -> Tensor:
             raise ValueError(f"{loss} is told by top predictions, and there are no logits")
         differ = (halted.tops != full.tops).reshape(len(full.tops), -1).double()
         return differ.amax(1) if loss == "disagreement-anywhere" else differ.mean(1)
-    if loss not in ("loss-gap", "answer"):
-        raise ValueError(f"loss={loss!r}: known are disagreement, disagreement-anywhere, loss-gap, answer")
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r}: known are {', '.join(LOSSES)}")
     each = _by_sequence(halted.losses, loss)
     return each if loss == "answer" else (each - _by_sequence(full.losses, loss)).clamp(0.0, bound)
 

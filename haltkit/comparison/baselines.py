@@ -34,7 +34,11 @@ Point = tuple[int, ...]
 
 
 def with_baselines(
-    subject: Subject, settings: Sequence[Setting], oracles: Sequence[Mapping[str, Tensor]], unknown: str = ""
+    subject: Subject,
+    settings: Sequence[Setting],
+    oracles: Sequence[Mapping[str, Tensor]],
+    unknown: str = "",
+    on_try: Callable[[], None] = lambda: None,
 ) -> list[Setting]:
     """Settings with depths by kind among the fixed ones, if the subject has kinds, and with the oracle at the end.
 
@@ -46,6 +50,7 @@ def with_baselines(
         oracles: the oracle depth of each row by region, of every sample (see
             :func:`haltkit.comparison.possible.possible`).
         unknown: why there are none.
+        on_try: is called before each run of a search for depths by kind.
 
     Raises:
         ValueError: a subject with kinds of whose rows nothing is known, for instance without logits or a readout; or
@@ -57,7 +62,7 @@ def with_baselines(
         raise ValueError(f"{subject.name} has kinds=, and depths by kind cannot be looked for: {why}")
     if not subject.driver.rows_leave or not known:
         return list(settings)
-    by_kind = depths_by_kind(subject, oracles)
+    by_kind = depths_by_kind(subject, oracles, on_try)
     full, *depths = [one.depth for one in [*settings, *by_kind] if one.depth is not None]
     others = in_order(depth for depth in dict.fromkeys(depths) if depth != full)
     kinds = [one for one in by_kind if one.by_row is not None]
@@ -84,7 +89,9 @@ def oracle_settings(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) -
     ]
 
 
-def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) -> list[Setting]:
+def depths_by_kind(
+    subject: Subject, oracles: Sequence[Mapping[str, Tensor]], on_try: Callable[[], None] = lambda: None
+) -> list[Setting]:
     """For each of :data:`GOALS` the depths by kind that take the fewest steps; empty without kinds, or of too many.
 
     A few depths are looked for by running the first sample; many are read off the recordings of all samples, which is
@@ -98,7 +105,7 @@ def depths_by_kind(subject: Subject, oracles: Sequence[Mapping[str, Tensor]]) ->
     settled = {region: _settled(kinds, [depths[region] for depths in oracles], count, full) for region in oracles[0]}
     rows = next(iter(settled.values())).sum(1)  # of each kind
     few = count * len(subject.regions) <= FEW
-    find = _live(subject, rows) if few else lambda goal: [allocate(table, goal) for table in settled.values()]
+    find = _live(subject, rows, on_try) if few else lambda goal: [allocate(table, goal) for table in settled.values()]
     made = []
     for found in dict.fromkeys(tuple(find(goal)) for goal in GOALS):
         steps = dict(zip(subject.regions, found, strict=True))
@@ -165,7 +172,7 @@ def allocate(settled: Tensor, goal: float) -> Point:
     return tuple(depths.tolist())
 
 
-def _live(subject: Subject, rows: Tensor) -> Callable[[float], list[Point]]:
+def _live(subject: Subject, rows: Tensor, on_try: Callable[[], None]) -> Callable[[float], list[Point]]:
     """Looks for depths by running the first sample; points that were run are not run again.
 
     Where sequences halt as one, those count that agree as a whole.
@@ -180,6 +187,7 @@ def _live(subject: Subject, rows: Tensor) -> Callable[[float], list[Point]]:
 
     def agreement(point: Point) -> float:
         if point not in tried:
+            on_try()
             setting = Setting(kinds.depths(dict(zip(regions, split(point), strict=True))))
             same = _tops(subject, setting) == full
             tried[point] = float((same.flatten(1).all(1) if whole else same).double().mean())

@@ -7,20 +7,19 @@ from pathlib import Path
 
 from haltkit import timing
 from haltkit.attachment.saved import save
+from haltkit.calibration import Certificate
 from haltkit.comparison.certify import Certified
 from haltkit.comparison.fitting import Fitted
 from haltkit.comparison.possible import Possible
 from haltkit.comparison.table import Comparison
 from haltkit.identity import Identity
-from haltkit.measured import Measured
+from haltkit.measured import LEVEL, Measured
 from haltkit.setting import Setting
 from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
 from haltkit.weights import Weights
 
 __all__ = ["save_certified", "save_fitted", "save_winner"]
-
-LEVEL = 0.99  # share of rows that lose nothing at the fixed depths that a card names
 
 
 def save_winner(path: Path, result: Comparison, subject: Subject, title: str) -> None:
@@ -87,8 +86,14 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
         weights=weights,
-        measured=_measured(subject.item, found.ms, found.full_ms, found.steps, found.headroom),
+        measured=_measured(subject.item, found.ms, found.full_ms, found.steps, found.headroom, _level(certificate)),
     )
+
+
+def _level(certificate: Certificate) -> float:
+    """The agreement that a certificate promises; the usual level where it is about something else."""
+    agreement = certificate.loss in ("disagreement", "disagreement-anywhere")
+    return float(f"{1 - certificate.epsilon:.6g}") if agreement else LEVEL
 
 
 def _packed(setting: Setting, path: Path) -> tuple[str, dict[str, Weights]]:
@@ -110,8 +115,9 @@ def _measured(
     full_ms: float | None,
     steps: Mapping[str, float],
     headroom: Mapping[str, Possible],
+    level: float = LEVEL,
 ) -> Measured | None:
-    """What a card says of speed and headroom; None where no time is known."""
+    """What a card says of speed and headroom; None where no time is known. ``level``: of the fixed depths."""
     if ms is None or full_ms is None:
         return None
     known = {name: one.headroom for name, one in headroom.items()}
@@ -122,8 +128,8 @@ def _measured(
         full_ms,
         steps,
         {name: one.mean_depth for name, one in known.items()},
-        {name: one.fixed_depth(LEVEL) for name, one in known.items()},
-        LEVEL if known else None,
+        {name: one.fixed_depth(level) for name, one in known.items()},
+        level if known else None,
     )
 
 
@@ -151,6 +157,11 @@ def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None
         identity=Identity.of(subject.model, found.full_depth),
         weights=weights,
         measured=_measured(
-            subject.item, found.row.ms, found.row.ms * found.row.speedup, found.row.steps, found.headroom
+            subject.item,
+            found.row.ms,
+            found.row.ms * found.row.speedup,
+            found.row.steps,
+            found.headroom,
+            found.level,
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -36,6 +37,7 @@ def compare(
     timed: int = 1,
     recorded: int = RECORDED,
     on_tick: Callable[[int, int], None] | None = None,
+    on_doing: Callable[[str], None] | None = None,
     **about: Any,
 ) -> Comparison:
     """Compare policies, thresholds and fixed depths at equal quality::
@@ -59,6 +61,7 @@ def compare(
             samples where rows can be given depths of their own; 0: they are not measured, and neither the oracle nor
             depths by kind are tried.
         repeats, timed, on_tick: see :func:`haltkit.comparison.measure.measure`.
+        on_doing: is told what is being done, whenever that is something else.
         about: ``loop``, ``loops``, ``body`` and the other fields of a description, and further attributes of a
             :class:`~haltkit.subject.Subject`.
 
@@ -81,6 +84,7 @@ def compare(
             raise ValueError("compare needs at least one sample to run the model on, or a Subject that has them")
         subject = Subject.attached(model, run, samples=samples, loss=loss, **about)
     wanted = candidates(policies, subject)
+    doing = on_doing or (lambda what: None)
     look = subject.look()
     subject = replace(subject, full_depth=look.full_depth)
     with torch.no_grad():
@@ -88,8 +92,19 @@ def compare(
         for setting in (settings[0], settings[-1]):  # warm up before anything is timed
             subject.run(subject.samples[0], setting)
         oracles: list[Mapping[str, Tensor]] = []
+        doing("recording at full depth")
         headroom, unknown = _headroom(subject, recorded, oracles)
-        settings = with_baselines(subject, settings, oracles, unknown) if recorded else settings
+        if recorded:
+            tried = itertools.count(1)
+            doing("looking for fixed depths")
+            settings = with_baselines(
+                subject,
+                settings,
+                oracles,
+                unknown,
+                on_try=lambda: doing(f"looking for fixed depths by kind, try {next(tried)}"),
+            )
+    doing(f"measuring {len(settings)} settings")
     result = measure(
         subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
     )

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, get_args
 
+from haltkit.comparison.against import AgainstOracle, against_oracle
 from haltkit.comparison.conclusions import AGREEMENT_LEVELS, NATS_LEVELS, SHARES, Conclusion, conclude
 from haltkit.comparison.possible import Possible
 from haltkit.comparison.rows import Decided, Row, policies_of
 from haltkit.headroom import Regret
+from haltkit.measured import LEVEL
 from haltkit.setting import Setting
 
 __all__ = ["FORMAT", "VERSION", "Comparison"]
@@ -84,6 +86,15 @@ class Comparison:
         """The conclusion from the rows, at each quality."""
         return self._conclusion
 
+    def against_oracle(self) -> tuple[AgainstOracle, ...]:
+        """Each policy's regret by region, and the share of the headroom that it realises; empty where it is unknown."""
+        return against_oracle(self.rows, self._conclusion, self.headroom)
+
+    @property
+    def certified(self) -> tuple[Row, ...]:
+        """Settings of which a certificate about this model promises something."""
+        return tuple(row for row in self.rows if row.promise)
+
     def winner(self) -> Row | None:
         """The fastest setting of any policy within the middle level for sure; None: no policy is that good."""
         return self._conclusion.winner
@@ -100,6 +111,30 @@ class Comparison:
             "unit": self.unit,
             "headroom": {name: known.to_json() for name, known in self.headroom.items()},
             "rows": [_row_to_json(row) for row in self.rows],
+            "conclusion": self._concluded(),
+        }
+
+    def _concluded(self) -> dict[str, Any]:
+        """The conclusion as plain values for whoever reads the file; it follows from the rows and is not read back."""
+        said = self._conclusion
+        known = {name: one.headroom for name, one in self.headroom.items()}
+        return {
+            "level": said.level,
+            "headroom_level": LEVEL,
+            "winner": None if said.winner is None else said.winner.label,
+            "fixed": None if said.fixed is None else said.fixed.label,
+            "fixed_serves_best": said.fixed_serves_best,
+            "undecided": said.undecided,
+            "headroom": {
+                name: {
+                    "headroom": one.headroom(LEVEL),
+                    "fixed_depth": one.fixed_depth(LEVEL),
+                    "conclusion": self.headroom[name].conclusion(LEVEL),
+                }
+                for name, one in known.items()
+            },
+            "against_oracle": [asdict(one) for one in self.against_oracle()],
+            "certified": [{"setting": row.label, "promise": row.promise} for row in self.certified],
         }
 
     @classmethod

@@ -196,7 +196,19 @@ def test_a_card_says_what_was_measured_on_which_machine(tmp_path: Path) -> None:
     assert found.time == found.ms / found.full_ms
     assert measured.steps == {"loop": 5.0}
     assert measured.oracle_steps == {"loop": pytest.approx(2.3)}  # nine rows settle at step 2, one at step 5
-    assert (measured.fixed_depths, measured.level) == ({"loop": 5}, 0.99)
+    assert (measured.fixed_depths, measured.level) == ({"loop": 5}, 0.95)  # the agreement that is promised
+
+
+def test_the_fixed_depth_of_a_card_is_at_the_level_that_was_asked_for(tmp_path: Path) -> None:
+    """One row in ten settles at step 5: at an agreement of 0.8 a fixed depth of 2 is enough."""
+    subject = replace(_subject(_hops(151, 1)), readout=_logits)
+    expected: dict[Any, tuple[float, int]] = {"disagreement": (0.8, 2), "loss-gap": (0.99, 5), "answer": (0.99, 5)}
+    for risk, (level, depth) in expected.items():
+        found = certify(subject, "norm", risk=risk, epsilon=0.2, delta=0.1, taus=TAUS)
+        save_certified(tmp_path / risk, found, subject, "made up rows")
+        measured = Card.load(tmp_path / risk).measured
+        assert measured is not None
+        assert (measured.level, measured.fixed_depths) == (level, {"loop": depth})
 
 
 @pytest.mark.parametrize(

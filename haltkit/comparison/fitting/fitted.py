@@ -44,6 +44,7 @@ class Fitted:
             the oracle's mean, on recordings; empty for a table.
         learned: by region, pairs of a row and a step that it was fitted on; of a table, rows.
         full_depth: steps of the recordings, and the budget.
+        level: the agreement with full depth that was asked for.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Fitted:
     aucs: dict[str, Auc]
     learned: dict[str, int]
     full_depth: int
+    level: float
 
     def policies(self) -> dict[str, HaltingPolicy[Any]]:
         """The policy of each region."""

@@ -128,7 +128,8 @@ def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int)
     row, headroom = fitting.reported(policies)
     judged = _judge(fitting, fitting.report, kind, target, weights)
     aucs = {name: _auc(rows, headroom[name].step) for name, rows in judged.items()}
-    return Fitted(kind.name, target, policies, weights, taus, row, headroom, aucs, learned, fitting.steps)
+    made = policies, weights, taus, row, headroom, aucs, learned
+    return Fitted(kind.name, target, *made, full_depth=fitting.steps, level=level)
 
 
 def _gain_cut(fitting: Fitting, target: Oracle) -> float:

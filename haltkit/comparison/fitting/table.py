@@ -79,7 +79,7 @@ def fit_table(subject: Subject, *, level: float = 0.99, target: Oracle | None = 
     chosen: dict[str, HaltingPolicy[Any]] = dict.fromkeys(subject.regions, Table(best))
     row, headroom = fitting.reported(chosen)
     learned = {name: len(rows.depths) for name, rows in seen.items()}
-    return Fitted("table", target, chosen, best, {}, row, headroom, {}, learned, fitting.steps)
+    return Fitted("table", target, chosen, best, {}, row, headroom, {}, learned, fitting.steps, level)
 
 
 @dataclass(frozen=True)
