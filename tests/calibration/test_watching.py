@@ -265,7 +265,7 @@ def test_a_call_of_several_sequences_loses_their_mean(counter: tuple[Counter, Pa
         run = haltkit.watch(session, rate=1.0, run=lambda pair: model(torch.cat(pair)))
         run((torch.full((1, 4), 5.5), torch.full((3, 4), 1.5)))
     assert run.checks.monitor.risk == 0.25
-    assert run.checks.units == 1
+    assert (run.checks.units, run.checks.mean_steps) == (1, 3)
 
 
 @pytest.mark.parametrize(("about", "expected"), [("loss-gap", 0.5), ("answer", 1.0), ("disagreement-anywhere", 1.0)])
