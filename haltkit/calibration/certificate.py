@@ -48,7 +48,7 @@ class Certificate:
             of before it was said.
 
     Raises:
-        ValueError: fields that contradict each other, as in a file that was edited.
+        ValueError: fields that contradict each other, as in a file that was edited, or text that cannot be printed.
     """
 
     risk: str
@@ -72,6 +72,10 @@ class Certificate:
     loss: str = ""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not text.isprintable():  # it could steer the terminal that shows it
+                    raise ValueError(f"a certificate with {name}={text!r}: allowed are characters that can be printed")
         if not 0 < self.epsilon < self.loss_bound < math.inf:
             raise ValueError(f"a certificate for epsilon={self.epsilon} with losses in [0, {self.loss_bound}]")
         if self.delta is not None and not 0 < self.delta < 1:
@@ -135,10 +139,10 @@ _OPTIONAL = ("delta", "empirical_risk", "p_value", "bound")
 
 def _fits(name: str, value: Any) -> bool:
     if name == "settings":
-        return isinstance(value, list) and all(isinstance(entry, str) and entry.isprintable() for entry in value)
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     if name in _WHOLE or name == "chosen":
         return type(value) is int or (name == "chosen" and value is None)
     if name in _NUMBERS or name in _OPTIONAL:
         number = type(value) in (int, float) and math.isfinite(value)
         return number or (name in _OPTIONAL and value is None)
-    return isinstance(value, str) and value.isprintable()  # else it could steer the terminal that shows it
+    return isinstance(value, str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltkit.calibration import Certificate, calibrate
-from haltkit.calibration.bounds import binomial_p_value
+from haltkit.calibration.bounds import betting_p_values, binomial_p_value
 from haltkit.calibration.calibrate import data_hash, least_units, p_values
 from haltkit.calibration.conditional import calibrate_by_step, halting_steps
 from haltkit.calibration.testing import bonferroni, even_path, fixed_sequence, greedy_path, holm
@@ -199,22 +200,23 @@ def test_a_calibration_that_makes_no_sense_is_refused(keys: dict[str, object]) -
 
 
 numbers = st.floats(0, 1e6, allow_nan=False)
+texts = st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" "))
 
 
 @st.composite
 def certificates(draw: st.DrawFn) -> Certificate:
-    settings = tuple(draw(st.lists(st.text(), min_size=1, max_size=5)))
+    settings = tuple(draw(st.lists(texts, min_size=1, max_size=5)))
     bound = draw(st.floats(1e-3, 1e6))
     needed = draw(st.integers(0, 10**6))
     method = draw(st.sampled_from(["binomial", "hoeffding-bentkus", "betting", "conformal"]))
     return Certificate(
-        risk=draw(st.text()),
+        risk=draw(texts),
         epsilon=bound * draw(st.floats(0.01, 0.99)),
         delta=None if method == "conformal" else draw(st.floats(1e-9, 0.999)),
         method=method,
         correction=draw(st.sampled_from(["fixed-sequence", "bonferroni", "holm", "by-step", "none"])),
-        promise=draw(st.text()),
-        unit=draw(st.text()),
+        promise=draw(texts),
+        unit=draw(texts),
         units=needed + draw(st.integers(0, 10**6)),
         units_needed=needed,
         settings=settings,
@@ -223,15 +225,29 @@ def certificates(draw: st.DrawFn) -> Certificate:
         p_value=draw(st.none() | numbers),
         bound=draw(st.none() | numbers),
         loss_bound=bound,
-        data_hash=draw(st.text()),
+        data_hash=draw(texts),
         seed=draw(st.integers(-(2**70), 2**70)),
-        reason=draw(st.text()),
+        reason=draw(texts),
     )
 
 
 @given(certificates())
 def test_a_certificate_comes_back_from_json_as_it_was(certificate: Certificate) -> None:
     assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+def test_betting_passes_nothing_whose_mean_is_above_epsilon() -> None:
+    late = np.concatenate([np.zeros(400), np.ones(40)])[:, None]  # the wealth peaks after 400 units without a loss
+    assert float(betting_p_values(late, 0.05, 0.1)[0]) < 1e-3
+    assert list(p_values(late, 0.05, 0.1, "betting", 1.0)) == [1.0]
+    assert next(iter(p_values(late, 0.1, 0.1, "betting", 1.0))) < 1e-3
+
+
+@pytest.mark.parametrize("field", ["risk", "unit", "settings"])
+def test_a_certificate_that_could_steer_a_terminal_is_not_made(field: str) -> None:
+    found = calibrate(synthetic(1, 300), epsilon=0.1, delta=0.05)
+    with pytest.raises(ValueError, match=f"{field}=.*can be printed"):
+        replace(found, **{field: ("\x1b[2J",) * len(found.settings) if field == "settings" else "\x1b[2J"})
 
 
 def test_every_kind_of_certificate_comes_back_from_json() -> None:
