@@ -51,6 +51,15 @@ def fit(
     margin: Annotated[
         bool, typer.Option(help="Let a probe see the margin of the prediction: the readout runs at every step.")
     ] = True,
+    lag: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Teach that a row settles so many steps later: where rows read each other, 1 is worth trying."
+        ),
+    ] = 0,
+    hidden: Annotated[
+        int, typer.Option(min=0, max=4096, help="Units of a probe's hidden layer. \\[default: 0, without one]")
+    ] = 0,
     seed: Annotated[int, seed_option("Of the split into samples to learn, choose and report on.")] = 0,
     save: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write a card with the fitted weights.")] = None,
     max_loops: MaxLoops = 32,
@@ -71,6 +80,10 @@ def fit(
         raise ValueError(f"--policy {policy}: allowed are {', '.join(POLICIES)}")
     if not margin and policy != "probe":
         raise ValueError(f"--no-margin is for a probe: a {policy} does not see the margin")
+    if hidden and policy != "probe":
+        raise ValueError(f"--hidden is for a probe: a {policy} has no hidden layer")
+    if lag and policy == "table":
+        raise ValueError("--lag is for a probe or a gate: a table is not taught step by step")
     oracle = oracle_of(target or ("eps-loss" if policy == "gate" else "stable"), epsilon)
     json_path = check_writable(json_path)
     if save is not None:
@@ -80,14 +93,15 @@ def fit(
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description=f"fitting on {len(subject.samples)} samples")
-        found = _fitted(subject, policy, level, margin, oracle, seed)
+        found = _fitted(subject, policy, level, oracle, seed, margin=margin, lag=lag, hidden=hidden)
     row, console = found.row, make_console(json_path)
     say(
         console,
         f"Agreement with full depth {row.agreement:.4f} ± {row.agreement_se:.4f}, on sequences that were not fitted on",
     )
     cut = "" if found.target.epsilon is None else f" of {found.target.epsilon:.3g} nats"
-    say(console, f"Taught {found.target.definition}{cut}")
+    late = f", {found.lag} step{'s' * (found.lag > 1)} late" if found.lag else ""
+    say(console, f"Taught {found.target.definition}{cut}{late}")
     for name, chosen in found.policies().items():
         known, missed = found.headroom[name].headroom, row.regret.get(name)
         say(console, f"Region {name}: {_described(found, name, chosen)}")
@@ -104,7 +118,8 @@ def fit(
             )
     depths = {name: one.headroom.fixed_depth(level) for name, one in found.headroom.items()}
     measured = {"aucs": found.aucs, "headroom": {name: one.to_json() for name, one in found.headroom.items()}}
-    made = {"policy": found.kind, "target": found.target, "taus": found.taus, "learned": found.learned}
+    made = {"policy": found.kind, "target": found.target, "lag": found.lag, "hidden": found.hidden}
+    made |= {"taus": found.taus, "learned": found.learned}
     write_results(
         console,
         json_path,
@@ -122,12 +137,16 @@ def fit(
         say(console, f"Saved {save}")
 
 
-def _fitted(subject: Subject, policy: str, level: float, margin: bool, target: Oracle, seed: int) -> Fitted:
+def _fitted(
+    subject: Subject, policy: str, level: float, target: Oracle, seed: int, *, margin: bool, lag: int, hidden: int
+) -> Fitted:
     from haltkit.comparison.fitting import fit_gate, fit_probe, fit_table
 
     if policy == "probe":
-        return fit_probe(subject, level=level, margin=margin, target=target, seed=seed)
-    return (fit_gate if policy == "gate" else fit_table)(subject, level=level, target=target, seed=seed)
+        return fit_probe(subject, level=level, margin=margin, target=target, lag=lag, hidden=hidden, seed=seed)
+    if policy == "gate":
+        return fit_gate(subject, level=level, target=target, lag=lag, seed=seed)
+    return fit_table(subject, level=level, target=target, seed=seed)
 
 
 def _described(found: Fitted, region: str, chosen: object) -> str:

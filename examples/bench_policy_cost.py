@@ -22,10 +22,14 @@ from haltkit.timing import in_turns, milliseconds, ratio
 SPECS = ["norm:tau=1e-9", "norm-rel:tau=1e-9", "accel:tau=1e-9", "accel-rel:tau=1e-9", "speed:tau=1e-9", "kl:tau=1e-12"]
 
 
-def probe(width: int, *names: str) -> Probe:
-    """A probe with features, as 'haltkit fit' makes them."""
+def probe(width: int, *names: str, hidden: int = 0) -> Probe:
+    """A probe with features, as 'haltkit fit' makes them; ``hidden``: units of its hidden layer."""
     tensors: dict[str, Tensor] = {"loop/state": torch.randn(width) / width, "loop/bias": torch.zeros(1)}
     used = {f"loop/{one}": torch.tensor([float(one in names)]) for one in FEATURES}
+    if hidden:
+        layer = torch.randn(hidden, width + len(FEATURES)) / width
+        layer[:, width:] *= torch.tensor([float(one in names) for one in FEATURES])
+        tensors |= {"loop/hidden": layer, "loop/hidden_bias": torch.zeros(hidden), "loop/out": torch.randn(hidden)}
     return Probe(0.5, haltkit.Weights(tensors | used))
 
 
@@ -47,6 +51,7 @@ def main() -> None:
     policies = {spec.partition(":")[0]: haltkit.policy(spec) for spec in SPECS}
     policies |= {"probe, state alone": probe(options.width)}
     policies |= {"probe, size, cosine, step": probe(options.width, "size", "cosine", "step")}
+    policies |= {"probe, the same, 32 hidden": probe(options.width, "size", "cosine", "step", hidden=32)}
     states = {}
     for name, policy in policies.items():  # a state from the middle of a loop
         states[name], _ = policy.update(policy.init(x_prev), LoopStep(1, x_prev, x, active, head))

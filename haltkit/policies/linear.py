@@ -13,19 +13,24 @@ from haltkit.weights import Weights, WeightsMisfit
 __all__ = ["check_linear", "linear"]
 
 
-def check_linear(kind: str, weights: Weights, numbers: tuple[str, ...] = ()) -> list[str]:
+def check_linear(
+    kind: str, weights: Weights, numbers: tuple[str, ...] = (), besides: tuple[str, ...] = ()
+) -> list[str]:
     """The regions that the weights are for, in order of their names.
 
     Args:
         kind: of policy, for errors.
         weights: ``R/state`` ``(D,)``, ``R/bias`` ``(1,)`` and ``R/NAME`` ``(1,)`` for each region R.
         numbers: those names.
+        besides: names that a region may have as well, which are not looked at.
 
     Raises:
         WeightsMisfit: tensors are missing or unknown, or of another shape or dtype.
     """
     needed = ("state", "bias", *numbers)
-    tensors, regions = weights.tensors, weights.regions
+    regions = weights.regions
+    others = {f"{region}/{name}" for region in regions for name in besides}
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in others}
     names = {f"{region}/{name}" for region in regions for name in needed}
     if wrong := sorted(names ^ set(tensors)):
         raise WeightsMisfit(

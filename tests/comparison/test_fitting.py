@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from dataclasses import replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from countdown import Count, Countdown, readout
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 import haltkit
 from cases import run_command
@@ -24,14 +26,16 @@ from haltkit.comparison.choice import save_certified, save_fitted, save_winner
 from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table
 from haltkit.comparison.fitting import fitted as fitted_module
 from haltkit.comparison.fitting.fitted import Fitting
+from haltkit.comparison.fitting.hidden import HiddenProbe, fit_hidden
 from haltkit.comparison.fitting.table import shrunk_depths
 from haltkit.comparison.measure import measure
 from haltkit.comparison.oracle import Oracle
 from haltkit.driving import Pass
+from haltkit.headroom import LogisticProbe, fit_logistic
 from haltkit.identity import Identity
 from haltkit.kinds import Kinds, per_row
 from haltkit.policies import Fixed, Gate, Probe, Table
-from haltkit.policies.probe import FEATURES
+from haltkit.policies.probe import FEATURES, features
 from haltkit.protocol import HaltingPolicy, LoopStep, granularity_of
 from haltkit.subject import Subject
 from haltkit.weights import Weights, WeightsMisfit
@@ -203,9 +207,135 @@ def test_the_score_is_the_logistic_function_of_features_written_by_hand() -> Non
         assert bool(halt[row]) == (float(score[row]) < 0.5)
 
 
+def test_a_hidden_layer_adds_its_output_to_the_logit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x_prev, x, before = torch.randn(3, 5, 4, dtype=torch.float64, generator=generator).unbind(0)
+    values = {"state": torch.arange(4.0), "bias": torch.ones(1), **{name: torch.full((1,), 0.5) for name in FEATURES}}
+    layer, bias, out = (torch.randn(*size, generator=generator) for size in ((3, 8), (3,), (3,)))
+    layer[:, 4] = values["size"][0] = 0  # nothing looks at the step's size
+    step = LoopStep(3, x, x_prev, torch.ones(5, dtype=torch.bool), lambda state: state[..., :3], region="core")
+    more = {"hidden": layer, "hidden_bias": bias, "out": out}
+    with_layer, without = (
+        Probe(0.5, Weights({f"core/{name}": value.double() for name, value in one.items()}))
+        for one in (values | more, values)
+    )
+    assert with_layer.used["core"] == FEATURES[1:]
+    given = torch.cat([x, features(step, before)], -1).double()
+    for row in range(5):
+        inner = torch.tensor([float(layer[unit].double() @ given[row]) + float(bias[unit]) for unit in range(3)])
+        gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+        scores = [probe.update(before, step)[1].score[row].double() for probe in (with_layer, without)]
+        logits = [float((1 - score).log() - score.log()) for score in scores]
+        assert logits[0] - logits[1] == pytest.approx(float(gelu @ out), abs=1e-5)
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=3, deadline=None)
+def test_a_hidden_layer_tells_apart_what_no_line_does_and_never_less(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    f = torch.randn(800, 3, generator=generator) * torch.tensor([1.0, 100.0, 0.01]) + 5
+    far = (f[:, 0] - 5).abs() > 0.7
+    start = fit_logistic(f, far, 1e-5)
+    found = fit_hidden(f, far, start, 8, generator)
+
+    def loss(probe: LogisticProbe | HiddenProbe) -> float:
+        return float(binary_cross_entropy_with_logits(probe.logit(f), far.double()))
+
+    assert loss(start) > 0.6
+    assert loss(found) < 0.2
+    again = fit_hidden(f, far, start, 8, torch.Generator().manual_seed(seed))
+    other = fit_hidden(f, far, start, 8, torch.Generator().manual_seed(seed))
+    assert torch.equal(again.hidden, other.hidden)  # the generator is all the chance there is
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_probe_that_is_taught_late_is_sure_of_a_row_so_many_steps_after_it_has_settled(lag: int) -> None:
+    """At even odds: the threshold that is chosen may make up for it, where rows do not read each other."""
+    subject = _subject(24)
+    found = fit_probe(subject, level=0.99, lag=lag)
+    assert found.lag == lag
+    assert found.aucs["loop"].value == 1
+    x = torch.cat(list(subject.samples))
+    steps = haltkit.run_loop(Count(), x, replace(_probe(found), tau=0.5), max_steps=STEPS, readout=readout).steps
+    assert torch.equal(steps, x[..., 0].long() + lag)
+
+
+def test_a_gate_that_is_taught_late_is_less_sure_of_rows_that_have_just_settled() -> None:
+    """The state of such a row does not move any more, so that a gate cannot tell for how long it has stood still."""
+    settled = torch.tensor([3.0, 3.0])
+    at_once, late = (fit_gate(_subject(24), level=0.5, target=Oracle("stable"), lag=lag).weights for lag in (0, 1))
+    sure, less = (float(w.tensors["loop/state"] @ settled + w.tensors["loop/bias"]) for w in (at_once, late))
+    assert sure > less + 1
+
+
+def _probe(found: Fitted) -> Probe:
+    policy = found.policies()["loop"]
+    assert isinstance(policy, Probe)
+    return policy
+
+
+def test_a_probe_with_a_hidden_layer_halts_without_lag_and_its_card_gives_it_back(tmp_path: Path) -> None:
+    subject = _subject(24)
+    found = fit_probe(subject, level=0.99, hidden=8)
+    assert (found.hidden, found.row.agreement) == (8, 1)
+    assert found.row.regret["loop"].early == 0
+    assert found.row.regret["loop"].wasted < 0.5  # a rule that compares two steps wastes one at least
+    assert found.weights.tensors["loop/hidden"].shape == (8, 2 + len(FEATURES))
+    save_fitted(tmp_path / "card", found, subject, "numbers")
+    again = Card.load(tmp_path / "card").policies(["loop"])["loop"]
+    x = subject.samples[0]
+    first, second = (
+        haltkit.run_loop(Count(), x, one, max_steps=8, readout=readout) for one in (again, found.policies()["loop"])
+    )
+    assert torch.equal(first.steps, second.steps)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lag": -1}, "lag=-1 is below 0"),
+        ({"hidden": -1}, "hidden=-1 is below 0"),
+        ({"lag": STEPS}, f"lag={STEPS} with {STEPS} steps"),
+    ],
+)
+def test_lags_and_layers_that_cannot_be_are_refused(more: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_probe(_subject(), **more)  # type: ignore[arg-type]
+
+
+@given(st.floats(0.05, 0.95))
+@settings(max_examples=5, deadline=None)
+def test_the_threshold_comes_close_to_the_most_eager_one_that_holds(part: float) -> None:
+    """Whatever the most eager threshold is, no candidate between the chosen one and it would have been far."""
+    rounds: list[list[float]] = []
+    limit = 0.0
+
+    def try_live(_: Fitting, candidates: Any, oracles: Any) -> list[float]:
+        nonlocal limit
+        taus = [one["loop"].tau for one in candidates]
+        if not rounds:  # the first look: between the two that are furthest apart
+            at = max(range(len(taus) - 1), key=lambda i: taus[i + 1] / taus[i])
+            limit = taus[at] ** (1 - part) * taus[at + 1] ** part
+        rounds.append(taus)
+        return [float(tau <= limit) for tau in taus]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fitting, "try_live", try_live)
+        patch.setattr("haltkit.comparison.fitting.linear._threshold", lambda _, share: float(f"{1 - share:.3g}"))
+        tau = fit_probe(_subject(), level=0.9).taus["loop"]
+    coarse = max(b / a for a, b in pairwise(rounds[0]))
+    assert tau <= limit
+    assert limit / tau <= coarse ** (1 / 6) * 1.02  # thresholds are rounded
+
+
 def _tensors(region: str) -> dict[str, Tensor]:
     """What a probe of states of width 2 needs; it looks at the state alone."""
     return {f"{region}/state": torch.ones(2)} | {f"{region}/{name}": torch.zeros(1) for name in ("bias", *FEATURES)}
+
+
+def _layer() -> dict[str, Tensor]:
+    """A hidden layer of three units beside them."""
+    return {"loop/hidden": torch.ones(3, 6), "loop/hidden_bias": torch.ones(3), "loop/out": torch.ones(3)}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +349,11 @@ def _tensors(region: str) -> dict[str, Tensor]:
         ({"loop/margin": torch.ones(1).to(torch.float8_e4m3fn)}, "float8"),
         ({"loop/margin": torch.ones(1) * 1j}, "complex64"),
         ({"loop/margin": torch.ones(1, dtype=torch.int64)}, "int64"),
+        ({"loop/out": torch.ones(3)}, "'loop/hidden' is missing"),
+        ({"loop/out": torch.ones(3), "loop/hidden": torch.ones(3, 6)}, "'loop/hidden_bias' is missing"),
+        (_layer() | {"loop/hidden": torch.ones(3, 5)}, r"'loop/hidden' is \(3, 5\)"),
+        (_layer() | {"loop/hidden_bias": torch.ones(2)}, r"'loop/hidden_bias' is \(2,\)"),
+        (_layer() | {"loop/out": torch.ones(3, dtype=torch.int64)}, "int64"),
     ],
 )
 def test_what_are_no_weights_of_a_probe_is_refused_in_one_line(
@@ -456,6 +591,9 @@ def test_the_command_fits_gates_and_tables(
         (("--policy", "table", "--no-margin"), "--no-margin is for a probe"),
         (("--target", "wrong"), "allowed are stable, eps-loss, right, best"),
         (("--epsilon", "0.1"), "--epsilon is for eps-loss"),
+        (("--policy", "gate", "--hidden", "4"), "--hidden is for a probe"),
+        (("--policy", "table", "--lag", "1"), "--lag is for a probe or a gate"),
+        (("--max-loops", "6", "--sequences", "8", "--batch", "2", "--lag", "6"), "lag=6 with 6 steps"),
     ],
 )
 def test_what_cannot_be_asked_of_fit_is_one_line(
@@ -469,8 +607,10 @@ def test_what_cannot_be_asked_of_fit_is_one_line(
 
 def test_the_command_writes_a_card_that_compare_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = tmp_path / "card"
-    assert run_command("fit", "chase", "--sequences", 32, "--batch", 4, "--level", 0.9, "--save", card) == 0
+    more = ("--lag", 1, "--hidden", 8, "--save", card)
+    assert run_command("fit", "chase", "--sequences", 32, "--batch", 4, "--level", 0.9, *more) == 0
     out = capsys.readouterr().out
+    assert "Taught stable, 1 step late" in out
     assert "oracle" in out
     assert "Saved" in out
     assert Card.load(card).policy.startswith("probe:tau=")

@@ -40,11 +40,13 @@ class Fitted:
         taus: the threshold of each region; empty for a table.
         row: what a live run measured: agreement with full depth, steps, regret.
         headroom: of the same samples, by region.
-        aucs: how well each region's probe or gate tells rows that have settled (by the target) at the step nearest to
-            the oracle's mean, on recordings; empty for a table.
+        aucs: how well each region's probe or gate tells rows that have settled (by the target, late by the lag) at the
+            step nearest to the oracle's mean, plus the lag, on recordings; empty for a table.
         learned: by region, pairs of a row and a step that it was fitted on; of a table, rows.
         full_depth: steps of the recordings, and the budget.
         level: the agreement with full depth that was asked for.
+        lag: steps after the target from which on it was taught that a row has settled.
+        hidden: units of a probe's hidden layer, 0 without one.
     """
 
     kind: str
@@ -58,6 +60,8 @@ class Fitted:
     learned: dict[str, int]
     full_depth: int
     level: float
+    lag: int = 0
+    hidden: int = 0
 
     def policies(self) -> dict[str, HaltingPolicy[Any]]:
         """The policy of each region."""

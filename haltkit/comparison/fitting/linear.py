@@ -12,6 +12,7 @@ from torch import Tensor
 
 from haltkit import signals
 from haltkit.comparison.fitting.fitted import Fitted, Fitting, Policies
+from haltkit.comparison.fitting.hidden import fit_hidden
 from haltkit.comparison.oracle import Oracle, gain_cut, taught
 from haltkit.headroom import Auc, auc, fit_logistic
 from haltkit.headroom.clusters import sequence_of_rows
@@ -32,11 +33,19 @@ AFTER = 3
 SHARES = (0.9999, 0.9995, 0.998, 0.995, 0.99, 0.97, 0.9)
 RIDGE = 1e-5  # against many pairs
 BETWEEN = 3  # steps from one of them to the next
+FINER = 6  # steps from the last candidate that holds to the next one
 MOST_PAIRS = 200_000  # of a row and a step that are learned from in one region, drawn from all
 
 
 def fit_probe(
-    subject: Subject, *, level: float = 0.99, margin: bool = True, target: Oracle | None = None, seed: int = 0
+    subject: Subject,
+    *,
+    level: float = 0.99,
+    margin: bool = True,
+    target: Oracle | None = None,
+    lag: int = 0,
+    hidden: int = 0,
+    seed: int = 0,
 ) -> Fitted:
     """Fit a probe by region whose target is, unless said otherwise, "the top prediction will not change any more".
 
@@ -55,18 +64,24 @@ def fit_probe(
         margin: whether the probe sees the gap between the two most probable classes, which needs the readout at every
             step.
         target: what it is taught; None: ``stable``.
-        seed: of the split, and of the pairs that are drawn where there are more than enough.
+        lag: it is taught that a row has settled so many steps after the target says so. Where rows read each other, 1
+            is worth trying: what a row shows the others at the step at which it halts was computed from the state
+            before, so that a row halted at the very step at which it settles goes on showing what had not settled.
+        hidden: units of a hidden layer beside the logistic regression; 0: none.
+        seed: of the split, of the pairs that are drawn where there are more than enough, and of a hidden layer.
 
     Raises:
-        ValueError: too few samples, no readout or logits, labels asked for that the data lack, a level outside (0, 1),
-            a region in which everything has settled at the first step, so that nothing can be learned, or no threshold
-            that reaches the level.
+        ValueError: a lag or hidden below 0, or a lag of full depth; too few samples, no readout or logits, labels asked
+            for that the data lack, a level outside (0, 1), a region in which everything has settled at the first step,
+            so that nothing can be learned, or no threshold that reaches the level.
     """
-    kind = _Kind("probe", FEATURES if margin else FEATURES[:-1], FEATURES, Probe)
+    kind = _Kind("probe", FEATURES if margin else FEATURES[:-1], FEATURES, Probe, lag, hidden)
     return _fit(subject, kind, target or Oracle(), level, seed)
 
 
-def fit_gate(subject: Subject, *, level: float = 0.99, target: Oracle | None = None, seed: int = 0) -> Fitted:
+def fit_gate(
+    subject: Subject, *, level: float = 0.99, target: Oracle | None = None, lag: int = 0, seed: int = 0
+) -> Fitted:
     """Fit a linear exit head by region on the frozen model: a gate's second stage.
 
     The target is, unless said otherwise, the measured marginal gain: "the loss that further steps would still save is
@@ -75,7 +90,7 @@ def fit_gate(subject: Subject, *, level: float = 0.99, target: Oracle | None = N
     nothing and the one after it much.
 
     Args:
-        subject, level, target, seed: as for :func:`fit_probe`.
+        subject, level, target, lag, seed: as for :func:`fit_probe`.
 
     Raises:
         ValueError: as :func:`fit_probe`.
@@ -84,17 +99,47 @@ def fit_gate(subject: Subject, *, level: float = 0.99, target: Oracle | None = N
     def gate(tau: float, weights: Weights) -> Gate:
         return Gate(tau, weights=weights)
 
-    return _fit(subject, _Kind("gate", (), (), gate), target or Oracle("eps-loss"), level, seed)
+    return _fit(subject, _Kind("gate", (), (), gate, lag), target or Oracle("eps-loss"), level, seed)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is fitted: the features beside the state, those that its weights name, and the policy at a threshold."""
+    """What is fitted: the features beside the state, those that its weights name, and the policy at a threshold.
+
+    ``lag`` and ``hidden`` are as :func:`fit_probe` says.
+    """
 
     name: str
     used: tuple[str, ...]
     named: tuple[str, ...]
     policy: Callable[[float, Weights], HaltingPolicy[Any]]
+    lag: int = 0
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in (("lag", self.lag), ("hidden", self.hidden)):
+            if count < 0:
+                raise ValueError(f"{name}={count} is below 0")
+
+    def late(self, settled: Tensor) -> Tensor:
+        """Which rows had settled ``lag`` steps ago, ``(K, ...)`` bool."""
+        never = torch.zeros_like(settled[: self.lag])
+        return torch.cat([never, settled[: len(settled) - self.lag]])
+
+    def tensors(self, region: str, features: Tensor, settled: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The weights of one region, fitted to pairs of a row and a step: features ``(N, F)``, settled ``(N,)``."""
+        fitted, made = fit_logistic(features, settled, RIDGE), {}
+        width = features.shape[1] - len(self.used)
+        if self.hidden:
+            layered = fit_hidden(features, settled, fitted, self.hidden, generator)
+            fitted, known = layered.linear, dict(zip(self.used, layered.hidden[:, width:].unbind(1), strict=True))
+            numbers = [known.get(one, torch.zeros(self.hidden)) for one in self.named]
+            made["hidden"] = torch.cat([layered.hidden[:, :width], torch.stack(numbers, 1)], 1)
+            made |= {"hidden_bias": layered.hidden_bias, "out": layered.out}
+        made |= {"state": fitted.weight[:width], "bias": fitted.bias.reshape(1)}
+        fitted_on = dict(zip(self.used, fitted.weight[width:], strict=True))
+        made |= {one: fitted_on.get(one, torch.zeros(1)).reshape(1) for one in self.named}
+        return {f"{region}/{name}": tensor.float() for name, tensor in made.items()}
 
     def policies(
         self, taus: Mapping[str, float], weights: Weights, granularity: Granularity
@@ -111,7 +156,7 @@ class _Rows:
     scores: Tensor
     same: Tensor  # whether the prediction is full depth's
     final: Tensor  # the step from which on it is, 0 where there is nothing to halt
-    settled: Tensor  # by the target
+    settled: Tensor  # by the target, late by the lag
     depths: Tensor  # by the target, 0 where nothing is asked
 
 
@@ -119,6 +164,8 @@ class _Rows:
 def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int) -> Fitted:
     target.labels(subject)
     fitting = Fitting.of(subject, level, seed)
+    if kind.lag >= fitting.steps:
+        raise ValueError(f"lag={kind.lag} with {fitting.steps} steps at full depth: nothing would ever have settled")
     if target.definition == "eps-loss" and target.epsilon is None:
         target = replace(target, epsilon=_gain_cut(fitting, target))
     tensors, learned = _learn(fitting, kind, target)
@@ -127,9 +174,9 @@ def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int)
     policies = kind.policies(taus, weights, fitting.learn.granularity)
     row, headroom = fitting.reported(policies)
     judged = _judge(fitting, fitting.report, kind, target, weights)
-    aucs = {name: _auc(rows, headroom[name].step) for name, rows in judged.items()}
+    aucs = {name: _auc(rows, min(headroom[name].step + kind.lag, fitting.steps)) for name, rows in judged.items()}
     made = policies, weights, taus, row, headroom, aucs, learned
-    return Fitted(kind.name, target, *made, full_depth=fitting.steps, level=level)
+    return Fitted(kind.name, target, *made, full_depth=fitting.steps, level=level, lag=kind.lag, hidden=kind.hidden)
 
 
 def _gain_cut(fitting: Fitting, target: Oracle) -> float:
@@ -168,15 +215,12 @@ def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Ten
             replay(listening, region, readout=fitting.readout)
             seen = torch.stack(listening.seen)
             settled, depths = taught(target, read)
+            last = _last(depths, subject.granularity) + kind.lag + AFTER
             k = torch.arange(1, len(seen) + 1).view(-1, *[1] * depths.ndim)
-            use = (
-                ((k <= _last(depths, subject.granularity) + AFTER) & (depths > 0) & seen.isfinite().all(-1))
-                .flatten()
-                .nonzero()
-            )
+            use = ((k <= last) & (depths > 0) & seen.isfinite().all(-1)).flatten().nonzero()
             drawn = use[torch.randperm(len(use), generator=fitting.generator)[:most]].squeeze(-1)
             inputs[name].append(seen.flatten(0, -2)[drawn])
-            targets[name].append(settled.flatten()[drawn])
+            targets[name].append(kind.late(settled).flatten()[drawn])
     tensors: dict[str, Tensor] = {}
     for name, parts in inputs.items():
         known = torch.cat(targets[name])
@@ -187,11 +231,7 @@ def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Ten
                 f"region {name!r}: every row has settled at the first step by {target.definition}, so nothing can be "
                 "learned"
             )
-        fitted = fit_logistic(torch.cat(parts), known, RIDGE)
-        width = len(fitted.weight) - len(kind.used)
-        tensors |= {f"{name}/state": fitted.weight[:width].float(), f"{name}/bias": fitted.bias.reshape(1).float()}
-        fitted_on = dict(zip(kind.used, fitted.weight[width:], strict=True))
-        tensors |= {f"{name}/{one}": fitted_on.get(one, torch.zeros(1)).reshape(1).float() for one in kind.named}
+        tensors |= kind.tensors(name, torch.cat(parts), known, fitting.generator)
     return tensors, {name: sum(map(len, parts)) for name, parts in targets.items()}
 
 
@@ -216,28 +256,46 @@ def _judge(fitting: Fitting, subject: Subject, kind: _Kind, target: Oracle, weig
                 same, measured = same.all(-1), measured.masked_fill(~present, -torch.inf).amax(-1)
                 present = present.any(-1)
             final = from_then_on(same).masked_fill(~present, 0)
-            found[name].append(_Rows(measured, same, final, settled, depths))
+            found[name].append(_Rows(measured, same, final, kind.late(settled), depths))
     return found
 
 
 def _chosen(fitting: Fitting, kind: _Kind, target: Oracle, weights: Weights) -> dict[str, float]:
-    """The most eager thresholds that reach the level on live runs, as every safer candidate does."""
+    """The most eager thresholds that reach the level on live runs, as every safer candidate does.
+
+    Candidates are tried twice: those of :data:`SHARES`, and then finer ones between the last that held and the next.
+    """
     judged = _judge(fitting, fitting.choose, kind, target, weights)
-    found = [{name: _threshold(rows, share) for name, rows in judged.items()} for share in SHARES]
-    dense = [_between(a, b, part / BETWEEN) for a, b in pairwise(found) for part in range(BETWEEN)] + found[-1:]
-    candidates = [taus for number, taus in enumerate(dense) if taus not in dense[:number]]
-    policies: list[Policies] = [kind.policies(taus, weights, fitting.learn.granularity) for taus in candidates]
     numbers = range(len(fitting.choose.samples))
     oracles = [{name: rows[number].final for name, rows in judged.items()} for number in numbers]
-    chosen: dict[str, float] | None = None
-    for taus, quality in zip(candidates, fitting.try_live(policies, oracles), strict=True):
-        if quality < fitting.level:
-            if chosen is None:
-                raise fitting.refuse(quality, "safest")
-            break
-        chosen = taus
-    assert chosen is not None  # there are candidates
-    return chosen
+
+    def holding(candidates: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+        """Those before the first that falls short; nothing is run after it."""
+        policies: list[Policies] = [kind.policies(taus, weights, fitting.learn.granularity) for taus in candidates]
+        held: list[dict[str, float]] = []
+        for taus, quality in zip(candidates, fitting.try_live(policies, oracles), strict=True):
+            if quality < fitting.level:
+                if not held and candidates is coarse:
+                    raise fitting.refuse(quality, "safest")
+                break
+            held.append(taus)
+        return held
+
+    found = [{name: _threshold(rows, share) for name, rows in judged.items()} for share in SHARES]
+    coarse = _each(_line(found, BETWEEN))
+    count = len(holding(coarse))
+    finer = _each(_line(coarse[count - 1 : count + 1], FINER))[1:-1]
+    return [coarse[count - 1], *holding(finer)][-1]
+
+
+def _line(taus: Sequence[Mapping[str, float]], parts: int) -> list[dict[str, float]]:
+    """Thresholds with so many parts from each to the next, both ends included."""
+    return [_between(a, b, part / parts) for a, b in pairwise(taus) for part in range(parts)] + [dict(taus[-1])]
+
+
+def _each(taus: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Each once."""
+    return [one for number, one in enumerate(taus) if one not in taus[:number]]
 
 
 def _between(safe: Mapping[str, float], eager: Mapping[str, float], part: float) -> dict[str, float]:
