@@ -108,7 +108,7 @@ class LoopStep:
         region: the name of the loop.
 
     What several policies may use is computed once, when first used: :attr:`d`, :attr:`step_norm`,
-    :attr:`logits`, :meth:`log_probabilities` and :attr:`gate`.
+    :attr:`logits`, :meth:`log_probabilities`, :attr:`margin` and :attr:`gate`.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class LoopStep:
         self._step_norm: Tensor | None = None
         self._logits: Tensor | None = None
         self._gate: Tensor | None = None
+        self._margin: Tensor | None = None
         self._log_probabilities: dict[float, Tensor] = {}
 
     @property
@@ -198,6 +199,21 @@ class LoopStep:
         if found is None:
             found = self._log_probabilities[temperature] = signals.log_probabilities(self.logits, temperature)
         return found
+
+    @property
+    def margin(self) -> Tensor:
+        """``p_(1) - p_(2)`` of the readout, ``(...)``: computed at most once, and not at all where it was set.
+
+        Raises:
+            ValueError: the loop was given no readout.
+        """
+        if self._margin is None:
+            self._margin = signals.margin(self.log_probabilities())
+        return self._margin
+
+    @margin.setter
+    def margin(self, known: Tensor) -> None:
+        self._margin = known
 
 
 @runtime_checkable

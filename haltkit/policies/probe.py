@@ -38,7 +38,7 @@ def features(step: LoopStep, d_prev: Tensor, names: tuple[str, ...] = FEATURES) 
         k = step.k if isinstance(step.k, Tensor) else torch.tensor(step.k, device=step.x.device)
         found["step"] = k.to(step.step_norm.dtype).log().expand(step.x.shape[:-1])
     if "margin" in names:
-        found["margin"] = signals.margin(step.log_probabilities())
+        found["margin"] = step.margin
     return torch.stack([found[name] for name in names], -1)
 
 

@@ -23,7 +23,7 @@ from cases import run_command
 from haltkit.card import Card
 from haltkit.comparison.certify import certify
 from haltkit.comparison.choice import save_certified, save_fitted, save_winner
-from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table
+from haltkit.comparison.fitting import Fitted, fit_gate, fit_probe, fit_table, linear
 from haltkit.comparison.fitting import fitted as fitted_module
 from haltkit.comparison.fitting.fitted import Fitting
 from haltkit.comparison.fitting.hidden import HiddenProbe, fit_hidden
@@ -34,6 +34,8 @@ from haltkit.driving import Pass
 from haltkit.headroom import LogisticProbe, fit_logistic
 from haltkit.identity import Identity
 from haltkit.kinds import Kinds, per_row
+from haltkit.models.gpt.model import LoopedGPT
+from haltkit.models.gpt.subject import gpt_subject
 from haltkit.policies import Fixed, Gate, Probe, Table
 from haltkit.policies.probe import FEATURES, features
 from haltkit.protocol import HaltingPolicy, LoopStep, granularity_of
@@ -326,6 +328,61 @@ def test_the_threshold_comes_close_to_the_most_eager_one_that_holds(part: float)
     coarse = max(b / a for a, b in pairwise(rounds[0]))
     assert tau <= limit
     assert limit / tau <= coarse ** (1 / 6) * 1.02  # thresholds are rounded
+
+
+@pytest.mark.parametrize("fit", [fit_probe, fit_gate])
+def test_what_was_read_of_a_recording_is_what_the_readout_says_at_each_step(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow way reads margins again, for learning and for judging: the same weights and thresholds, bit for bit."""
+    fast = fit(_subject(24))
+    monkeypatch.setattr(linear, "_Read", lambda policy, margins: policy)
+    slow = fit(_subject(24))
+    assert fast.taus == slow.taus
+    assert fast.aucs == slow.aucs
+    assert fast.weights.tensors.keys() == slow.weights.tensors.keys()
+    assert all(torch.equal(one, slow.weights.tensors[name]) for name, one in fast.weights.tensors.items())
+
+
+@pytest.mark.parametrize("margin", [True, False])
+def test_a_recording_is_read_once(margin: bool) -> None:
+    """Each state's logits are computed once, whether or not the probe sees the margin."""
+    read: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor) -> Tensor:
+        read.append(tuple(x.shape))
+        return readout(x)
+
+    fitting = Fitting.of(_subject(8, readout=counted), 0.99, 0)
+    kind = linear._Kind("probe", FEATURES if margin else FEATURES[:-1], FEATURES, Probe)
+    tensors, _ = linear._learn(fitting, kind, Oracle())
+    assert len(read) == 4 * STEPS
+    linear._judge(fitting, fitting.choose, kind, Oracle(), Weights(tensors))
+    assert len(read) == (4 + 2) * STEPS
+
+
+def test_the_cut_of_a_gain_reads_the_last_region_alone(tiny_model: LoopedGPT) -> None:
+    """An inner region's readout costs as much as the last one's and says nothing of the model's loss."""
+    subject = gpt_subject(tiny_model, torch.zeros(8, 9, dtype=torch.long), max_loops=STEPS)
+    read: list[int] = []
+
+    def counted(x: Tensor) -> Tensor:
+        read.append(1)
+        return tiny_model.readout(x)
+
+    assert len(subject.regions) > 1
+    with torch.no_grad():
+        linear._gain_cut(Fitting.of(replace(subject, readout=counted), 0.99, 0), Oracle("eps-loss"))
+    assert len(read) == 4 * STEPS
+
+
+def test_a_margin_that_is_known_is_not_read_again() -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    step = LoopStep(1, x, x, torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no readout"):
+        step.margin  # noqa: B018
+    step.margin = torch.full((5,), 0.25)
+    assert step.margin.tolist() == [0.25] * 5
 
 
 def _tensors(region: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,11 +114,25 @@ class Fitting:
         return self.learn.granularity == "sequence"
 
     def recorded(
-        self, subject: Subject, sample: Any, labels: Callable[[Any], Tensor | None]
-    ) -> dict[str, tuple[RegionTrajectory, Readings]]:
-        """One sample at full depth, by region, and what the readout says of it."""
-        found = subject.record(subject.inputs(sample), self.steps).regions
-        return {name: (region, readings(region, self.readout, labels(sample))) for name, region in found.items()}
+        self,
+        subject: Subject,
+        sample: Any,
+        labels: Callable[[Any], Tensor | None],
+        *,
+        margins: bool = False,
+        regions: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, RegionTrajectory, Readings]]:
+        """One sample at full depth, region by region, and what the readout says of it in one pass.
+
+        Args:
+            subject, sample: what is recorded.
+            labels: from the sample to what losses are measured with, or to None.
+            margins: whether they are read.
+            regions: those that are read; None: all.
+        """
+        for name, region in subject.record(subject.inputs(sample), self.steps).regions.items():
+            if regions is None or name in regions:
+                yield name, region, readings(region, self.readout, labels(sample), margins=margins)
 
     def try_live(self, candidates: Sequence[Policies], oracles: Sequence[Mapping[str, Tensor]]) -> Iterator[float]:
         """The quality of each candidate on the samples that choose, less one standard error, clustered by sequence.

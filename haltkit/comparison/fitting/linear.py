@@ -19,7 +19,7 @@ from haltkit.headroom.clusters import sequence_of_rows
 from haltkit.headroom.oracles import agrees, from_then_on
 from haltkit.policies import Gate, Probe
 from haltkit.policies.probe import FEATURES, features
-from haltkit.protocol import Granularity, HaltingPolicy, LoopStep, Verdict
+from haltkit.protocol import Granularity, HaltingPolicy, LoopStep, Verdict, judge
 from haltkit.recording.replay import replay, scores
 from haltkit.subject import Subject
 from haltkit.weights import Weights
@@ -182,8 +182,28 @@ def _fit(subject: Subject, kind: _Kind, target: Oracle, level: float, seed: int)
 def _gain_cut(fitting: Fitting, target: Oracle) -> float:
     """The cut of the last region, whose readout is the model's own; the others are measured by it."""
     labels, last = target.labels(fitting.learn), fitting.learn.regions[-1]
-    found = (fitting.recorded(fitting.learn, sample, labels)[last][1] for sample in fitting.learn.samples)
+    found = (
+        read
+        for sample in fitting.learn.samples
+        for *_, read in fitting.recorded(fitting.learn, sample, labels, regions=[last])
+    )
     return gain_cut((read.losses, read.asked) for read in found if read.losses is not None)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A policy on a recording whose margins have been read: its readout does not run again."""
+
+    policy: HaltingPolicy[Any]
+    margins: Tensor | None  # (K, B, T)
+
+    def init(self, x0: Tensor) -> Any:
+        return self.policy.init(x0)
+
+    def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
+        if self.margins is not None:
+            step.margin = self.margins[step.k - 1]
+        return judge(self.policy, state, step)
 
 
 class _Listening:
@@ -210,9 +230,9 @@ def _learn(fitting: Fitting, kind: _Kind, target: Oracle) -> tuple[dict[str, Ten
     inputs: dict[str, list[Tensor]] = {name: [] for name in subject.regions}
     targets: dict[str, list[Tensor]] = {name: [] for name in subject.regions}
     for sample in subject.samples:
-        for name, (region, read) in fitting.recorded(subject, sample, labels).items():
+        for name, region, read in fitting.recorded(subject, sample, labels, margins="margin" in kind.used):
             listening = _Listening(kind.used)
-            replay(listening, region, readout=fitting.readout)
+            replay(_Read(listening, read.margins), region, readout=fitting.readout)
             seen = torch.stack(listening.seen)
             settled, depths = taught(target, read)
             last = _last(depths, subject.granularity) + kind.lag + AFTER
@@ -247,10 +267,10 @@ def _judge(fitting: Fitting, subject: Subject, kind: _Kind, target: Oracle, weig
     found: dict[str, list[_Rows]] = {name: [] for name in subject.regions}
     labels = target.labels(subject)
     for sample in subject.samples:
-        for name, (region, read) in fitting.recorded(subject, sample, labels).items():
+        for name, region, read in fitting.recorded(subject, sample, labels, margins="margin" in kind.used):
             present = region.present
             same = agrees(read.predictions) | ~present
-            measured = scores(kind.policy(1.0, weights), region, readout=fitting.readout)
+            measured = scores(_Read(kind.policy(1.0, weights), read.margins), region, readout=fitting.readout)
             settled, depths = target.settled(read, fitting.whole)
             if fitting.whole:
                 same, measured = same.all(-1), measured.masked_fill(~present, -torch.inf).amax(-1)

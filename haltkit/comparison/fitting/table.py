@@ -100,7 +100,7 @@ def _of_sample(fitting: Fitting, subject: Subject, sample: Any, target: Oracle) 
     if fitting.whole and of.ndim > 1:
         raise ValueError("whole sequences halt, so kinds of sequences (B,) are needed: these are kinds of rows (B, T)")
     found = {}
-    for name, (_, read) in fitting.recorded(subject, sample, target.labels(subject)).items():
+    for name, _, read in fitting.recorded(subject, sample, target.labels(subject)):
         _, depths = taught(target, read, fitting.whole)
         same = agrees(read.predictions) | ~read.present
         found[name] = _Rows(per_row(of, depths.shape), depths.cpu(), (same.all(-1) if fitting.whole else same).cpu())
