@@ -90,11 +90,15 @@ def fit(
         Card.check_folder(save)
     options = {"text": text, "data": data, "max_loops": max_loops, "batch": batch, "sequences": sequences or 512}
     passes = {"split": "validation", "execution": "compact", "ragged": True}
-    with progress("loading the model") as tick:
+    with progress("loading the model"):
         subject = resolve(model, options | passes, asked_options(context), device)
-        tick(description=f"fitting on {len(subject.samples)} samples")
+    console = make_console(json_path)
+    there = subject.about.get("sequences", sequences)
+    if sequences is not None and there < sequences:
+        say(console, f"The text has {there} sequences, not {sequences}: half of them are learned from")
+    with progress(f"fitting on {len(subject.samples)} samples"):
         found = _fitted(subject, policy, level, oracle, seed, margin=margin, lag=lag, hidden=hidden)
-    row, console = found.row, make_console(json_path)
+    row = found.row
     say(
         console,
         f"Agreement with full depth {row.agreement:.4f} ± {row.agreement_se:.4f}, on sequences that were not fitted on",

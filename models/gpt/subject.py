@@ -265,6 +265,7 @@ def checkpoint_subject(
     about = {
         "trained": loaded.trained,
         "text": source,
+        "sequences": len(found),
         "max_loops": max_loops,
         "batch": batch,
         "mode": mode,

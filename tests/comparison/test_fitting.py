@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, takewhile
@@ -617,6 +618,22 @@ def test_the_command_times_what_a_user_runs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("haltkit.cli.fit.resolve", resolve)
     assert run_command("fit", "chase") == 2
     assert asked == ["compact"]
+
+
+def test_the_command_says_when_the_text_is_shorter_than_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fit that fails is judged by how much it learned from, so that is said before it begins."""
+    text = tmp_path / "short.txt"
+    text.write_text("word after word " * 400)
+    monkeypatch.setattr("haltkit.cli.fit._fitted", lambda *_, **__: 1 / 0)
+    asked = ("fit", "text", "--text", text, "--max-loops", 2, "--sequences")
+    with pytest.raises(ZeroDivisionError):
+        run_command(*asked, 512)
+    assert re.search(r"has (\d+) sequences, not 512", capsys.readouterr().out)
+    with pytest.raises(ZeroDivisionError):
+        run_command(*asked, 4)
+    assert "not 4" not in capsys.readouterr().out
 
 
 def test_a_table_without_kinds_is_refused() -> None:
