@@ -12,7 +12,8 @@ k on the model's own prediction, not the region's readout, is that of full depth
 - the fewest mean steps at which a rule on each of them agrees with full depth on enough of those others, the threshold
   and the budget chosen with hindsight: a bound on what a rule can save, before it costs anything.
 
-``--keep`` writes the recordings to a file, or reads them from it where it is there.
+``--keep`` writes the recordings to a file, or reads them from it where it is there. ``--save`` writes the linear probe
+of each region, as weights for ``probe:tau=TAU,weights=FOLDER/REGION.safetensors``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from haltkit.models.gpt.subject import SAMPLE, text_windows
 from haltkit.models.text.data import TokenData
 from haltkit.policies.probe import FEATURES, features
 from haltkit.protocol import LoopStep
+from haltkit.weights import Weights
 
 LEVELS = (0.98, 0.985, 0.99, 0.993)
 PAIRS = 200_000  # at most, that a probe or a network is fitted on
@@ -54,7 +56,7 @@ def cut(model: LoopedGPT, ids: Tensor, name: str, deepest: int, full: int) -> di
 
     Returns:
         ``states`` ``(K + 1, B, T, D)``; ``gap``, the margin of the region's own readout, and ``same``, whether the
-        model's prediction is full depth's, both ``(K, B, T)``.
+        model's prediction is full depth's, both ``(K, B, T)``; ``end``, full depth's own margin, ``(1, B, T)``.
     """
     x = model.embed(ids)
     for other, layer in model.layers.items():
@@ -65,10 +67,16 @@ def cut(model: LoopedGPT, ids: Tensor, name: str, deepest: int, full: int) -> di
     states = [region.initial_state(x, model.noise)]
     for k in range(1, full + 1):
         states.append(region.step(states[-1], x, k, model.noise))
-    top = signals.top(rest(model, region.exit(states[-1]), name, full))
+    end = rest(model, region.exit(states[-1]), name, full)
+    top = signals.top(end)
     same = [signals.top(rest(model, region.exit(state), name, full)) == top for state in states[1 : deepest + 1]]
     gap = [signals.margin(signals.log_probabilities(model.readout(state))) for state in states[1 : deepest + 1]]
-    return {"states": torch.stack(states[: deepest + 1]).half(), "gap": torch.stack(gap), "same": torch.stack(same)}
+    return {
+        "states": torch.stack(states[: deepest + 1]).half(),
+        "gap": torch.stack(gap),
+        "same": torch.stack(same),
+        "end": signals.margin(signals.log_probabilities(end)).unsqueeze(0),
+    }
 
 
 def record(model: LoopedGPT, windows: Tensor, deepest: Mapping[str, int], full: int) -> dict[str, dict[str, Tensor]]:
@@ -108,22 +116,33 @@ def network(inputs: Tensor, target: Tensor) -> nn.Module:
     return net.eval()
 
 
-def judges(states: Tensor, gap: Tensor, settled: Tensor, fits: Tensor) -> dict[str, Tensor]:
-    """Scores ``(K, B, T)`` that are small where a row should have settled; ``fits``, ``(B,)``, are fitted on."""
+def judges(
+    region: str, states: Tensor, gap: Tensor, settled: Tensor, fits: Tensor
+) -> tuple[dict[str, Tensor], Weights]:
+    """Scores ``(K, B, T)`` that are small where a row should have settled; ``fits``, ``(B,)``, are fitted on.
+
+    Returns:
+        the scores by name, and the weights of the linear probe that does not see the margin.
+    """
     sees = seen(states, gap)
     found = {"step norm": sees[..., 0], "margin of the region": -gap}
     steps = F.one_hot(torch.arange(len(gap)), len(gap)).float().view(len(gap), 1, 1, -1).expand(*gap.shape, -1)
+    weights: dict[str, Tensor] = {}
     for name, extra in (("", sees[..., :-1]), (" + margin", sees)):
         inputs = torch.cat([states[1:], extra], -1)
         drawn = torch.randperm(settled[:, fits].numel(), generator=torch.Generator().manual_seed(0))[:PAIRS]
         known, target = inputs[:, fits].flatten(0, -2)[drawn], settled[:, fits].flatten()[drawn]
         probe = fit_logistic(known, target, 1e-4)
+        if not name:
+            of = dict(zip(FEATURES, [*probe.weight[-extra.shape[-1] :], torch.zeros(())], strict=True))
+            known_of = {"state": probe.weight[: -extra.shape[-1]], "bias": probe.bias, **of}
+            weights = {f"{region}/{key}": one.reshape(-1).float() for key, one in known_of.items()}
         found[f"linear probe{name}"] = -probe.logit(inputs).float()
         mean, spread = known.mean(0), known.std(0).clamp_min(1e-6)
         wide = torch.cat([(inputs - mean) / spread, steps], -1)
         net = network(wide[:, fits].flatten(0, -2)[drawn], target)
         found[f"network{name}"] = torch.stack([-net(step)[..., 0] for step in wide])
-    return found
+    return found, Weights(weights)
 
 
 def fewest(scores: Tensor, same: Tensor) -> dict[float, float]:
@@ -143,7 +162,7 @@ def fewest(scores: Tensor, same: Tensor) -> dict[float, float]:
     return best
 
 
-def report(name: str, kept: Mapping[str, Tensor]) -> None:
+def report(name: str, kept: Mapping[str, Tensor], save: Path | None) -> None:
     """Print what was found in one region."""
     states, gap, same = kept["states"].float(), kept["gap"], kept["same"]
     deepest, count = len(same), same.shape[1]
@@ -155,8 +174,12 @@ def report(name: str, kept: Mapping[str, Tensor]) -> None:
     print("  agreement by cut:", *(f"{share:.4f}" for share in same.double().mean((1, 2)).tolist()))
     sequence = torch.arange(count).view(-1, 1).expand(same.shape[1:])[~fits]
     print(f"  {'AUC by step, and fewest steps at agreement':44s}", *(f"{level:g}" for level in LEVELS))
-    rules = {"fixed depth": torch.zeros_like(gap)} | judges(states, gap, settled, fits)
-    for what, scores in rules.items():
+    scored, weights = judges(name, states, gap, settled, fits)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        weights.save(save / f"{name}.safetensors")
+    late = {"margin at full depth": -kept["end"].expand_as(gap)}  # what no rule can know
+    for what, scores in {"fixed depth": torch.zeros_like(gap), **scored, **late}.items():
         areas = [auc(scores[k][~fits], settled[k][~fits], sequence) for k in range(min(deepest, 6))]
         told = [f"{area.value:.3f}±{area.error:.3f}" for area in areas] if what != "fixed depth" else []
         steps = fewest(scores[:, ~fits], same[:, ~fits])
@@ -171,6 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="full depth")
     parser.add_argument("--deepest", default="4=4;5-6=10;7=6", help="the last cut of each region")
     parser.add_argument("--keep", type=Path, help="file of recordings")
+    parser.add_argument("--save", type=Path, help="folder for the weights of the linear probes")
     asked = parser.parse_args()
     if asked.keep is not None and asked.keep.is_file():
         kept = torch.load(asked.keep, weights_only=True)
@@ -187,7 +211,7 @@ def main() -> None:
         if asked.keep is not None:
             torch.save(kept, asked.keep)
     for name, recorded in kept.items():
-        report(name, recorded)
+        report(name, recorded, asked.save)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ARGUMENTS = {
     "bench_attach.py": ["--repeats", "1"],
     "bench_effect.py": ["--sequences", "4", "--steps", "6", "--deepest", "5-6=3;7=2"],
+    "bench_specs.py": ["--windows", "2", "--steps", "4", "--repeats", "1"],
     "bench_batches.py": ["--batches", "2", "--tokens", "8", "--decoded", "2", "--repeats", "1"],
     "bench_recorded_calibration.py": ["--models", "sudoku", "--units", "8", "--draws", "8", "--splits", "3"],
     "gallery.py": ["own loop, for", "own loop, input added at each step"],
