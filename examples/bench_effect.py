@@ -182,7 +182,7 @@ def report(name: str, kept: Mapping[str, Tensor], save: Path | None) -> None:
     for what, scores in {"fixed depth": torch.zeros_like(gap), **scored, **late}.items():
         areas = [auc(scores[k][~fits], settled[k][~fits], sequence) for k in range(min(deepest, 6))]
         told = [f"{area.value:.3f}±{area.error:.3f}" for area in areas] if what != "fixed depth" else []
-        steps = fewest(scores[:, ~fits], same[:, ~fits])
+        steps = {} if what in late else fewest(scores[:, ~fits], same[:, ~fits])
         print(f"  {what:22s}", *told, "|", *(f"{steps[level]:.2f}" if level in steps else "-" for level in LEVELS))
 
 
