@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,10 +16,16 @@ from haltkit.cli.terminal import check_writable, make_console, progress, say, wr
 from haltkit.measured import LEVEL
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Mapping
 
+    from rich.console import Console
+    from torch import Tensor
+
+    from haltkit.comparison.kept import Kept
     from haltkit.comparison.oracle import Oracle
     from haltkit.comparison.possible import Possible
+
+LIVE_ROWS = 1024  # that the model is run on with the oracle's depths
 
 
 def headroom(
@@ -32,11 +39,12 @@ def headroom(
     max_loops: MaxLoops = 32,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 4,
     device: Device = "auto",
     json_path: JsonPath = None,
 ) -> None:
     """How much halting could save on a model at best, and whether signals can see it."""
+    from haltkit.comparison.kept import kept_live
     from haltkit.comparison.oracle import EPSILON
     from haltkit.comparison.possible import possible
 
@@ -49,12 +57,26 @@ def headroom(
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
         tick(description="recording at full depth", total=len(subject.samples))
-        found = possible(subject, chosen, probe=True, on_sample=lambda _: tick(advance=1))
+        oracles: list[Mapping[str, Tensor]] = []
+
+        def recorded(depths: Mapping[str, Tensor]) -> None:
+            oracles.append(depths)
+            tick(advance=1)
+
+        found = possible(subject, chosen, probe=True, on_sample=recorded)
+        tick(description="running the model with the oracle's depths")
+        subject = replace(subject, full_depth=next(iter(found.values())).headroom.full_depth)
+        kept = kept_live(subject, found, oracles, level, LIVE_ROWS) if chosen.definition == "stable" else None
+    if kept is not None:
+        found = {name: replace(one, live=kept.late) for name, one in found.items()}
     console = make_console(json_path)
     for name, region in found.items():
         _print(console, name, region, level, chosen)
+    if kept is not None:
+        _print_kept(console, kept)
     regions = {name: _values(one, level) for name, one in found.items()}
-    write_results(console, json_path, {"level": level, "epsilon": chosen.epsilon, "regions": regions})
+    told = None if kept is None else asdict(kept)
+    write_results(console, json_path, {"level": level, "epsilon": chosen.epsilon, "regions": regions, "live": told})
 
 
 def _print(console: Console, name: str, region: Possible, level: float, oracle: Oracle) -> None:
@@ -72,6 +94,14 @@ def _print(console: Console, name: str, region: Possible, level: float, oracle: 
     for line in describe_headroom(name, region, level):
         say(console, f"  {line}")
     say(console)
+
+
+def _print_kept(console: Console, kept: Kept) -> None:
+    late = ", ".join(f"{share:.1%} {lag} later" if lag else f"{share:.1%}" for lag, share in enumerate(kept.late))
+    say(console, f"Run live, rows that leave at the oracle's step agree with full depth on {late}")
+    depths = " ".join(map(str, kept.depths.values()))
+    several = " in " + ", ".join(kept.depths) if len(kept.depths) > 1 else ""
+    say(console, f"A fixed depth of {depths}{several} agrees on {kept.agreement:.1%}; haltkit compare looks for less")
 
 
 def _values(region: Possible, level: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from haltkit.attachment import Loop
 from haltkit.comparison.baselines import has_few_kinds, with_baselines
+from haltkit.comparison.kept import with_live
 from haltkit.comparison.measure import measure
 from haltkit.comparison.possible import Possible, possible_if_known
 from haltkit.comparison.settings import Given, candidates, choose_settings
@@ -109,6 +110,7 @@ def compare(
         subject, settings, depths=look.depths, oracles=oracles, timed=timed, repeats=repeats, on_tick=on_tick
     )
     told = {"kinds": subject.kinds.what} if subject.kinds is not None and has_few_kinds(subject) else {}
+    headroom = with_live(headroom, result.rows)
     return replace(result, headroom=headroom, no_headroom=unknown, about={**result.about, **told})
 
 

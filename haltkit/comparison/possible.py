@@ -22,8 +22,8 @@ from haltkit.subject import Subject
 
 __all__ = ["Possible", "possible", "possible_if_known"]
 
-# A rule that compares two steps halts one step after a row has settled.
-LAG = 1
+# A rule that compares two steps halts one step after a row has settled; with patience 2 two steps after.
+LAG, LATEST = 1, 2
 # Below this gain, or this area under the curve, a policy does not pay for its overhead.
 LEAST_GAIN, LEAST_AUC = 1.1, 0.75
 STABLE = Oracle()
@@ -37,10 +37,15 @@ class Possible:
     Attributes:
         headroom: of one definition of the oracle, by the readout of this region's states.
         aucs: per signal, how well it tells at steps 1 to K which rows have settled.
+        inner: whether other regions come after it, so that its readout's predictions are not the model's.
+        live: agreement with full depth of the whole model, run with every row leaving 0, 1, ... :data:`LATEST` steps
+            after its oracle depth in every region; empty: not known.
     """
 
     headroom: Headroom
     aucs: dict[str, tuple[Auc, ...]]
+    inner: bool = False
+    live: tuple[float, ...] = ()
 
     @property
     def step(self) -> int:
@@ -56,11 +61,16 @@ class Possible:
     def conclusion(self, level: float) -> str:
         """Whether halting can pay here, in one sentence; ``level`` is the share of rows that must lose nothing."""
         depth, gain, best = self.headroom.fixed_depth(level), self.headroom.ceiling(level, LAG), self.best_signal()
-        use = f"use a fixed depth of {depth}"
+        use = f"its readout needs a fixed depth of {depth}" if self.inner else f"use a fixed depth of {depth}"
         if gain < LEAST_GAIN:
             return f"halting cannot pay here because rows settle too close to step {depth}, or too evenly; {use}"
         if best is not None and best[1].value < LEAST_AUC:
             return f"halting cannot pay here because no signal tells which rows have settled; {use}"
+        if self.live and max(self.live) < level:
+            return (
+                f"halting cannot pay by this readout: where the model is run with it, rows that leave {LATEST} steps "
+                f"after the oracle still agree with full depth on {max(self.live):.1%} only; {use}"
+            )
         return (
             f"halting can pay: up to {gain:.2f}x as fast as a fixed depth of {depth}, if every row's settling is seen"
         )
@@ -70,7 +80,7 @@ class Possible:
         areas = {
             name: [[_plain(area.value), _plain(area.error)] for area in known] for name, known in self.aucs.items()
         }
-        return {**dataclasses.asdict(self.headroom), "auc": areas}
+        return {**dataclasses.asdict(self.headroom), "auc": areas, "inner": self.inner, "live": list(self.live)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Possible:
@@ -81,7 +91,8 @@ class Possible:
         """
         known = {f.name: values[f.name] for f in dataclasses.fields(Headroom) if f.name in values}
         aucs = {name: tuple(Auc(*map(_number, area)) for area in found) for name, found in values["auc"].items()}
-        return cls(Headroom.from_json(json.dumps(known)), aucs)
+        live = tuple(map(float, values.get("live", ())))  # files of before it was measured have none
+        return cls(Headroom.from_json(json.dumps(known)), aucs, bool(values.get("inner", False)), live)
 
 
 def _plain(value: float) -> float | None:
@@ -149,7 +160,8 @@ def possible(
     if not found or not subject.samples:
         raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
     areas = {name: seen[name].result() | ({PROBE: probes[name].result()} if probe else {}) for name in found}
-    return {name: Possible(account.result(), areas[name]) for name, account in found.items()}
+    last = subject.regions[-1]
+    return {name: Possible(account.result(), areas[name], name != last) for name, account in found.items()}
 
 
 def possible_if_known(
