@@ -56,6 +56,7 @@ class Asked:
     unit: str = "instance"
     loss_bound: float = 1.0
     seed: int = 0
+    loss: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < self.loss_bound or not 0 < self.delta < 1:
@@ -128,6 +129,7 @@ class Asked:
             data_hash=data_hash(np.stack([steps.astype(np.float64), losses])),
             seed=self.seed,
             reason=reason,
+            loss=self.loss,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from haltkit.calibration.testing import greedy_path
-from haltkit.comparison.live import Live
+from haltkit.comparison.live import Live, halts_together
 from haltkit.comparison.settings import Candidate, Sweeps
 from haltkit.policies import Fixed
 from haltkit.protocol import HaltingPolicy, granularity_of
@@ -51,7 +51,7 @@ def joint_path(
             setting = _setting({**full, region: policy}, regions, candidate)
             on_setting(setting)
             ran = live.run(setting)
-            lost = live.by_unit(ran, granularity_of(policy) == "batch")
+            lost = live.by_unit(ran, halts_together(granularity_of(policy)))
             measured.append((-weight * ran.steps[region], float(lost.mean()), policy))
         measured.sort(key=lambda one: one[:2])  # the most steps first
         grids.append([policy for *_, policy in measured])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from haltkit.calibration import Certificate
 from haltkit.calibration.conditional import NEVER, Asked, propose
 from haltkit.calibration.testing import fixed_sequence
-from haltkit.comparison.live import Live, Ran
+from haltkit.comparison.live import Live, Ran, halts_together
 from haltkit.comparison.settings import Candidate, Sweeps
 from haltkit.comparison.thresholds import patience_of
 from haltkit.protocol import Granularity, granularity_of
@@ -34,9 +34,11 @@ def spec_by_step(candidate: Candidate, sweeps: Sweeps) -> Spec:
     """The policy whose thresholds are to be found.
 
     Raises:
-        ValueError: several regions, a combination, no ``tau``, or one that is given.
+        ValueError: several regions, a combination, no ``tau``, or one that is given; or full depth is a single step.
     """
     regions = sweeps.subject.regions
+    if sweeps.look.full_depth < 2:
+        raise ValueError("full depth is one step, and nothing can halt before it: run more steps")
     if len(regions) > 1:
         raise ValueError(
             f"thresholds by step are for one region, and this model has {', '.join(regions)}: what halts early in one "
@@ -93,7 +95,7 @@ def certify_by_step(
     proposed = propose(seen, lost, _grid(seen, sweeps.taus), asked)
 
     second = live_on(halves[1])
-    asked = replace(asked, unit=second.unit(granularity in ("batch", "world")))
+    asked = replace(asked, unit=second.unit(halts_together(granularity)), loss=second.loss)
     units = np.random.default_rng(asked.seed).permutation(len(second.losses(second.full, granularity)))
     tested: list[tuple[Ran, NDArray[np.int64], Floats, float]] = []
 
@@ -129,9 +131,12 @@ def _from_step(proposed: Floats, start: int, patience: int) -> StepTaus:
 def _scores(spec: Spec, sweeps: Sweeps, live: Live, granularity: Granularity) -> Floats:
     """What decides whether each row of each unit halts at each step before the last, ``(units, R, K - 1)``.
 
-    With patience p that is the largest of the last p scores.
+    With patience p that is the largest of the last p scores; infinite at steps where ``min_steps`` and ``check_every``
+    let nothing halt.
     """
     judge, patience = spec.with_key("tau", "1").build(), patience_of(spec)
+    first, every = int(spec.get("min_steps") or 0), int(spec.get("check_every") or 1)
+    barred = torch.tensor([k < first or k % every > 0 for k in range(1, sweeps.look.full_depth)])
     (name,) = sweeps.subject.regions
     found = []
     for number, sample in enumerate(live.samples):
@@ -142,8 +147,8 @@ def _scores(spec: Spec, sweeps: Sweeps, live: Live, granularity: Granularity) ->
         last = (
             torch.cat([seen.new_full((patience - 1, *seen.shape[1:]), torch.inf), seen]).unfold(0, patience, 1).amax(-1)
         )
-        rows = [live.rows_of(number, one, granularity) for one in last[:-1]]
-        found.append(torch.stack(rows, -1))
+        rows = torch.stack([live.rows_of(number, one, granularity) for one in last[:-1]], -1)
+        found.append(rows.masked_fill(barred.to(rows.device), torch.inf))
     return torch.cat(found).double().cpu().numpy()
 
 

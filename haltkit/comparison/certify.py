@@ -16,7 +16,7 @@ from haltkit.calibration.certificate import Method
 from haltkit.calibration.conditional import Asked
 from haltkit.comparison.by_region import joint_path
 from haltkit.comparison.by_step import certify_by_step, spec_by_step
-from haltkit.comparison.live import Live, Ran, Risk
+from haltkit.comparison.live import Live, Ran, Risk, halts_together
 from haltkit.comparison.possible import Possible, possible_if_known
 from haltkit.comparison.settings import Given, Sweeps, candidates
 from haltkit.driving import Look
@@ -197,8 +197,8 @@ def _in_sequence(
 
 
 def _together(setting: Setting) -> bool:
-    """Whether whole batches halt: their sequences are not independent, so what halts as one counts as one."""
-    return any(granularity_of(one) == "batch" for one in setting.policies.values())
+    """Whether whole batches halt in any region."""
+    return any(halts_together(granularity_of(one)) for one in setting.policies.values())
 
 
 def check_asked(risk: str, method: str, seed: int, by: str | None = None) -> None:

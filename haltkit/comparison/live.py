@@ -17,9 +17,14 @@ from haltkit.protocol import MOST, Granularity
 from haltkit.setting import Setting
 from haltkit.subject import Subject
 
-__all__ = ["Live", "Ran", "Risk"]
+__all__ = ["Live", "Ran", "Risk", "halts_together"]
 
 Risk = Literal["disagreement", "loss-gap", "answer"]
+
+
+def halts_together(granularity: Granularity) -> bool:
+    """Whether whole batches halt: their sequences are not independent, so what halts as one counts as one unit."""
+    return granularity in ("batch", "world")
 
 
 class Seen(NamedTuple):
@@ -111,7 +116,7 @@ class Live:
         are those that are asked something.
         """
         if granularity != "token":
-            return self.by_unit(ran, granularity != "sequence").unsqueeze(1).numpy()
+            return self.by_unit(ran, halts_together(granularity)).unsqueeze(1).numpy()
         return torch.cat([self._rows(*one) for one in zip(ran.seen, self.full.seen, strict=True)]).cpu().numpy()
 
     def steps(self, ran: Ran, granularity: Granularity) -> NDArray[np.int64]:

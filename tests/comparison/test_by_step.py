@@ -32,6 +32,7 @@ from haltkit.setting import Setting
 from haltkit.specs import spec_of
 from haltkit.stepwise import StepTaus, TauByStep
 from haltkit.subject import Subject
+from haltkit.watching import watch_subject
 
 STEPS = 8
 SLOW = 1 / 64
@@ -184,6 +185,27 @@ def test_batches_that_halt_together_are_one_unit() -> None:
     assert (found.certificate.units, found.certificate.unit) == (180, "batch")
 
 
+def test_what_is_certified_by_step_can_be_watched(population: Subject, certified: Certified, tmp_path: Path) -> None:
+    """The risk of all is at most epsilon too, and spot checks are about it."""
+    save_certified(tmp_path / "card", certified, population, "made up rows")
+    run = watch_subject(population, Card.load(tmp_path / "card"), rate=1.0)
+    for sample in population.samples[:20]:
+        run(sample)
+    assert run.checks.monitor.checks == 20
+    assert not run.alarm
+
+
+@pytest.mark.parametrize("more", ["min_steps=3", "check_every=2", "check_every=3,patience=2"])
+def test_steps_at_which_nothing_may_halt_are_not_proposed(more: str) -> None:
+    _, calm = _deceptive(48 * 20)
+    plain = certify(_subject(calm, calm), f"norm:{more},tau=0.5", epsilon=0.1, delta=0.2)
+    found = certify(_subject(calm, calm), f"norm:{more}", epsilon=0.1, delta=0.2, by="step")
+    assert found.setting is not None
+    assert plain.setting is not None
+    assert len(found.certificate.settings) == found.certificate.chosen + 1  # no test that nothing can pass
+    assert found.steps["loop"] == pytest.approx(plain.steps["loop"], abs=0.05)
+
+
 def test_too_few_units_certify_nothing_and_say_how_many_are_needed() -> None:
     found = certify(_subject(*_deceptive(96)), "norm", epsilon=0.01, delta=0.05, by="step")
     assert found.setting is None
@@ -332,6 +354,7 @@ def test_thresholds_by_step_that_make_no_sense_are_refused(spec: str, said: str)
         ({}, {"policy": "any(norm|accel)"}, "open tau"),
         ({}, {"method": "conformal"}, "p-values"),
         ({}, {"by": "token"}, "step, region"),
+        ({"full_depth": 1}, {}, "one step"),
         ({"loss": lambda out, _: (_readout(out)[..., 0] > 0).any(-1).double()}, {"risk": "answer"}, "granularity=seq"),
     ],
 )
