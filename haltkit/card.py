@@ -24,7 +24,7 @@ from haltkit.specs import Choice, Spec, files_of, parse_choice, policy_for_regio
 from haltkit.standing import CERTIFICATE, MODEL, Standing
 from haltkit.weights import Weights
 
-__all__ = ["Card", "is_card"]
+__all__ = ["Card", "OtherModel", "is_card"]
 
 _NONE = "so nothing is promised"
 # How a user says that a card is to be used on another model than its own.
@@ -33,6 +33,18 @@ _BY_OPTION = (
 )
 # What is in a card's folder; the weights are called as haltkit.specs.packed does.
 _OWN = re.compile(r"\.?(card\.yaml|certificate\.json|weights(-\d+)?\.safetensors)(\.partial)?")
+
+
+class OtherModel(ValueError):
+    """A card that is used whole is for another model.
+
+    Attributes:
+        differences: of the model from the card's, in words.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str]) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
 
 
 def is_card(given: object) -> bool:
@@ -99,6 +111,14 @@ class Card:
         if isinstance(found, Spec):
             return found.located(self.folder)
         return {region: spec.located(self.folder) for region, spec in found.items()}
+
+    @property
+    def path(self) -> str:
+        """Its file without the suffix, or its folder; empty: it was not loaded."""
+        if self.folder is None or not self.name:
+            return ""
+        whole = self.folder.stem == self.name and (self.folder / CARD).is_file()
+        return str(self.folder if whole else self.folder / self.name)
 
     def policies(self, regions: Sequence[str]) -> dict[str, HaltingPolicy[Any]]:
         """The policy of each region.
@@ -174,13 +194,15 @@ class Card:
             return
         told = "; ".join(differences)
         if self.certificate is None:
-            raise ValueError(
+            raise OtherModel(
                 f"the card's policy is for another model ({told}): run 'haltkit fit' or 'haltkit compare --save' on "
-                f"this one, or use it without {MODEL}{_BY_OPTION}"
+                f"this one, or use it without {MODEL}{_BY_OPTION}",
+                differences,
             )
-        raise ValueError(
+        raise OtherModel(
             f"the card's certificate is not about this model ({told}): run 'haltkit calibrate' on this one, or use the "
-            f"policy without {CERTIFICATE}{_BY_OPTION}"
+            f"policy without {CERTIFICATE}{_BY_OPTION}",
+            differences,
         )
 
     def save(self, path: str | PathLike[str], weights: Mapping[str, Weights] | None = None) -> None:

@@ -13,7 +13,7 @@ from haltkit.attachment import Session
 from haltkit.calibration.certificate import Certificate
 from haltkit.calibration.losses import LOSSES, Judged, Loss, as_losses, lost
 from haltkit.calibration.spot_checks import SpotChecks
-from haltkit.card import Card
+from haltkit.card import Card, OtherModel
 from haltkit.driving import Pass
 from haltkit.setting import Setting
 from haltkit.subject import Subject
@@ -191,13 +191,19 @@ def watch_subject(
         )
     about = _loss_of(card.certificate)
     checks = _begun(card.certificate, rate, seed, delta, resume)
-    card.check(subject.model, subject.regions, subject.full_depth)
+    try:
+        card.check(subject.model, subject.regions, subject.full_depth)
+        if not subject.full_depth and subject.samples:
+            card.check_reach(replace(subject, samples=subject.samples[:1]).look().full_depth)
+    except OtherModel as error:  # without its certificate there is nothing to watch
+        raise ValueError(
+            f"there is nothing to watch: the card's certificate is not about this model "
+            f"({'; '.join(error.differences)}). Run 'haltkit calibrate' on this one"
+        ) from None
     if about.startswith("disagreement") and subject.logits is None:
         raise ValueError(f"{subject.name} has no logits, so nothing can be said about disagreement")
     if about == "answer" and subject.unit != "wrong":
         raise ValueError(f"the loss of {subject.name} is in {subject.unit}, not right or wrong: there are no labels")
-    if not subject.full_depth and subject.samples:
-        card.check_reach(replace(subject, samples=subject.samples[:1]).look().full_depth)
     known = card.identity
     full_depth = subject.full_depth or (0 if known is None else known.full_depth)
     setting = Setting.of(card.policies(subject.regions), subject.regions)
@@ -227,6 +233,8 @@ def _begun(
     resume.check_for(certificate)
     if rate not in (None, resume.rate):
         raise ValueError(f"rate={rate}: the spot checks that go on have rate {resume.rate}; leave it out")
+    if delta not in (None, resume.monitor.delta):
+        raise ValueError(f"delta={delta}: the spot checks that go on have delta {resume.monitor.delta}; leave it out")
     return resume
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "checked_losses",
     "conformal_index",
     "hoeffding_bentkus_p_value",
+    "relative_entropy",
     "units_needed",
 ]
 
@@ -106,13 +107,14 @@ def hoeffding_bentkus_p_value(risk: float, units: int, epsilon: float, bound: fl
     mean, level = risk / bound, epsilon / bound
     if not 0 < level < 1:
         raise ValueError(f"epsilon={epsilon} is outside (0, {bound})")
-    hoeffding = math.exp(-units * _relative_entropy(min(mean, level), level))
+    hoeffding = math.exp(-units * relative_entropy(min(mean, level), level))
     total = units * mean * (1 - 4 * _ROUNDING)  # a mean of whole numbers, times their count, misses one by a rounding
     bentkus = math.e * binomial_cdf(math.ceil(total), units, level)
     return min(1.0, hoeffding, bentkus)
 
 
-def _relative_entropy(a: float, b: float) -> float:
+def relative_entropy(a: float, b: float) -> float:
+    """``h1(a, b)`` of :func:`hoeffding_bentkus_p_value`: of a coin with chance ``a`` to one with chance ``b``."""
     first = a * math.log(a / b) if a > 0 else 0.0
     return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
 

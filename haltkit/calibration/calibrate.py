@@ -19,6 +19,7 @@ from haltkit.calibration.testing import bonferroni, fixed_sequence, holm
 __all__ = ["calibrate", "data_hash", "least_units", "p_values"]
 
 Floats = NDArray[np.float64]
+ROUNDING = 1e-9  # of the loss' bound: a mean that is this close to epsilon cannot be told from it
 
 
 def calibrate(
@@ -129,16 +130,21 @@ def calibrate(
 def p_values(losses: Floats, epsilon: float, delta: float, method: Method, loss_bound: float) -> Iterable[float]:
     """The p-value of each setting, ``(units, settings)``, for "the risk is above epsilon"; lazily where that saves.
 
-    No method passes a setting whose mean loss is above epsilon.
+    1 where the mean loss is above epsilon, by any method and at any delta: a bettor's wealth may have peaked before the
+    losses came, and a delta near 1 asks for less than a mean. The promise holds then, but nobody believes it.
 
     Raises:
         ValueError: a loss between 0 and ``loss_bound`` for ``binomial``, or an unknown method.
     """
+    found = _p_values(losses, epsilon, delta, method, loss_bound)
+    above = losses.mean(0) > epsilon
+    return (1.0 if above[i] else p for i, p in enumerate(found))
+
+
+def _p_values(losses: Floats, epsilon: float, delta: float, method: Method, loss_bound: float) -> Iterable[float]:
     units, count = losses.shape
     if method == "betting":
-        # The wealth may have peaked before losses came: the promise holds, but nobody believes a mean above epsilon.
-        found = bounds.betting_p_values(losses, epsilon, delta, loss_bound)
-        return map(float, np.where(losses.mean(0) > epsilon, 1.0, found))
+        return map(float, bounds.betting_p_values(losses, epsilon, delta, loss_bound))
     if method == "hoeffding-bentkus":
         means = losses.mean(0)
         return (bounds.hoeffding_bentkus_p_value(float(means[i]), units, epsilon, loss_bound) for i in range(count))
@@ -204,8 +210,8 @@ def _conformal(values: Floats, epsilon: float, bound: float, costs: Floats | Non
         p_value=None,
         bound=float((adjusted + bound) / (units + 1)),
         promise=f"On average over calibrations with {units} units like this one, the expected {keywords['risk']} of a "
-        f"new {keywords['unit']} of the same distribution is at most {epsilon:g}. This calibration by itself may be "
-        "above it.",
+        f"new {keywords['unit']} of the same distribution is at most {epsilon:g}, where a calibration that certifies "
+        "nothing counts as no loss. This calibration by itself may be above it.",
         reason=f"{last + 1} of {values.shape[1]} settings qualify; the "
         f"{'last' if costs is None else 'cheapest'} of them is chosen",
     )
@@ -221,7 +227,7 @@ def _nothing(values: Floats, record: Any) -> Certificate:
         reason = f"{units} units are too few: with no loss at all, {needed} are needed for epsilon={epsilon:g}" + (
             f" and delta={known['delta']:g}" if known["delta"] is not None else ""
         )
-    elif risk >= epsilon:
+    elif (about := _units_at(risk, known)) is None:
         reason = (
             f"the safest setting has a mean loss of {risk:.3g}, which is not below epsilon={epsilon:g}: more units do "
             "not help, a safer setting does"
@@ -229,7 +235,7 @@ def _nothing(values: Floats, record: Any) -> Certificate:
     else:
         reason = (
             f"the safest setting has a mean loss of {risk:.3g}, too close to epsilon={epsilon:g} for {units} units: "
-            f"about {_units_at(risk, known)} are needed"
+            f"about {about} are needed"
         )
     certificate: Certificate = record(
         chosen=None,
@@ -242,18 +248,13 @@ def _nothing(values: Floats, record: Any) -> Certificate:
     return certificate
 
 
-def _units_at(risk: float, known: dict[str, Any]) -> int:
-    """About how many units certify a setting of this observed risk, by the relative entropy of Hoeffding's bound."""
+def _units_at(risk: float, known: dict[str, Any]) -> int | None:
+    """About how many units certify a setting of this observed risk, by Hoeffding's bound; None: no number in sight."""
     bound, epsilon = float(known["loss_bound"]), float(known["epsilon"])
     delta: float | None = known["delta"]
+    if epsilon - risk <= ROUNDING * bound:
+        return None
     if delta is None:
         return math.ceil((bound - epsilon) / (epsilon - risk))
-    high = 1
-    while bounds.hoeffding_bentkus_p_value(risk, high, epsilon, bound) > delta:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = bounds.hoeffding_bentkus_p_value(risk, middle, epsilon, bound) <= delta
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    exponent = bounds.relative_entropy(risk / bound, epsilon / bound)
+    return math.ceil(math.log(1 / delta) / exponent) if exponent > 0 else None

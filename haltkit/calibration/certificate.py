@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ class Certificate:
     def setting(self) -> str | None:
         """The certified setting, or None: run full depth."""
         return None if self.chosen is None else self.settings[self.chosen]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all its fields: losses alone may be those of another certificate, such as where all are 0."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """The certificate as JSON, indented for readers; :meth:`from_json` gives it back exactly."""

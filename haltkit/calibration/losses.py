@@ -39,11 +39,16 @@ def lost(loss: Loss, bound: float, halted: Judged, full: Judged) -> Tensor:
         halted, full: the same sequences under the policy and at full depth.
 
     Raises:
-        ValueError: an unknown loss, or something that it needs was not kept.
+        ValueError: an unknown loss, predictions of other shapes, or something that it needs was not kept.
     """
     if loss in ("disagreement", "disagreement-anywhere"):
         if halted.tops is None or full.tops is None:
             raise ValueError(f"{loss} is told by top predictions, and there are no logits")
+        if halted.tops.shape != full.tops.shape:
+            raise ValueError(
+                f"the halted run predicts {tuple(halted.tops.shape)} and full depth {tuple(full.tops.shape)}: they "
+                "cannot be compared. Watch a call that gives as many predictions both times, such as a forward pass"
+            )
         differ = (halted.tops != full.tops).reshape(len(full.tops), -1).double()
         return differ.amax(1) if loss == "disagreement-anywhere" else differ.mean(1)
     if loss not in LOSSES:

@@ -33,7 +33,7 @@ class SpotChecks:
         monitor: of the certified risk.
         rate: the share of units that are checked, in (0, 1].
         seed: of the draws.
-        certificate: the hash of the data of the certificate that is watched, by which another one is told.
+        certificate: the digest of the certificate that is watched, by which another one is told.
         units: how many were run.
         steps: of all of them together, under the policy: the mean over a unit's rows, added up over its regions.
         extra: steps that checked units took again to full depth, counted likewise.
@@ -81,7 +81,7 @@ class SpotChecks:
             raise ValueError(f"there is nothing to watch, for nothing is certified: {certificate.reason}")
         chosen = (0.05 if certificate.delta is None else certificate.delta) if delta is None else delta
         monitor = Monitor(certificate.epsilon, chosen, certificate.loss_bound)
-        return cls(monitor, rate, seed, certificate.data_hash)
+        return cls(monitor, rate, seed, certificate.digest)
 
     def check_for(self, certificate: Certificate) -> None:
         """Whether these are spot checks of what a certificate promises.
@@ -90,11 +90,11 @@ class SpotChecks:
             ValueError: they are of another certificate.
         """
         known = (self.certificate, self.monitor.epsilon, self.monitor.loss_bound)
-        if known != (certificate.data_hash, certificate.epsilon, certificate.loss_bound):
+        if known != (certificate.digest, certificate.epsilon, certificate.loss_bound):
             raise ValueError(
-                f"these spot checks are of another certificate (epsilon {self.monitor.epsilon:g}, data "
-                f"{self.certificate[:8]}), and this one has epsilon {certificate.epsilon:g}, data "
-                f"{certificate.data_hash[:8]}: begin new ones"
+                f"these spot checks are of another certificate (epsilon {self.monitor.epsilon:g}, SHA-256 "
+                f"{self.certificate[:8]}), and this one has epsilon {certificate.epsilon:g}, SHA-256 "
+                f"{certificate.digest[:8]}: begin new ones"
             )
 
     @property

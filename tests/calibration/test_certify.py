@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from haltkit.calibration import Certificate, calibrate
 from haltkit.calibration.bounds import betting_p_values, binomial_p_value
 from haltkit.calibration.calibrate import data_hash, least_units, p_values
-from haltkit.calibration.conditional import calibrate_by_step, halting_steps
+from haltkit.calibration.conditional import NEVER, Asked, calibrate_by_step, halting_steps
 from haltkit.calibration.testing import bonferroni, even_path, fixed_sequence, greedy_path, holm
 
 pytestmark = pytest.mark.slow
@@ -243,11 +243,42 @@ def test_betting_passes_nothing_whose_mean_is_above_epsilon() -> None:
     assert next(iter(p_values(late, 0.1, 0.1, "betting", 1.0))) < 1e-3
 
 
+def test_no_delta_passes_a_mean_above_epsilon() -> None:
+    two_of_ten = np.array([1.0] * 2 + [0.0] * 8)[:, None]
+    assert binomial_p_value(2, 10, 0.15) < 0.9
+    assert list(p_values(two_of_ten, 0.15, 0.9, "binomial", 1.0)) == [1.0]
+    for method in ("binomial", "betting", "hoeffding-bentkus"):
+        assert not calibrate(two_of_ten, epsilon=0.15, delta=0.99, method=method).certified
+
+
+@pytest.mark.parametrize("method", ["betting", "hoeffding-bentkus", "conformal"])
+@pytest.mark.parametrize("below", [0.0, 1e-17, 1e-12, 1e-8, 1e-5])
+def test_a_risk_just_below_epsilon_is_said_at_once(method: str, below: float) -> None:
+    """The units that it would take are more than can be counted one by one."""
+    found = calibrate(np.full((400, 1), 0.1 - below), epsilon=0.1, delta=0.05, method=method)
+    if found.certified:  # a mean below epsilon is enough for conformal only if it is clearly so
+        assert below == 1e-5
+        assert method == "conformal"
+        return
+    told = found.reason.split("about ")
+    assert ("more units do not help" in found.reason) == (len(told) == 1) == (below < 1e-9)
+    if len(told) == 2:
+        assert int(told[1].split()[0]) > 1e4
+
+
 @pytest.mark.parametrize("field", ["risk", "unit", "settings"])
 def test_a_certificate_that_could_steer_a_terminal_is_not_made(field: str) -> None:
     found = calibrate(synthetic(1, 300), epsilon=0.1, delta=0.05)
     with pytest.raises(ValueError, match=f"{field}=.*can be printed"):
         replace(found, **{field: ("\x1b[2J",) * len(found.settings) if field == "settings" else "\x1b[2J"})
+
+
+def test_certificates_about_other_settings_have_other_digests_where_no_loss_was_seen() -> None:
+    nothing = np.zeros((300, 1))
+    one, other = (calibrate(nothing, epsilon=0.1, settings=[name]) for name in ("norm:tau=1", "norm:tau=9"))
+    assert one.data_hash == other.data_hash
+    assert one.digest != other.digest
+    assert Certificate.from_json(one.to_json()).digest == one.digest
 
 
 def test_every_kind_of_certificate_comes_back_from_json() -> None:
@@ -334,6 +365,38 @@ def test_what_is_certified_by_step_passes_its_test_among_what_halts_by_every_ste
             seen += 1
             assert found.certificate.p_value == pytest.approx(worst)
     assert seen > 20
+
+
+def _sequences(seed: int, units: int, rows: int, risk: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and losses ``(units, rows, 2)``: rows halt at step 1 or 2, and of the early ones a share ``risk`` errs.
+
+    All errors are in hard sequences, in which fewer rows halt early: rows of a sequence err together, and the mean of
+    the sequences' own shares is not the share of all rows.
+    """
+    generator = np.random.default_rng([seed, units, rows])
+    hard = generator.random((units, 1)) < 0.3
+    early = generator.random((units, rows)) < np.where(hard, 0.2, 0.5)
+    wrong = early & hard & (generator.random((units, rows)) < risk * (0.3 * 0.2 + 0.7 * 0.5) / (0.3 * 0.2))
+    scores = np.stack([np.where(early, 0.5, 2.0), np.full((units, rows), 0.5)], -1)
+    return scores, np.stack([wrong, np.zeros_like(wrong)], -1).astype(float)
+
+
+@pytest.mark.parametrize(("rows", "least"), [(1, 0.02), (8, 0.0)])
+def test_rows_of_one_sequence_are_no_evidence_of_their_own(rows: int, least: float) -> None:
+    """The worst proposal, at the boundary: early halts err just more than epsilon allows, late ones never."""
+    delta, draws, epsilon, violations, late = 0.1, 400, 0.1, 0, 0
+    asked = Asked(epsilon, delta, "betting")
+    for seed in range(draws):
+        scores, losses = _sequences(seed, 300, rows, epsilon * 1.001)
+        for start in (2, 1):
+            steps = halting_steps(scores, np.array([NEVER if start > 1 else 1.0, 1.0]))
+            there = np.take_along_axis(losses, steps[..., None] - 1, -1)[..., 0]
+            if asked.worst(steps, there, start, 2) > delta:
+                break
+            late += start == 2
+            violations += start == 1
+    assert late == draws  # what is safe passes
+    assert least <= violations / draws <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
 
 
 def test_thresholds_by_step_from_too_few_units_halt_nothing_and_say_so() -> None:

@@ -30,6 +30,8 @@ from haltkit.watching import MonitoredRun, RiskExceeded, watch_subject
 
 STEPS = 12
 SPEC = "fixed:steps=3"
+KNOWN = replace(certificate_for(SPEC), loss="disagreement")
+OTHER = replace(KNOWN, settings=("fixed:steps=4",))  # from losses with the same hash, as where all are 0
 
 
 class Counter(nn.Module):
@@ -301,6 +303,13 @@ def test_losses_are_told_apart() -> None:
 # --- the interval
 
 
+def test_predictions_of_other_shapes_are_not_compared() -> None:
+    """A text that ends earlier may broadcast against another: that is no loss of 0."""
+    one, many = Judged(tops=torch.zeros(1, 1)), Judged(tops=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        lost("disagreement", 1.0, one, many)
+
+
 def test_the_interval_ends_where_the_mixture_of_bets_reaches_its_level() -> None:
     losses, level = [0.0, 0.3, 1.0, 0.0, 0.0, 0.7], 0.9
     monitor = Monitor(0.1, 0.05)
@@ -354,8 +363,10 @@ def test_intervals_of_extremes_and_of_other_ranges() -> None:
         ({"rate": 0.1, "seed": -1}, "seed"),
         ({"rate": 0.1, "delta": 0.0}, "delta"),
         ({"rate": 0.1, "resume": SpotChecks(Monitor(0.05, 0.1), 0.1, 0, "0" * 63 + "1")}, "another certificate"),
-        ({"rate": 0.1, "resume": SpotChecks(Monitor(0.06, 0.1), 0.1, 0, "0" * 64)}, "another certificate"),
-        ({"rate": 0.1, "resume": SpotChecks(Monitor(0.05, 0.1), 0.2, 0, "0" * 64)}, "rate"),
+        ({"rate": 0.1, "resume": SpotChecks.of(replace(OTHER, epsilon=0.06), 0.1)}, "another certificate"),
+        ({"rate": 0.1, "resume": SpotChecks.of(OTHER, 0.1)}, "another certificate"),
+        ({"rate": 0.1, "resume": SpotChecks.of(KNOWN, 0.2)}, "rate"),
+        ({"delta": 0.5, "resume": SpotChecks.of(KNOWN, 0.1)}, "delta"),
     ],
 )
 def test_a_run_that_cannot_be_monitored_is_refused(
@@ -507,6 +518,7 @@ def test_what_cannot_be_watched_is_one_line(
     assert run_command("watch", "chase", "--card", chase_cards / "late", "--state", state, *arguments) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert "--without-certificate" not in error  # watch has no such option
     assert len(error.splitlines()) == 1
     assert not state.exists()
 
@@ -519,7 +531,12 @@ def test_cards_and_states_that_are_none_are_one_line(
     batches.save(tmp_path / "batches")
     (tmp_path / "state.json").write_text("{}")
     late = chase_cards / "late"
+    other = load_reasoner(BUNDLED / "chase").model
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    _card(other, "norm:tau=1", 48).save(tmp_path / "other")
     for arguments, said in (
+        (["chase", "--card", tmp_path / "other"], "other weights"),
         (["chase", "--card", tmp_path / "plain.yaml"], "no certificate"),
         (["chase", "--card", tmp_path / "batches"], "--batch"),
         (["sudoku", "--card", late], "card"),
@@ -529,4 +546,5 @@ def test_cards_and_states_that_are_none_are_one_line(
         assert run_command("watch", *arguments) == 2
         error = capsys.readouterr().err
         assert said in error
+        assert "--without-certificate" not in error
         assert len(error.splitlines()) == 1
