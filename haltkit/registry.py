@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ class PolicyRecord:
         examples: keys of specs under which it halts within some 20 steps on the maps of order one that the laws are
             tested on. The first one is also the example in the listing.
         cost: keys of a spec that never halts, to time an update with; None: it is not timed.
+        greatest_tau: the greatest threshold that it takes; infinite where there is none.
         sweep: a key that is not ``tau`` and the values that a comparison tries where a spec does not say it.
     """
 
@@ -67,6 +69,7 @@ class PolicyRecord:
     swept: bool = False
     examples: tuple[str, ...] = ()
     cost: str | None = None
+    greatest_tau: float = math.inf
     sweep: tuple[str, tuple[object, ...]] | None = None
 
     def __post_init__(self) -> None:
@@ -214,6 +217,7 @@ _BUILTIN = (
         policies.Probe,
         "P(the prediction will change) = sigmoid(-(w x_k + u f_k + b)), w, u, b of 'haltkit fit'",
         "a probability; [0, 1]",
+        greatest_tau=1.0,
     ),
     PolicyRecord(
         "gate",
@@ -222,6 +226,7 @@ _BUILTIN = (
         "a probability; [0, 1]",
         examples=("tau=0.3", "tau=0.1,rule=cumulative", "tau=0.1,rule=sum"),
         cost="tau=1e-12,rule=cumulative",
+        greatest_tau=1.0,
     ),
     PolicyRecord(
         "table",

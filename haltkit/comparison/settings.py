@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -50,12 +51,14 @@ class Candidate:
         parts: by region; a single entry named ``""`` is for all regions.
         as_given: whether it is a finished choice, which no default granularity applies to.
         standing: what is promised of it, where it came from a card.
+        path: of that card, which names it where another candidate has its name; empty: it came from none.
     """
 
     name: str
     parts: Mapping[str, Spec | HaltingPolicy[Any]]
     as_given: bool = False
     standing: Standing = PLAIN
+    path: str = ""
 
     @property
     def open(self) -> bool:
@@ -78,7 +81,22 @@ def candidates(policies: str | Sequence[Given] | None, subject: Subject) -> list
         usable = [r.name for r in records() if r.swept and (has_logits(subject.readout) or not r.needs_readout)]
         policies = ",".join(sorted(usable))
     given: Sequence[Given] = parse_choices(policies) if isinstance(policies, str) else policies
-    return [_candidate(one, subject) for one in given]
+    return _told_apart([_candidate(one, subject) for one in given])
+
+
+def _told_apart(made: Sequence[Candidate]) -> list[Candidate]:
+    """The same candidates, where no card has the name of another: its path names it, with a number if it comes again.
+
+    A name is that of a sweep, of which a table and a conclusion say one thing.
+    """
+    clashing = Counter(one.name for one in made)
+    named = [replace(o, name=o.standing.mark(o.path)) if o.path and clashing[o.name] > 1 else o for o in made]
+    before: Counter[str] = Counter()
+    for number, one in enumerate(named):
+        before[one.name] += 1
+        if one.path and before[one.name] > 1:
+            named[number] = replace(one, name=f"{one.name} ({before[one.name]})")
+    return named
 
 
 def _candidate(given: Given, subject: Subject) -> Candidate:
@@ -86,7 +104,7 @@ def _candidate(given: Given, subject: Subject) -> Candidate:
         card = load_card(given)
         standing = card.check(subject.model, subject.regions, subject.full_depth)
         named = _named(card.policies(subject.regions), card.name or None)
-        return replace(named, name=standing.mark(named.name), standing=standing)
+        return replace(named, name=standing.mark(named.name), standing=standing, path=card.path)
     parsed: Any = parse_choice(given) if isinstance(given, str) else given
     if isinstance(parsed, Mapping):
         if parsed.keys() != set(subject.regions):

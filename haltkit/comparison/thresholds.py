@@ -41,16 +41,17 @@ def _needed(scores: Tensor, patience: int) -> Tensor:
     return needed.cummin(0).values
 
 
-def tau_at_step(scores: Tensor, patience: int, target: int) -> float | None:
+def tau_at_step(scores: Tensor, patience: int, target: int, greatest: float = math.inf) -> float | None:
     """The threshold at which a typical row would halt at about a target step, rounded up to two digits.
 
     Args:
         scores: what the policy measured at full depth, ``(K, N)``: step by sample.
         patience: hits in a row that the policy asks for.
         target: the step.
+        greatest: threshold that the policy takes.
 
     Returns:
-        a positive number; None if there is no such threshold, or the target is beyond ``K``.
+        a positive number, at most ``greatest``; None if there is no such threshold, or the target is beyond ``K``.
     """
     if not 0 <= target - patience <= len(scores) - patience:
         return None
@@ -58,7 +59,7 @@ def tau_at_step(scores: Tensor, patience: int, target: int) -> float | None:
     if not 0 < value < math.inf:
         return None
     digit = 10 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / digit * (1 + 1e-9)) * digit:.1e}")
+    return min(float(f"{math.ceil(value / digit * (1 + 1e-9)) * digit:.1e}"), greatest)
 
 
 def observed_taus(scores: Tensor, patience: int = 1, targets: Sequence[int] = TARGET_STEPS) -> list[float]:
@@ -136,5 +137,6 @@ def taus_of(
             "of their own: give each part a tau, or say which taus to try"
         )
     seen, patience = scores_of(spec, recordings, readout)
-    found = {target: tau_at_step(seen, patience, target) for target in targets}
+    greatest = record_of(spec.name).greatest_tau
+    found = {target: tau_at_step(seen, patience, target, greatest) for target in targets}
     return {target: tau for target, tau in found.items() if tau is not None}

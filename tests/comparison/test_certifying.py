@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,35 @@ def test_a_gate_alone_is_certified_without_headroom() -> None:
     found = certify(_subject(_hops(151, 1), readout=heads), "gate:tau=0.5", epsilon=0.05, delta=0.1)
     assert found.steps == {"loop": 5.0}
     assert not found.headroom
+
+
+def test_a_gate_that_is_shut_gets_a_threshold_that_it_takes() -> None:
+    """One minus its probability is 1 to rounding: a threshold above that is none."""
+    subject = _subject(_hops(151, 1), readout=Heads(None, lambda x: torch.full_like(x[..., 1], -60.0)))
+    found = certify(subject, "gate", epsilon=0.05, delta=0.1)
+    assert found.setting is not None
+    assert (found.setting.tau, found.steps) == (1.0, {"loop": float(STEPS)})
+
+
+@dataclass(frozen=True)
+class _World:
+    """All processes decide together, as in a process group of one."""
+
+    policy: haltkit.HaltingPolicy[Any]
+    granularity: str = "world"
+
+    def init(self, x0: Tensor) -> Any:
+        return self.policy.init(x0)
+
+    def update(self, state: Any, step: haltkit.LoopStep) -> tuple[Any, haltkit.Verdict]:
+        return self.policy.update(state, step)
+
+
+@pytest.mark.parametrize("by", [None, "region"])
+def test_what_halts_with_other_processes_halts_with_its_batch(by: Any) -> None:
+    policy = _World(haltkit.policy("norm:tau=0.01,granularity=batch"))
+    found = certify(_subject(_hops(100, 1), size=10), policy, epsilon=0.2, delta=0.2, by=by)
+    assert (found.certificate.units, found.certificate.unit) == (9, "batch")
 
 
 def test_too_few_units_say_how_many_are_needed() -> None:
@@ -283,6 +312,32 @@ def test_what_was_certified_on_one_model_is_compared_and_certified_again_on_anot
     save_certified(tmp_path / "again", found, subject, "made up rows")
     again = Card.load(tmp_path / "again")
     assert again.check(subject.model, subject.regions, STEPS).promise == found.certificate.promise
+
+
+def test_cards_of_one_name_are_compared_under_names_of_their_own(
+    certified: tuple[Subject, Path], tmp_path: Path
+) -> None:
+    subject, folder = certified
+    for place in ("a", "b", "a/norm"):
+        (tmp_path / place).mkdir()
+        Card.load(folder).save(tmp_path / place / folder.name)
+    Card("norm:tau=0.3").save(tmp_path / "b" / "norm.yaml")
+    a, b, c = (tmp_path / place / folder.name for place in ("a", "b", "a/norm"))
+    waived = Card.load(c).without_certificate()
+    given = [a, str(b), folder / "card.yaml", waived, waived, tmp_path / "b" / "norm.yaml", "norm"]
+    told = [one.name for one in candidates(given, subject)]
+    assert told == [
+        str(a),
+        str(b),
+        str(folder),
+        f"{c} (without its certificate)",
+        f"{c} (without its certificate) (2)",
+        str(tmp_path / "b" / "norm"),
+        "norm",
+    ]
+    rows = haltkit.compare(subject, policies=[a, b], repeats=1).rows
+    assert {row.policy for row in rows if row.decided == "policy"} == {str(a), str(b)}
+    assert [one.name for one in candidates([a, "norm"], subject)] == ["card", "norm"]  # no clash, no path
 
 
 def test_a_card_does_not_replace_what_is_none(certified: tuple[Subject, Path], tmp_path: Path) -> None:

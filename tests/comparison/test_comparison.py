@@ -20,11 +20,12 @@ import haltkit
 from haltkit.comparison import Comparison, Row, conclude, sweep_spread, within
 from haltkit.comparison.measure import measure
 from haltkit.comparison.settings import Candidate, Sweeps, candidates, suggested_depths
-from haltkit.comparison.thresholds import observed_taus, tau_within
+from haltkit.comparison.thresholds import observed_taus, tau_at_step, tau_within
 from haltkit.driving import Look, Pass
 from haltkit.recording.recorder import Recorder
 from haltkit.recording.replay import scores
 from haltkit.recording.trajectory import RegionTrajectory
+from haltkit.registry import PolicyRecord, records
 from haltkit.reporting.frontier import plot_comparison
 from haltkit.reporting.overview import Needs, plot_overview
 from haltkit.setting import Depth, Setting
@@ -206,6 +207,24 @@ def test_observed_thresholds_halt_a_typical_row_at_about_their_target(name: str,
             assert int(steps.median()) == 1
         else:
             assert int(steps.median()) == target
+
+
+@pytest.mark.parametrize("record", [one for one in records() if one.greatest_tau < math.inf], ids=lambda one: one.name)
+def test_a_picked_threshold_is_one_that_the_policy_takes(record: PolicyRecord) -> None:
+    """Of a gate that is shut, 1 - lambda is 1 to rounding, and a threshold rounded up would be 1.1."""
+    assert tau_at_step(torch.ones(8, 3), 1, 4, record.greatest_tau) == record.greatest_tau
+    assert tau_at_step(torch.full((8, 3), 0.9999), 1, 4, record.greatest_tau) == record.greatest_tau
+    assert tau_at_step(torch.full((8, 3), 0.31), 1, 4, record.greatest_tau) == pytest.approx(0.32)
+
+
+def test_only_gates_and_probes_have_a_greatest_threshold_and_the_registry_knows_it() -> None:
+    for record in records():
+        if "tau" not in record.fields or ("weights" in record.fields and record.name != "gate"):
+            continue  # a probe has weights that must be there
+        record.policy(tau=min(record.greatest_tau, 1e6))
+        if record.greatest_tau < math.inf:
+            with pytest.raises(ValueError, match="above"):
+                record.policy(tau=record.greatest_tau * 1.01)
 
 
 def test_observed_thresholds_leave_out_what_was_not_observed() -> None:
