@@ -55,8 +55,8 @@ class PolicyRecord:
         examples: keys of specs under which it halts within some 20 steps on the maps of order one that the laws are
             tested on. The first one is also the example in the listing.
         cost: keys of a spec that never halts, to time an update with; None: it is not timed.
-        greatest_tau: the greatest threshold that it takes; infinite where there is none.
         sweep: a key that is not ``tau`` and the values that a comparison tries where a spec does not say it.
+        greatest_tau: the greatest threshold that it takes; infinite where there is none.
     """
 
     name: str
@@ -69,8 +69,8 @@ class PolicyRecord:
     swept: bool = False
     examples: tuple[str, ...] = ()
     cost: str | None = None
-    greatest_tau: float = math.inf
     sweep: tuple[str, tuple[object, ...]] | None = None
+    greatest_tau: float = math.inf
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, type):
@@ -259,6 +259,7 @@ def register(
     examples: tuple[str, ...] = (),
     cost: str | None = None,
     sweep: tuple[str, tuple[object, ...]] | None = None,
+    greatest_tau: float = math.inf,
 ) -> Callable[[C], C]:
     """Give a policy a name and a record, as a decorator of its class::
 
@@ -275,7 +276,20 @@ def register(
 
     def decorate(policy: C) -> C:
         _TABLE.add(
-            PolicyRecord(name, policy, formula, scale, patience, needs_readout, wrapped, swept, examples, cost, sweep)
+            PolicyRecord(
+                name,
+                policy,
+                formula=formula,
+                scale=scale,
+                patience=patience,
+                needs_readout=needs_readout,
+                wrapped=wrapped,
+                swept=swept,
+                examples=examples,
+                cost=cost,
+                sweep=sweep,
+                greatest_tau=greatest_tau,
+            )
         )
         return policy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -159,6 +160,25 @@ class Half:
     def update(self, state: None, step: haltkit.LoopStep) -> tuple[None, haltkit.Verdict]:
         score = step.x.norm(dim=-1) / 2
         return None, haltkit.Verdict(score, score < self.tau)
+
+
+@pytest.mark.usefixtures("table")
+def test_what_a_policy_is_registered_with_is_its_record() -> None:
+    given: dict[str, Any] = {
+        "formula": "f",
+        "scale": "s",
+        "patience": 3,
+        "needs_readout": True,
+        "wrapped": False,
+        "swept": True,
+        "examples": ("tau=1",),
+        "cost": "tau=2",
+        "sweep": ("times", (1, 2)),
+        "greatest_tau": 7.0,
+    }
+    haltkit.register("half", **given)(Half)
+    assert vars(registry.record_of("half")) == {"name": "half", "policy": Half, **given}
+    assert set(inspect.signature(haltkit.register).parameters) == {"name", *given}
 
 
 @pytest.mark.usefixtures("table")
