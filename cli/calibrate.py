@@ -11,6 +11,7 @@ import typer
 from haltkit.cli.device import Device
 from haltkit.cli.options import (
     Data,
+    Draw,
     JsonPath,
     MaxLoops,
     Model,
@@ -53,6 +54,7 @@ def calibrate(
         int | None,
         typer.Option(min=2, max=10_000_000, help="Sequences to run, the first batch included. \\[default: 704]"),
     ] = None,
+    draw: Draw = 0,
     text: Text = None,
     data: Data = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
@@ -76,6 +78,7 @@ def calibrate(
     if save is not None:
         Card.check_folder(save)
     options = {"text": text, "data": data, "max_loops": max_loops, "batch": batch, "sequences": sequences or 704}
+    options["draw"] = draw
     passes = {"split": "validation", "execution": "compact", "ragged": True}
     with progress("loading the model") as tick:
         subject = resolve(model, options | passes, asked_options(context), device)
@@ -98,6 +101,13 @@ def calibrate(
     say(console, f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
     if found.standing.without:
         say_standing(console, f"  {policy}", found.standing)
+    seen = isinstance(given[0], Card) and given[0].chosen_on(source)
+    if seen:
+        say(
+            console,
+            f"  note: {policy} was chosen on {source} too, and the promise is about sequences that chose nothing: "
+            "give others by --text, --data or --draw, or from a function of yours",
+        )
     say(console, f"  {certificate.reason}")
     if found.setting is not None:
         taken = ", ".join(f"{steps:.2f} in {name}" for name, steps in found.steps.items())
@@ -108,6 +118,7 @@ def calibrate(
         )
     say(console, f"  {certificate.promise}")
     about = {"text": source, "steps": found.steps, "full_depth": found.full_depth, "time": found.time}
+    about["seen_before"] = seen
     about["standing"] = str(found.standing) if found.standing.without else ""
     write_results(console, json_path, {**about, "certificate": json.loads(certificate.to_json())})
     if save is not None:

@@ -85,6 +85,12 @@ Text = Annotated[
     Path | None, typer.Option(help="Text file. \\[default: the bundled held-out sample]", show_default=False)
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder made by 'haltkit prepare' with the checkpoint's tokenizer.")]
+Draw = Annotated[
+    int,
+    typer.Option(
+        min=0, max=2**63 - 1, help="Other sequences of a reasoner's task, drawn alike; 0: those that all commands take."
+    ),
+]
 MOST_STEPS = 1_000_000
 MaxLoops = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Full depth: the budget of each region.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Interleaved timing repeats.")]

@@ -90,7 +90,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     REASONER: ModelType(
         Loader(
             "haltkit.models.reasoner.subject:checkpoint_subject",
-            frozenset({"max_loops", "batch", "execution", "sequences", "test_set"}),
+            frozenset({"max_loops", "batch", "execution", "sequences", "test_set", "draw"}),
             own_defaults=frozenset({"max_loops", "batch", "execution"}),
         ),
         Loader("haltkit.models.reasoner.diagnosing:checkpoint_case", frozenset({"tokens", "seed"})),

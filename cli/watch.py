@@ -14,7 +14,7 @@ import typer
 
 from haltkit.cli.device import Device
 from haltkit.cli.grid import print_wrapped
-from haltkit.cli.options import Data, JsonPath, Model, Text, seed_option
+from haltkit.cli.options import Data, Draw, JsonPath, Model, Text, seed_option
 from haltkit.cli.subjects import asked_options, is_function, resolve
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
@@ -44,6 +44,7 @@ def watch(
     sequences: Annotated[
         int | None, typer.Option(min=1, max=10_000_000, help="Sequences to run. \\[default: 704]")
     ] = None,
+    draw: Draw = 0,
     text: Text = None,
     data: Data = None,
     split: Annotated[str, typer.Option(help="The split of --data.")] = "validation",
@@ -76,6 +77,7 @@ def watch(
         raise ValueError("the certificate is about batches: give --batch, the size that they were calibrated with")
     json_path, state = check_writable(json_path), check_writable(state, ("json",))
     options = {"text": text, "data": data, "split": split, "test_set": test_set, "sequences": sequences or 704}
+    options["draw"] = draw
     options |= {"batch": batch, "max_loops": found.identity.full_depth, "execution": "compact", "ragged": True}
     own = set() if is_function(model) else {"batch", "max_loops"}  # else a reasoner takes its own
     with progress("loading the model") as tick:
@@ -95,7 +97,11 @@ def watch(
     source = str(subject.about.get("text", subject.name))
     for line in _told(checks, found.certificate, found.policy, source, times):
         print_wrapped(console, line)
-    write_results(console, json_path, _values(checks, found.policy, source, times))
+    if seen := found.chosen_on(source):
+        print_wrapped(
+            console, f"  note: it was certified on {source} too; inputs of the calibration are no new evidence"
+        )
+    write_results(console, json_path, {**_values(checks, found.policy, source, times), "seen_before": seen})
     if state is not None:
         say(console, f"state: {state}")
     if checks.alarm:

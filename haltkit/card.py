@@ -120,6 +120,10 @@ class Card:
         whole = self.folder.stem == self.name and (self.folder / CARD).is_file()
         return str(self.folder if whole else self.folder / self.name)
 
+    def chosen_on(self, source: str) -> bool:
+        """Whether it says that it was chosen, or certified, on data of this name: they are no fresh evidence of it."""
+        return f" {source}:" in self.about
+
     def policies(self, regions: Sequence[str]) -> dict[str, HaltingPolicy[Any]]:
         """The policy of each region.
 

@@ -34,8 +34,8 @@ class RiskExceeded(RuntimeError):
         monitor = checks.monitor
         super().__init__(
             f"the certified risk of {monitor.epsilon:g} is exceeded: {monitor.risk:.3g} over {monitor.checks} spot "
-            f"checks, p-value {monitor.p_value:.2g}. The data are not like those of the calibration any more: run full "
-            "depth, and calibrate again on data like these"
+            f"checks, p-value {monitor.p_value:.2g}. The data are not like those of the calibration, or the "
+            "calibration was one of the few whose promise fails: run full depth, and calibrate again on data like these"
         )
         self.checks = checks
 

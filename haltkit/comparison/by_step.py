@@ -95,7 +95,11 @@ def certify_by_step(
     proposed = propose(seen, lost, _grid(seen, sweeps.taus), asked)
 
     second = live_on(halves[1])
-    asked = replace(asked, unit=second.unit(halts_together(granularity)), loss=second.loss)
+    asked = replace(
+        asked,
+        unit=second.unit(halts_together(granularity)),
+        loss=second.risk if granularity == "token" else second.loss,
+    )
     units = np.random.default_rng(asked.seed).permutation(len(second.losses(second.full, granularity)))
     tested: list[tuple[Ran, NDArray[np.int64], Floats, float]] = []
 

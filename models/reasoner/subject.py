@@ -135,18 +135,19 @@ def _inputs(sample: Batch) -> Tensor:
     return sample.inputs
 
 
-def sequences_of(task: Task, count: int, test_set: str | None = None) -> tuple[str, Batch]:
+def sequences_of(task: Task, count: int, test_set: str | None = None, draw: int = 0) -> tuple[str, Batch]:
     """The name of a test set of a task and ``count`` sequences of it, the same ones at every call.
 
     Args:
         task: the task.
         count: how many sequences.
         test_set: its name; None: the task's first, which is like the last level of training.
+        draw: another number draws other sequences alike, and so does another count.
 
     Raises:
         ValueError: an unknown test set.
     """
-    sets = task.test_sets(count, seed=0)
+    sets = task.test_sets(count, seed=draw)
     chosen = next(iter(sets)) if test_set is None else test_set
     if chosen not in sets:
         raise ValueError(f"no test set {chosen!r} of {task.name}; there are {', '.join(sets)}")
@@ -163,6 +164,7 @@ def checkpoint_subject(
     execution: Execution = "compact",
     test_set: str | None = None,
     sequences: int | None = None,
+    draw: int = 0,
 ) -> Subject:
     """A checkpoint folder of a reasoner as a subject, on a test set of its task.
 
@@ -175,19 +177,20 @@ def checkpoint_subject(
         execution: see :func:`reasoner_subject`.
         test_set: by name; None: the task's first, which is like the last level of training.
         sequences: how many; None: 128.
+        draw: see :func:`sequences_of`.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or a damaged one.
         ValueError: an unknown test set, or a batch that does not fit.
     """
     loaded = load_reasoner(folder, device=device)
-    chosen, found = sequences_of(loaded.task, 128 if sequences is None else sequences, test_set)
+    chosen, found = sequences_of(loaded.task, 128 if sequences is None else sequences, test_set, draw)
     full = max_loops or loaded.task.full_depth
     samples = Batch(*(_moved(part, device) for part in (found.inputs, found.labels, found.needed)))
     size = min(64, len(samples.inputs)) if batch is None else batch
     about = {
         "trained": dict(loaded.trained),
-        "text": f"test set {chosen!r}",
+        "text": f"test set {chosen!r}" + (f", draw {draw}" if draw else ""),
         "max_loops": full,
         "batch": size,
         "mode": "forward",

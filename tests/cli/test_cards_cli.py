@@ -14,6 +14,7 @@ import torch
 from cases import certificate_for, run_command, small_tokenizer
 from haltkit.card import Card
 from haltkit.cli.main import app
+from haltkit.cli.subjects import resolve
 from haltkit.identity import Identity
 from haltkit.models.checkpoint import build_model
 from haltkit.models.gpt.config import ModelConfig
@@ -192,3 +193,29 @@ def test_a_certified_card_is_not_used_for_another_function_of_its_model(
     assert "--without-certificate" in said
     assert run_command(*given, "--without-certificate") == 0
     assert "used without its certificate: nothing is promised" in capsys.readouterr().err
+
+
+def test_a_certificate_says_where_its_policy_was_chosen_on_the_same_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, small = tmp_path / "card", ["--sequences", "48", "--batch", "8", "--epsilon", "0.5", "--delta", "0.5", *SMALL]
+    assert run_command("calibrate", "chase", "--policy", SPEC, *small, "--save", card) == 0
+    assert "note:" not in capsys.readouterr().out
+    assert run_command("calibrate", "chase", "--policy", card, *small) == 0
+    assert "test set 'chains' too" in " ".join(capsys.readouterr().out.split())
+    assert run_command("watch", "chase", "--card", card, "--sequences", "4", "--rate", "1") == 0
+    assert "no new evidence" in " ".join(capsys.readouterr().out.split())
+    assert run_command("calibrate", "chase", "--policy", card, *small, "--draw", "1") == 0
+    assert "note:" not in capsys.readouterr().out
+    assert run_command("watch", "chase", "--card", card, "--sequences", "4", "--rate", "1", "--draw", "1") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_another_draw_has_other_sequences_and_is_for_reasoners(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"sequences": 8, "batch": 8, "draw": 0}
+    first, again, other = (resolve("chase", {**options, "draw": draw}, {"batch"}).samples[0] for draw in (0, 0, 1))
+    assert torch.equal(first.inputs, again.inputs)
+    rows = {tuple(row.flatten().tolist()) for row in first.inputs}
+    assert not any(tuple(row.flatten().tolist()) in rows for row in other.inputs)
+    assert run_command("calibrate", "text", "--draw", "1") == 2
+    assert "--draw" in capsys.readouterr().err

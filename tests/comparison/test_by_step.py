@@ -206,6 +206,15 @@ def test_steps_at_which_nothing_may_halt_are_not_proposed(more: str) -> None:
     assert found.steps["loop"] == pytest.approx(plain.steps["loop"], abs=0.05)
 
 
+def test_rows_that_halt_one_by_one_are_watched_by_the_loss_that_was_certified() -> None:
+    """Where sequences are right or wrong as a whole, rows that halt alone are promised their share."""
+    _, calm = (steps.reshape(-1, 48) for steps in _deceptive(48 * 200, 1))
+    for policy, loss in (("norm:granularity=token", "disagreement"), ("norm", "disagreement-anywhere")):
+        found = certify(_subject(calm, calm, size=20), policy, epsilon=0.1, delta=0.2, by="step")
+        assert found.setting is not None
+        assert found.certificate.loss == loss
+
+
 def test_too_few_units_certify_nothing_and_say_how_many_are_needed() -> None:
     found = certify(_subject(*_deceptive(96)), "norm", epsilon=0.01, delta=0.05, by="step")
     assert found.setting is None
