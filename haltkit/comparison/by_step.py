@@ -79,7 +79,8 @@ def certify_by_step(
         the certificate, the last run that passed, and what ran it.
 
     Raises:
-        ValueError: rows that halt one by one have no losses of their own, or losses that the method does not fit.
+        ValueError: rows that halt one by one have no losses of their own, or are not as many in each sequence; or
+            losses that the method does not fit.
     """
     regions, full_depth = sweeps.subject.regions, sweeps.look.full_depth
     granularity = granularity_of(spec.with_key("tau", "1").build())
@@ -89,6 +90,7 @@ def certify_by_step(
         return live.run(setting)
 
     first = live_on(halves[0])
+    first.losses(first.full, granularity)  # refuses before anything else is run
     seen = _scores(spec, sweeps, first, granularity)
     depths = [Setting.of(depth, regions) for depth in range(1, full_depth)]
     lost = np.stack([first.losses(run(first, depth), granularity) for depth in depths], -1)

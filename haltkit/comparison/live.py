@@ -114,10 +114,19 @@ class Live:
 
         What halts as one is one row: a sample under ``batch``, a sequence under ``sequence``. Under ``token`` the rows
         are those that are asked something.
+
+        Raises:
+            ValueError: rows halt one by one, and sequences have different numbers of them.
         """
         if granularity != "token":
             return self.by_unit(ran, halts_together(granularity)).unsqueeze(1).numpy()
-        return torch.cat([self._rows(*one) for one in zip(ran.seen, self.full.seen, strict=True)]).cpu().numpy()
+        each = [self._rows(*one) for one in zip(ran.seen, self.full.seen, strict=True)]
+        if len(counts := sorted({rows.shape[1] for rows in each})) > 1:
+            raise ValueError(
+                f"sequences of {counts[0]} to {counts[-1]} rows halt row by row: thresholds by step need as many rows "
+                "in each, or rows that halt as one; add granularity=sequence, or give sequences of one length"
+            )
+        return torch.cat(each).cpu().numpy()
 
     def steps(self, ran: Ran, granularity: Granularity) -> NDArray[np.int64]:
         """Where each row of each unit halted, ``(units, R)``, in the only region; padding never halts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,15 @@ def test_what_cannot_be_certified_by_step_is_refused(
     subject = _subject(*_deceptive(96), granularity="token", **more)
     with pytest.raises(ValueError, match=said):
         certify(subject, **{"policy": "norm", "epsilon": 0.05, "delta": 0.1, "by": "step", **asked})
+
+
+def test_rows_of_sequences_of_different_lengths_are_no_units_of_one_kind() -> None:
+    _, calm = _deceptive(96)
+    subject = _subject(calm, calm, size=8, granularity="token")
+    ragged = replace(subject, samples=[x[:, : 1 + number % 2] for number, x in enumerate(subject.samples)])
+    with pytest.raises(ValueError, match="1 to 2 rows.*granularity=sequence"):
+        certify(ragged, "norm", epsilon=0.2, delta=0.2, by="step")
+    assert certify(ragged, "norm:granularity=sequence", epsilon=0.2, delta=0.2, by="step").certificate.units == 48
 
 
 def test_thresholds_by_step_are_for_one_region() -> None:
