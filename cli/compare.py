@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from haltkit.cli.conclusions import print_conclusion
 from haltkit.cli.device import Device
 from haltkit.cli.options import (
     JsonPath,
@@ -26,7 +27,7 @@ from haltkit.cli.options import (
 )
 from haltkit.cli.oracles import print_headroom, print_regret
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.tables import comparison_title, print_comparison, print_conclusion
+from haltkit.cli.tables import comparison_title, print_comparison
 from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
 
 

@@ -1,4 +1,4 @@
-"""Results in the terminal: a comparison as a table with its conclusion in words, and the claims of a diagnosis."""
+"""Results in the terminal: a comparison and the claims of a diagnosis, as tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from haltkit.cli.grid import Column, print_grid, print_wrapped
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from haltkit.comparison import Comparison, Finding, Row
+    from haltkit.comparison import Comparison, Row
     from haltkit.diagnostics import Diagnosis
 
-__all__ = ["comparison_title", "cost_of", "print_claims", "print_comparison", "print_conclusion"]
+__all__ = ["comparison_title", "cost_of", "number_of", "print_claims", "print_comparison", "unit_of"]
 
 
 def comparison_title(result: Comparison) -> str:
@@ -28,11 +28,12 @@ def cost_of(row: Row, item: str, name: str = "") -> str:
     return f"{name or row.label}: {row.ms:.3f} ms/{item}, {row.speedup:.2f}x full depth"
 
 
-def _number(result: Comparison, value: float, sign: str = "") -> str:
+def number_of(result: Comparison, value: float, sign: str = "") -> str:
+    """A loss, or a difference of losses."""
     return f"{value:{sign}.4f}" if result.unit == "nats" else f"{value:{sign}.3g}"
 
 
-def _unit(result: Comparison) -> str:
+def unit_of(result: Comparison) -> str:
     """Of a difference: the unit where there is one, else what is measured."""
     return f"of {result.metric}" if result.unit == "loss" else result.unit
 
@@ -44,12 +45,12 @@ def print_comparison(console: Console, result: Comparison) -> None:
     rows, middle = result.rows, result.conclusion().level
     delta, time = "delta (nats)" if result.unit == "nats" else "delta", f"ms/{result.item}"
     good = f"within {middle:g}"
-    deltas = [_number(result, row.delta, "+") for row in rows]
-    errors = [_number(result, row.delta_se) if math.isfinite(row.delta_se) else "?" for row in rows]
+    deltas = [number_of(result, row.delta, "+") for row in rows]
+    errors = [number_of(result, row.delta_se) if math.isfinite(row.delta_se) else "?" for row in rows]
     times, spreads = [f"{row.ms:.3f}" for row in rows], [_spread(row) for row in rows]
     columns = [
         Column("setting", [row.label for row in rows], left=True),
-        Column(result.metric, [_number(result, row.loss) for row in rows], spare=result.metric),
+        Column(result.metric, [number_of(result, row.loss) for row in rows], spare=result.metric),
         Column("PPL", ["" if row.perplexity is None else f"{row.perplexity:.1f}" for row in rows], spare="PPL"),
         Column(
             delta,
@@ -107,74 +108,6 @@ def _spread(row: Row) -> str:
     """Half the range of the repeats; one has none."""
     low, high = row.ms_spread
     return f"{(high - low) / 2:.3f}" if len(row.ms_repeats) > 1 else "?"
-
-
-def print_conclusion(console: Console, result: Comparison) -> None:
-    """The conclusion from the rows, in words."""
-    from rich.text import Text
-
-    from haltkit.comparison import sweep_spread
-
-    def say(line: str = "") -> None:
-        print_wrapped(console, line)
-
-    concluded, item, unit = result.conclusion(), result.item, _unit(result)
-    if item == "token" and not all(row.causal for row in result.rows):
-        say()
-        say(
-            "Non-causal: policies here decide for a whole sequence or batch, so when a token stops depends on later "
-            "ones. Their quality is not what decoding token by token would give."
-        )
-    say()
-    if not concluded.findings:
-        return
-    say("Conclusion, from the frontier (fastest setting of at least this quality, against the best fixed depth)")
-    quality = None
-    for finding in concluded.findings:
-        if (finding.kind, finding.level) != quality:
-            quality = (finding.kind, finding.level)
-            goal = f"within {finding.level:g} {unit}" if finding.kind == "loss" else f"agreement {finding.level:g}"
-            best, one, oracle = finding.fixed, finding.one_depth, finding.oracle
-            say(f"  {goal}: " + (f"{best.label}, {best.ms:.3f} ms/{item}" if best else _NO_DEPTH))
-            if one is not best:
-                say(f"    one depth for all rows: {cost_of(one, item) if one else _NO_DEPTH}")
-            if oracle is not None:
-                say(f"    for reference, which needs full depth first: {cost_of(oracle, item)}")
-        say(f"    {_said(finding, item)}")
-    if any(finding.against_fixed == "cannot tell" for finding in concluded.findings):
-        say("One repeat gives no error of the time, so which is faster cannot be told: measure with --repeats 3.")
-    if "kinds" in result.about and all(row.decided != "kind" for row in result.rows):
-        say(f"Fixed depths by {result.about['kinds']} do not help: one depth for all takes the fewest steps.")
-    names = dict.fromkeys(finding.policy for finding in concluded.findings)
-    spreads = {name: sweep_spread(result.rows, name) for name in names}
-    swept = [f"{name} {_number(result, spread)}" for name, spread in spreads.items() if spread is not None]
-    if swept:
-        metric = "Cross-entropy" if result.metric == "CE" else result.metric
-        say(f"{metric}, greatest minus least over a policy's thresholds (how much tuning it needs):")
-        say("  " + ", ".join(swept))
-    if concluded.undecided:
-        say(
-            f"Within {concluded.level:g} {unit} nothing can be concluded: only full depth is that good for sure on so "
-            f"few {item}s. Compare on more of them."
-        )
-    if concluded.fixed_serves_best and concluded.fixed is not None:
-        serves = concluded.fixed.spec or concluded.fixed.label  # depths by kind have no spec
-        say(f"Within {concluded.level:g} {unit} a fixed depth serves best here: {serves}")
-    if concluded.winner is not None:
-        winner = concluded.winner
-        said = f"ready to paste: {winner.spec}" if winner.spec is not None else winner.label
-        said += f" ({winner.standing})" if winner.standing else ""
-        console.print(Text(f"Fastest policy within {concluded.level:g} {unit}, {said}"), soft_wrap=True)
-
-
-_NO_DEPTH = "no fixed depth is that good for sure"
-
-
-def _said(finding: Finding, item: str) -> str:
-    if finding.best is None:
-        return f"{finding.policy}: no setting is that good for sure on these {item}s"
-    told = {None: "", "cannot tell": ", faster or slower: cannot tell"}
-    return cost_of(finding.best, item) + told.get(finding.against_fixed, f", {finding.against_fixed}")
 
 
 def print_claims(console: Console, diagnosis: Diagnosis) -> None:

@@ -182,9 +182,11 @@ class LoopStep:
             gate: Any = self._readout.gate(self.x)
             if not isinstance(gate, Tensor) or gate.shape != self.x.shape[:-1]:
                 found = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+                single = found == (*self.x.shape[:-1], 1)
+                mend = ": drop its last dimension, as in lambda x: gate(x).squeeze(-1)" if single else ""
                 raise ValueError(
                     f"the gate turned states {tuple(self.x.shape)} into {found}: one logit per row, "
-                    f"{tuple(self.x.shape[:-1])}, is expected"
+                    f"{tuple(self.x.shape[:-1])}, is expected{mend}"
                 )
             self._gate = signals.measured(gate)
         return self._gate

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, UnknownModule
+from haltkit.attachment.errors import AttachError, ScriptModuleUnsupported, StateShapeChanged, UnknownModule
 from haltkit.attachment.outputs import first_tensor, with_first_tensor
 from haltkit.protocol import check_count
 
@@ -170,6 +171,24 @@ class Loop:
             )
         return found
 
+    def start(self, x0: Tensor | None, x1: Tensor) -> Tensor:
+        """Where the first step begins, which gave ``x1``: at ``x0``, or at infinity where it cannot be had.
+
+        Without an ``x_0`` the first step is not defined: an infinite one makes every signal of it +inf.
+
+        Raises:
+            StateShapeChanged: the two have different shapes, so one of them is not the state.
+        """
+        if x0 is None:
+            return torch.full_like(x1, torch.inf)
+        if x0.shape != x1.shape:
+            raise StateShapeChanged(
+                f"x_0, taken from the first call of {self.body[0]!r}, is {tuple(x0.shape)}, and the state "
+                f"{tuple(x1.shape)}. One of the two is not what the loop carries: say state= (and select=) if it is "
+                "the output, initial= if it is the argument, or initial=None if x_0 cannot be had"
+            )
+        return x0.detach()
+
 
 def call_parts(path: str) -> tuple[str, str]:
     """The module and the method that ``"module:method"`` names; ``"module"`` is its ``forward``."""
@@ -215,8 +234,6 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
             known = ", ".join(children) or "none"
             raise UnknownModule(f"no module {path!r} in {type(model).__name__}: {part!r} is not one of {known}")
         module = children[part]
-    import torch
-
     if isinstance(module, torch.jit.ScriptModule):
         raise ScriptModuleUnsupported(f"{path!r} is a scripted module: attach to the model before scripting it")
     return module

@@ -233,15 +233,7 @@ class Frame:
     def _judge(self, output: Any) -> Any:
         x = self.loop.state_of(output)
         if self.run is None:
-            # Without an x_0 the first step is not defined: an infinite one makes every signal of it +inf.
-            start = torch.full_like(x, torch.inf) if self._x0 is None else self._x0.detach()
-            if start.shape != x.shape:
-                raise StateShapeChanged(
-                    f"x_0, taken from the first call of {self.loop.body[0]!r}, is {tuple(start.shape)}, and the state "
-                    f"{tuple(x.shape)}. One of the two is not what the loop carries: say state= (and select=) if it is "
-                    "the output, initial= if it is the argument, or initial=None if x_0 cannot be had"
-                )
-            self.run = self._start(start)
+            self.run = self._start(self.loop.start(self._x0, x))
         elif x.shape != self.run.x.shape:
             raise StateShapeChanged(
                 f"the state was {tuple(self.run.x.shape)} and became {tuple(x.shape)} inside one loop: if rows are "

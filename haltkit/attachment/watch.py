@@ -87,8 +87,7 @@ class Watch:
         seen.x = self.loop.state_of(output)
         if self.observer is not None:
             if seen.k == 1:
-                x0 = torch.full_like(seen.x, torch.inf) if seen.x0 is None else seen.x0
-                self.observer.begin(self.name, x0.detach())
+                self.observer.begin(self.name, self.loop.start(seen.x0, seen.x.detach()))
             self.observer.step(self.name, seen.k, seen.x.detach())
 
     def _end(self, seen: _Seen) -> None:

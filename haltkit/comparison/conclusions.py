@@ -123,7 +123,7 @@ def conclude(
     """
     names = policies_of(rows)
     qualities: list[tuple[Kind, float]] = [
-        *(("loss", level) for level in levels),
+        *(("loss", level) for level in dict.fromkeys(levels)),  # shares of no loss are one level
         *(("agreement", level) for level in agreement_levels if rows[0].agreement is not None),
     ]
     found = []

@@ -380,10 +380,11 @@ def test_a_state_that_changes_shape_is_refused(x: Tensor) -> None:
         haltkit.attach(Shrinking(), "norm:tau=1e-9", body=["core"]) as session,
     ):
         session.model(x)
-    with pytest.raises(errors.StateShapeChanged, match="say state="):
-        wide = nn.Sequential(nn.Linear(4, WIDTH))
-        with haltkit.attach(wide, "norm:tau=1", body=["0"]):
-            wide(torch.randn(2, 4))
+    for policy in ("norm:tau=1", None):  # a recording is held to the same
+        with pytest.raises(errors.StateShapeChanged, match="say state="):
+            wide = nn.Sequential(nn.Linear(4, WIDTH))
+            with haltkit.attach(wide, policy, body=["0"], observer=Recorder()):
+                wide(torch.randn(2, 4))
 
 
 def test_gradients_equal_those_of_k_loops_and_lost_ones_are_refused(model: Refiner, x: Tensor) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from haltkit.cli.conclusions import print_conclusion
 from haltkit.cli.grid import NARROWEST, Column, print_grid, print_wrapped
 from haltkit.cli.oracles import print_headroom, print_regret
-from haltkit.cli.tables import print_claims, print_comparison, print_conclusion
+from haltkit.cli.tables import print_claims, print_comparison
 from haltkit.comparison import Comparison
 from haltkit.diagnostics import Diagnosis
 
@@ -112,6 +113,36 @@ def test_what_is_said_of_a_comparison_and_a_diagnosis_is_not_cut(result: Compari
     assert "…" not in text
     whole = [line for line in text.splitlines() if "ready to paste" in line or len(line.split()) == 1]  # a spec
     assert all(len(line) <= width for line in text.splitlines() if line not in whole)
+
+
+@pytest.mark.parametrize("width", (60, 80, 110, 160))
+def test_the_conclusion_fits_a_screen_and_has_every_policy_at_the_middle_level(result: Comparison, width: int) -> None:
+    console = console_of(width)
+    print_conclusion(console, result)
+    lines, concluded = printed(console).splitlines(), result.conclusion()
+    assert len(lines) <= 24
+    assert lines[1].startswith("Conclusion: ")
+    for finding in concluded.findings:
+        if (finding.kind, finding.level) == ("loss", concluded.level):
+            assert finding.best is not None
+            (shown,) = [line for line in lines if line.split()[:1] == [finding.policy]]
+            assert f"tau={finding.best.tau:g}: {finding.best.ms:.3f} {finding.against_fixed}" in shown
+
+
+def test_a_wide_conclusion_has_every_finding_and_a_missing_setting_is_a_dash(result: Comparison) -> None:
+    rows = tuple(
+        replace(row, delta=1.0, agreement=0.1) if row.policy == "kl" else row for row in result.rows
+    )  # good for no quality
+    console = console_of(160)
+    print_conclusion(console, replace(result, rows=rows))
+    lines = printed(console).splitlines()
+    (missing,) = [line for line in lines if line.startswith("kl ")]
+    assert missing.split() == ["kl", *["-"] * 5]
+    assert any("-: none is" in line for line in lines)
+    for policy in ("accel", "norm"):
+        (shown,) = [line for line in lines if line.startswith(f"{policy} ")]
+        found = [finding for finding in result.conclusion().findings if finding.policy == policy]
+        assert re.findall(r"\d\.\d{3}", shown) == [f"{one.best.ms:.3f}" for one in found if one.best is not None]
 
 
 def test_one_repeat_is_said_to_give_no_error_of_the_time(result: Comparison) -> None:

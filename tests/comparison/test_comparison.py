@@ -177,6 +177,13 @@ def test_one_measurement_is_no_verdict_and_full_depth_is_within_itself(result: C
     assert not conclude(rows, (0.01,)).fixed_serves_best
 
 
+def test_equal_levels_are_one_quality(result: Comparison) -> None:
+    """Shares of a full depth that loses nothing are all 0."""
+    once = conclude(result.rows, (0.0,))
+    assert once.findings
+    assert conclude(result.rows, (0.0, 0.0, 0.0)) == once
+
+
 def test_every_repeat_begins_at_another_setting() -> None:
     subject = scripted([0])
     measure(subject, SETTINGS, timed=1, repeats=3)

@@ -135,6 +135,8 @@ def test_a_gate_without_logits_and_one_of_another_shape_are_refused() -> None:
         constant(0.0)(torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"one logit per row, \(1,\)"):
         steps_of("gate:tau=0.5", Heads(None, lambda x: x))
+    with pytest.raises(ValueError, match=r"squeeze\(-1\)"):  # what a Linear(D, 1) gives
+        steps_of("gate:tau=0.5", Heads(None, lambda x: x.sum(-1, keepdim=True)))
 
 
 @pytest.mark.parametrize(
