@@ -64,13 +64,15 @@ def calibrate(
     """Certify a policy on live runs: its risk is at most epsilon with probability 1 - delta."""
     from haltkit.card import Card
     from haltkit.comparison.certify import certify, check_asked
-    from haltkit.comparison.choice import save_certified
+    from haltkit.comparison.choice import save_certified, undescribed
 
     check_asked(risk, method, seed, by)
     if not 0 < delta < 1:
         raise ValueError(f"--delta {delta} is outside (0, 1): it is the probability that the promise fails")
-    if not 0 < epsilon < (loss_bound if risk == "loss-gap" else 1):
-        raise ValueError(f"--epsilon {epsilon} is outside the range of the loss, from 0 to its bound")
+    bound = loss_bound if risk == "loss-gap" else 1.0
+    if not 0 < epsilon < bound:
+        most = "--loss-bound" if risk == "loss-gap" else "the greatest risk"
+        raise ValueError(f"--epsilon {epsilon} is outside (0, {bound:g}): it is the risk that you accept, below {most}")
     tried, given = read_thresholds(taus), given_policies(policy, without_certificate)
     if len(given) != 1:
         raise ValueError(f"--policy {policy}: a certificate is about one policy, and these are {len(given)}")
@@ -124,3 +126,5 @@ def calibrate(
     if save is not None:
         save_certified(save, found, subject, source)
         say(console, f"Saved {save}")
+        if missing := undescribed(subject):
+            say(console, missing)

@@ -110,9 +110,8 @@ def compare(
     if len(set(places)) < len(places):
         raise ValueError(f"--json, --plot and --save name the same file more than once: {', '.join(map(str, places))}")
 
-    from haltkit.attachment.saved import check_savable
     from haltkit.comparison import compare as compare_subject
-    from haltkit.comparison.choice import save_winner
+    from haltkit.comparison.choice import save_winner, undescribed
 
     options = {
         "text": text,
@@ -124,8 +123,6 @@ def compare(
     }
     with progress("loading the model") as tick:
         subject = resolve(named, options, asked_options(context), device)
-        if save_path is not None:
-            check_savable(subject.described)  # before minutes are spent on measuring
         tick(description=f"looking at {len(subject.samples)} samples")
         result = compare_subject(
             subject,
@@ -152,3 +149,5 @@ def compare(
     if save_path is not None:
         save_winner(save_path, result, subject, comparison_title(result))
         say(console, f"choice: {save_path}")
+        if missing := undescribed(subject):
+            say(console, missing)

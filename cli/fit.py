@@ -74,7 +74,7 @@ def fit(
 ) -> None:
     """Fit a policy per region that halts a row once its prediction will not change any more, or gains no more."""
     from haltkit.card import Card
-    from haltkit.comparison.choice import save_fitted
+    from haltkit.comparison.choice import save_fitted, undescribed
 
     if policy not in POLICIES:
         raise ValueError(f"--policy {policy}: allowed are {', '.join(POLICIES)}")
@@ -139,6 +139,8 @@ def fit(
     if save is not None:
         save_fitted(save, found, subject, str(subject.about.get("text", subject.name)))
         say(console, f"Saved {save}")
+        if missing := undescribed(subject):
+            say(console, missing)
 
 
 def _fitted(

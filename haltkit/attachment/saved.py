@@ -31,7 +31,7 @@ def check_savable(loop: Loop | Mapping[str, Loop]) -> None:
         if described.functions:
             raise ValueError(
                 f"this description has functions ({', '.join(described.functions)}), which a file cannot contain: "
-                "save the spec alone and give the description to attach as loop="
+                "save the policy without it, and give attach the description beside the card, as loop= or loops="
             )
 
 

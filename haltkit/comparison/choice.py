@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from haltkit import timing
+from haltkit.attachment.regions import ONE
 from haltkit.attachment.saved import save
 from haltkit.calibration import Certificate
 from haltkit.comparison.certify import Certified
@@ -19,7 +20,7 @@ from haltkit.specs import UnprintablePolicy, packed
 from haltkit.subject import Subject
 from haltkit.weights import Weights
 
-__all__ = ["save_certified", "save_fitted", "save_winner"]
+__all__ = ["save_certified", "save_fitted", "save_winner", "undescribed"]
 
 
 def save_winner(path: Path, result: Comparison, subject: Subject, title: str) -> None:
@@ -30,7 +31,8 @@ def save_winner(path: Path, result: Comparison, subject: Subject, title: str) ->
     Args:
         path: of the card; of its folder, where the policy has weights.
         result: the comparison.
-        subject: what was compared; its loop is described in the card, so that ``attach`` finds it.
+        subject: what was compared; its loop is described in the card, so that ``attach`` finds it, unless
+            :func:`undescribed` says why not.
         title: of the comparison, for a reader of the card.
 
     Raises:
@@ -49,7 +51,7 @@ def save_winner(path: Path, result: Comparison, subject: Subject, title: str) ->
     save(
         path,
         text,
-        subject.described or None,
+        None if undescribed(subject) else subject.described or None,
         f"chosen by haltkit compare on {title}: {winner.label}",
         model=type(subject.model).__name__,
         regions=subject.regions,
@@ -79,7 +81,7 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
     save(
         path,
         text,
-        subject.described or None,
+        None if undescribed(subject) else subject.described or None,
         f"certified by haltkit calibrate on {units}, {title}: {_steps(found)}",
         model=type(subject.model).__name__,
         regions=subject.regions,
@@ -87,6 +89,21 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         certificate=certificate,
         weights=weights,
         measured=_measured(subject.item, found.ms, found.full_ms, found.steps, found.headroom, _level(certificate)),
+    )
+
+
+def undescribed(subject: Subject) -> str:
+    """Why a card cannot hold the description of the loops, and what to do; empty: it can, or needs none.
+
+    Functions are code, which no file contains; the description then stays with the subject.
+    """
+    found = [field for loop in subject.described.values() for field in loop.functions]
+    if not found:
+        return ""
+    how = "loop=" if list(subject.described) == [ONE] else "loops="
+    return (
+        f"the card does not describe the loop, whose description has functions ({', '.join(dict.fromkeys(found))}): "
+        f"give it to attach beside the card, as {how}"
     )
 
 
@@ -150,7 +167,7 @@ def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None
     save(
         path,
         text,
-        subject.described or None,
+        None if undescribed(subject) else subject.described or None,
         f"fitted by haltkit fit on {title}: agreement {found.row.agreement:.4f} at {steps} steps of {found.full_depth}",
         model=type(subject.model).__name__,
         regions=subject.regions,

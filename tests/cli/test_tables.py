@@ -115,7 +115,7 @@ def test_what_is_said_of_a_comparison_and_a_diagnosis_is_not_cut(result: Compari
     assert all(len(line) <= width for line in text.splitlines() if line not in whole)
 
 
-@pytest.mark.parametrize("width", (60, 80, 110, 160))
+@pytest.mark.parametrize("width", [60, 80, 110, 160])
 def test_the_conclusion_fits_a_screen_and_has_every_policy_at_the_middle_level(result: Comparison, width: int) -> None:
     console = console_of(width)
     print_conclusion(console, result)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import haltkit
+from haltkit.attachment.errors import AttachError
 from haltkit.comparison import conclude
 
 WIDTH, LOOPS = 8, 12
@@ -318,6 +319,24 @@ def test_the_command_on_a_model_of_ones_own(command: Any, tmp_path: Path) -> Non
     assert session.computed < LOOPS
 
 
+def test_a_card_leaves_out_a_description_with_functions_and_attach_takes_it_beside_the_card(
+    command: Any, tmp_path: Path
+) -> None:
+    """Functions are code, which no file contains; the threshold is worth saving all the same."""
+    code, out, err = command(
+        "mine:functions", "--policies", "norm", "--repeats", "1", "--taus", "0.003,0.5", "--save", "c.yaml"
+    )
+    assert code == 0, err
+    assert "functions (initial): give it to attach beside the card, as loop=" in out
+    assert "body" not in (tmp_path / "c.yaml").read_text()
+    model, x = Contracting().eval(), torch.ones(3, WIDTH)
+    with pytest.raises(AttachError, match="describe its loop"):
+        haltkit.attach(model, tmp_path / "c.yaml")
+    with torch.no_grad(), haltkit.attach(model, tmp_path / "c.yaml", body=["body"]) as session:
+        model(x)
+    assert session.computed < LOOPS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -327,7 +346,6 @@ def test_the_command_on_a_model_of_ones_own(command: Any, tmp_path: Path) -> Non
         (["--model", "mine:nothing"], "has no function 'nothing'"),
         (["--model", "mine:wrong"], "must return a haltkit.subject.Subject, not a int"),
         (["--model", "mine:broken"], "no module 'bodi' in Contracting"),
-        (["--model", "mine:functions", "--save", "c.yaml"], "functions (initial)"),
         (["--model", "mine:subject", "--tokens", "5"], "--tokens is for checkpoints"),
         (["mine:subject", "--save", "choice.txt"], "must end in .yaml, .yml"),
         (["--json", "a.json", "--save", "a.json"], "must end in"),
