@@ -23,7 +23,7 @@ from haltkit.cli.options import (
     seed_option,
 )
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable, make_console, progress, say, say_standing, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say, say_standing, tell, write_results
 
 
 def calibrate(
@@ -100,25 +100,25 @@ def calibrate(
         )
     certificate, source = found.certificate, str(subject.about.get("text", subject.name))
     console = make_console(json_path)
-    say(console, f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
+    tell(console, f"{certificate.risk}: {certificate.units} of unit {certificate.unit}, {source}")
     if found.standing.without:
         say_standing(console, f"  {policy}", found.standing)
     seen = isinstance(given[0], Card) and given[0].chosen_on(source)
     if seen:
-        say(
+        tell(
             console,
             f"  note: {policy} was chosen on {source} too, and the promise is about sequences that chose nothing: "
             "give others by --text, --data or --draw, or from a function of yours",
         )
-    say(console, f"  {certificate.reason}")
+    tell(console, f"  {certificate.reason}")
     if found.setting is not None:
         taken = ", ".join(f"{steps:.2f} in {name}" for name, steps in found.steps.items())
-        say(console, f"  certified: {certificate.setting}")
-        say(
+        tell(console, f"  certified: {certificate.setting}")
+        tell(
             console,
             f"  mean steps: {taken}, of {found.full_depth}; measured risk {certificate.empirical_risk:.4g}",
         )
-    say(console, f"  {certificate.promise}")
+    tell(console, f"  {certificate.promise}")
     about = {"text": source, "steps": found.steps, "full_depth": found.full_depth, "time": found.time}
     about["seen_before"] = seen
     about["standing"] = str(found.standing) if found.standing.without else ""
@@ -127,4 +127,4 @@ def calibrate(
         save_certified(save, found, subject, source)
         say(console, f"Saved {save}")
         if missing := undescribed(subject):
-            say(console, missing)
+            tell(console, missing)

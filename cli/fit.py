@@ -12,7 +12,7 @@ from haltkit.cli.device import Device
 from haltkit.cli.options import Data, JsonPath, MaxLoops, Model, Text, seed_option
 from haltkit.cli.oracles import ORACLES, describe_auc, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say, tell, write_results
 
 if TYPE_CHECKING:
     from haltkit.comparison.fitting import Fitted
@@ -99,24 +99,25 @@ def fit(
     with progress(f"fitting on {len(subject.samples)} samples"):
         found = _fitted(subject, policy, level, oracle, seed, margin=margin, lag=lag, hidden=hidden)
     row = found.row
-    say(
+    tell(
         console,
-        f"Agreement with full depth {row.agreement:.4f} ± {row.agreement_se:.4f}, on sequences that were not fitted on",
+        f"Agreement with full depth {row.agreement:.4f} ± {row.agreement_se:.4f}, where {level:g} was asked for, on "
+        "sequences that were not fitted on",
     )
     cut = "" if found.target.epsilon is None else f" of {found.target.epsilon:.3g} nats"
     late = f", {found.lag} step{'s' * (found.lag > 1)} late" if found.lag else ""
-    say(console, f"Taught {found.target.definition}{cut}{late}")
+    tell(console, f"Taught {found.target.definition}{cut}{late}")
     for name, chosen in found.policies().items():
         known, missed = found.headroom[name].headroom, row.regret.get(name)
-        say(console, f"Region {name}: {_described(found, name, chosen)}")
+        tell(console, f"Region {name}: {_described(found, name, chosen)}")
         if found.aucs:
-            say(console, f"  AUC at step {found.headroom[name].step}: {describe_auc(found.aucs[name], 3)}")
-        say(
+            tell(console, f"  AUC at step {found.headroom[name].step}: {describe_auc(found.aucs[name], 3)}")
+        tell(
             console,
             f"  oracle {known.mean_depth:.2f} steps; fixed depth {known.fixed_depth(level)} for agreement {level:g}",
         )
         if missed is not None:
-            say(
+            tell(
                 console,
                 f"  {missed.steps:.2f} steps, {missed.wasted:.2f} wasted, {missed.early:.1%} of rows halted early",
             )
@@ -140,7 +141,7 @@ def fit(
         save_fitted(save, found, subject, str(subject.about.get("text", subject.name)))
         say(console, f"Saved {save}")
         if missing := undescribed(subject):
-            say(console, missing)
+            tell(console, missing)
 
 
 def _fitted(

@@ -12,7 +12,7 @@ from haltkit.cli.device import Device
 from haltkit.cli.options import JsonPath, MaxLoops, Model, Text
 from haltkit.cli.oracles import ORACLES, describe_auc, describe_headroom, oracle_of
 from haltkit.cli.subjects import asked_options, resolve
-from haltkit.cli.terminal import check_writable, make_console, progress, say, write_results
+from haltkit.cli.terminal import check_writable, make_console, progress, say, tell, write_results
 from haltkit.measured import LEVEL
 
 if TYPE_CHECKING:
@@ -83,16 +83,16 @@ def _print(console: Console, name: str, region: Possible, level: float, oracle: 
     known = region.headroom
     within = "" if oracle.epsilon is None else f" within {oracle.epsilon:g} nats"
     seen = f"{known.rows:,} rows of {known.sequences} sequences at full depth {known.full_depth}"
-    say(console, f"Region {name}: {seen}, {known.definition} oracle{within}")
+    tell(console, f"Region {name}: {seen}, {known.definition} oracle{within}")
     most = max(known.histogram)
     for k, rows in enumerate(known.histogram, 1):
         if rows:
             say(console, f"  step {k:>3} {rows / known.rows:6.1%} {'#' * math.ceil(30 * rows / most)}")
     areas = {signal: by_step[region.step - 1] for signal, by_step in region.aucs.items()}
     if not all(math.isnan(area.value) for area in areas.values()):
-        say(console, f"  AUC at step {region.step}: {', '.join(f'{s} {describe_auc(a)}' for s, a in areas.items())}")
+        tell(console, f"  AUC at step {region.step}: {', '.join(f'{s} {describe_auc(a)}' for s, a in areas.items())}")
     for line in describe_headroom(name, region, level):
-        say(console, f"  {line}")
+        tell(console, f"  {line}")
     say(console)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "say",
     "say_standing",
     "starting",
+    "tell",
     "write_results",
 ]
 
@@ -54,6 +55,16 @@ def say(console: Console, line: str = "") -> None:
     """Print a line as it stands, neither wrapped nor coloured, unless the console prints nothing."""
     if not console.quiet:
         print(line)  # rich's own print would write into a progress line on standard error
+
+
+def tell(console: Console, line: str) -> None:
+    """Print prose: in a terminal a line that is too long goes on below, indented, and words are not cut."""
+    from haltkit.cli.grid import print_wrapped
+
+    if console.is_terminal:
+        print_wrapped(console, line)
+    else:
+        say(console, line)
 
 
 def say_standing(console: Console, name: str, standing: Standing | str) -> None:

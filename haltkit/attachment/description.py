@@ -35,7 +35,8 @@ class Loop:
             be the body where the state changes outside of any module (``h = h + e; h = h + f(h)``).
         state: the module whose output is the state ``x_k``; the last of ``body`` if None.
         select: from that module's output to the state; None takes a tensor as it is, the first entry of a tuple or
-            of a dataclass.
+            of a dataclass. The state's first dimension is the batch and its last the features: where the model has
+            them elsewhere (time first, say), ``select``, ``put`` and ``initial`` move them.
         put: from (output, new state) to the output that carries it; only needed with ``select``.
         initial: where ``x_0`` is: the position or name of an argument of the first module's first call, a function
             of its arguments and keyword arguments, or None if it is not among them (``d_1`` is then not defined).

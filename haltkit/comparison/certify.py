@@ -124,7 +124,10 @@ def certify(
     if risk == "disagreement" and subject.logits is None:
         raise ValueError(f"{subject.name} has no logits, so nothing can be said about disagreement: use loss-gap")
     if risk == "answer" and subject.unit != "wrong":
-        raise ValueError(f"the loss of {subject.name} is in {subject.unit}, not right or wrong: there are no labels")
+        raise ValueError(
+            f"the answer risk needs labels, by which the loss is right or wrong, and that of {subject.name} is "
+            f"{subject.metric}: give the Subject such a loss and unit='wrong', or use disagreement or loss-gap"
+        )
     bound = loss_bound if risk == "loss-gap" else 1.0
     told = on_setting or (lambda _: None)
     looked = replace(subject, samples=subject.samples[:1])

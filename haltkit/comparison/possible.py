@@ -127,6 +127,7 @@ def possible(
         on_sample: told, sample by sample, of the oracle depth of each row by region, ``(rows...)``; 0: it has none.
 
     Raises:
+        TrajectoryError: the first dimension of a described loop's state is not the batch.
         ValueError: the subject has no samples, no looped region, no readout, or no labels where the oracle needs them;
             or no row has an oracle depth.
     """
@@ -144,9 +145,12 @@ def possible(
     seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
     probes = {name: ProbeAccount() for name in subject.regions if probe}
     rows = dict.fromkeys(subject.regions, 0)
-    for sample in subject.samples:
+    for number, sample in enumerate(subject.samples):
         depths: dict[str, Tensor] = {}
-        for name, region in subject.record(subject.inputs(sample), steps).regions.items():
+        recorded = subject.record(subject.inputs(sample), steps).regions
+        if number == 0:
+            _check_batch(subject, sample, recorded)
+        for name, region in recorded.items():
             read = readings(region, readout, labels(sample), margins=True)
             depths[name] = _added(found[name], read, whole)
             seen[name].add(_scores(region, read, whole), depths[name])
@@ -162,6 +166,27 @@ def possible(
     areas = {name: seen[name].result() | ({PROBE: probes[name].result()} if probe else {}) for name in found}
     last = subject.regions[-1]
     return {name: Possible(account.result(), areas[name], name != last) for name, account in found.items()}
+
+
+def _check_batch(subject: Subject, sample: Any, recorded: Mapping[str, RegionTrajectory]) -> None:
+    """Whether rows are counted by sequence: the first dimension of a state that a user described is the batch.
+
+    Logits are ``(B, T, V)``, so they say how many sequences there are.
+
+    Raises:
+        TrajectoryError: it is another one, and sequences and errors of them would be counted wrongly.
+    """
+    if subject.logits is None or not subject.described:
+        return
+    depth = max(region.max_steps for region in recorded.values())
+    batch = len(subject.logits(subject.run(sample, depth).output))
+    for name, region in recorded.items():
+        rows = tuple(region.present.shape)
+        if rows and rows[0] != batch:
+            raise TrajectoryError(
+                f"the states of region {name!r} have rows {rows}, and the logits a batch of {batch}: the first "
+                "dimension of a state must be the batch, so give the Loop select=, put= and initial= that move it there"
+            )
 
 
 def possible_if_known(

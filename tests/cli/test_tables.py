@@ -18,6 +18,7 @@ from haltkit.cli.conclusions import print_conclusion
 from haltkit.cli.grid import NARROWEST, Column, print_grid, print_wrapped
 from haltkit.cli.oracles import print_headroom, print_regret
 from haltkit.cli.tables import print_claims, print_comparison
+from haltkit.cli.terminal import tell
 from haltkit.comparison import Comparison
 from haltkit.diagnostics import Diagnosis
 
@@ -81,6 +82,18 @@ def test_wrapped_text_keeps_its_words_and_its_width(given: list[str], width: int
     print_wrapped(console, "    " + " ".join(given))
     assert words(printed(console)) == given
     assert all(len(line) <= width for line in printed(console).splitlines())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_prose_is_wrapped_in_a_terminal_and_whole_in_a_pipe(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "  certified: " + "norm:tau=1 " * 9
+    console = Console(file=io.StringIO(), width=40, force_terminal=terminal)
+    tell(console, said)
+    if terminal:
+        assert words(printed(console)) == words(said)
+        assert max(map(len, printed(console).splitlines())) <= 40
+    else:
+        assert capsys.readouterr().out == said + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -412,6 +412,27 @@ def test_a_folder_without_a_card_is_said_to_be_one(
     assert "cards/card.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--epsilon", "0"], "--epsilon 0.0 is outside (0, 1)"),
+        (["--epsilon", "1"], "--epsilon 1.0 is outside (0, 1)"),
+        (["--risk", "loss-gap", "--loss-bound", "0.2", "--epsilon", "0.3"], "--epsilon 0.3 is outside (0, 0.2)"),
+        (["--delta", "0"], "--delta 0.0 is outside (0, 1)"),
+        (["--delta", "1"], "--delta 1.0 is outside (0, 1)"),
+    ],
+)
+def test_a_risk_or_a_probability_out_of_range_is_refused_before_there_is_a_model(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("calibrate", "nowhere:subject", *options, "--save", tmp_path / "card") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_card_prints_as_a_section_that_says_what_is_promised(
     certified: tuple[Subject, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

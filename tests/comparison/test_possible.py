@@ -15,8 +15,9 @@ from torch import Tensor
 
 import haltkit
 from haltkit.comparison import Comparison
-from haltkit.comparison.possible import PROBE, Possible, possible
+from haltkit.comparison.possible import PROBE, Possible, possible, possible_if_known
 from haltkit.headroom import Auc, Headroom, ProbeAccount
+from haltkit.recording.trajectory import TrajectoryError
 from haltkit.subject import Subject
 
 STEPS = 8
@@ -145,3 +146,37 @@ def test_without_areadout_a_comparison_says_why_headroom_is_not_known() -> None:
 
 def _wrong(output: Tensor, sample: Tensor) -> Tensor:
     return (output[..., 1] < sample[..., 0]).float()
+
+
+class TimeFirst(torch.nn.Module):
+    """A loop over states ``(T, B, D)``, as recurrent networks have them; logits ``(B, T, V)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = self.body(x)
+        return x.transpose(0, 1)
+
+
+def _time_first(**fields: Any) -> Subject:
+    torch.manual_seed(0)
+    loop = haltkit.Loop(["body"], **fields)
+    samples = list(torch.randn(3, 5, 2, 3))
+    return Subject.attached(TimeFirst(), loop=loop, samples=samples, readout=lambda x: x, logits=lambda out: out)
+
+
+def test_sequences_are_told_from_positions_where_the_batch_is_not_the_first_dimension() -> None:
+    with pytest.raises(TrajectoryError, match=r"rows \(5, 2\), and the logits a batch of 2"):
+        possible(_time_first())
+    found, why = possible_if_known(_time_first())  # a comparison does without
+    assert (found, "must be the batch" in why) == ({}, True)
+
+    def move(x: Tensor, state: Tensor | None = None) -> Tensor:
+        return (x if state is None else state).transpose(0, 1)
+
+    moved = _time_first(select=move, put=move, initial=lambda args, _: args[0].transpose(0, 1))
+    known = possible(moved)["loop"].headroom
+    assert (known.rows, known.sequences) == (30, 6)
