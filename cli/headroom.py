@@ -98,10 +98,10 @@ def _print(console: Console, name: str, region: Possible, level: float, oracle: 
 
 def _print_kept(console: Console, kept: Kept) -> None:
     late = ", ".join(f"{share:.1%} {lag} later" if lag else f"{share:.1%}" for lag, share in enumerate(kept.late))
-    say(console, f"Run live, rows that leave at the oracle's step agree with full depth on {late}")
+    tell(console, f"Run live, rows that leave at the oracle's step agree with full depth on {late}")
     depths = " ".join(map(str, kept.depths.values()))
     several = " in " + ", ".join(kept.depths) if len(kept.depths) > 1 else ""
-    say(console, f"A fixed depth of {depths}{several} agrees on {kept.agreement:.1%}; haltkit compare looks for less")
+    tell(console, f"A fixed depth of {depths}{several} agrees on {kept.agreement:.1%}; haltkit compare looks for less")
 
 
 def _values(region: Possible, level: float) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def describe_headroom(name: str, region: Possible, level: float = LEVEL) -> list
     return [
         f"{name}: oracle {known.mean_depth:.2f}{error} steps, best fixed depth {known.fixed_depth(level)} (on "
         f"{known.rows:,} rows, {lose}{missing})",
-        f"  headroom {known.headroom(level):.0%}{seen}",
+        f"  headroom {round(known.headroom(level), 2) + 0.0:.0%}{seen}",  # no minus before a zero
         f"  {region.conclusion(level)}",
     ]
 

@@ -16,11 +16,13 @@ from rich.console import Console
 
 from haltkit.cli.conclusions import print_conclusion
 from haltkit.cli.grid import NARROWEST, Column, print_grid, print_wrapped
-from haltkit.cli.oracles import print_headroom, print_regret
+from haltkit.cli.oracles import describe_headroom, print_headroom, print_regret
 from haltkit.cli.tables import print_claims, print_comparison
 from haltkit.cli.terminal import tell
 from haltkit.comparison import Comparison
+from haltkit.comparison.possible import Possible
 from haltkit.diagnostics import Diagnosis
+from haltkit.headroom import Headroom
 
 REPRODUCTION = Path(__file__).parents[2] / "examples" / "reproduction"
 WIDTHS = (40, 60, 80, 110, 160)
@@ -82,6 +84,12 @@ def test_wrapped_text_keeps_its_words_and_its_width(given: list[str], width: int
     print_wrapped(console, "    " + " ".join(given))
     assert words(printed(console)) == given
     assert all(len(line) <= width for line in printed(console).splitlines())
+
+
+def test_a_headroom_that_rounds_to_zero_has_no_sign() -> None:
+    depths = Headroom("loop", "stable", 1000, 4, 0, (999, 1), (0.999, 1.0), (), None, 1.001, None)
+    assert depths.headroom(0.99) < 0
+    assert "headroom 0%" in " ".join(describe_headroom("loop", Possible(depths, {}), 0.99))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
