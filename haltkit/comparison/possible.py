@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from haltkit import signals
 from haltkit.comparison.oracle import EPSILON, Oracle, Readings, mean_of_asked, readings
-from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount, ProbeAccount
+from haltkit.headroom import Auc, AucAccount, Headroom, HeadroomAccount, ProbeAccount, ThresholdAccount, Thresholds
 from haltkit.protocol import has_logits
 from haltkit.recording.replay import readout_of_recordings
 from haltkit.recording.trajectory import RegionTrajectory, TrajectoryError
@@ -27,7 +27,7 @@ LAG, LATEST = 1, 2
 # Below this gain, or this area under the curve, a policy does not pay for its overhead.
 LEAST_GAIN, LEAST_AUC = 1.1, 0.75
 STABLE = Oracle()
-PROBE = "probe on the state"
+SIGNALS, PROBE = ("step norm", "margin"), "probe on the state"
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,15 @@ class Possible:
         inner: whether other regions come after it, so that its readout's predictions are not the model's.
         live: agreement with full depth of the whole model, run with every row leaving 0, 1, ... :data:`LATEST` steps
             after its oracle depth in every region; empty: not known.
+        thresholds: per signal, what a rule that halts below a threshold on it would have taken; empty where no step
+            can be said to lose nothing (the oracle ``best``).
     """
 
     headroom: Headroom
     aucs: dict[str, tuple[Auc, ...]]
     inner: bool = False
     live: tuple[float, ...] = ()
+    thresholds: dict[str, Thresholds] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -59,7 +62,11 @@ class Possible:
         return max(known.items(), key=lambda item: item[1].value) if known else None
 
     def conclusion(self, level: float) -> str:
-        """Whether halting can pay here, in one sentence; ``level`` is the share of rows that must lose nothing."""
+        """Whether halting can pay here, in one sentence; ``level`` is the share of rows that must lose nothing.
+
+        Settling must be spread out, some signal must tell it, and a threshold on one must take fewer steps than the
+        best fixed depth, both picked with hindsight. A probe that tells it well may do what no threshold can.
+        """
         depth, gain, best = self.headroom.fixed_depth(level), self.headroom.ceiling(level, LAG), self.best_signal()
         use = f"its readout needs a fixed depth of {depth}" if self.inner else f"use a fixed depth of {depth}"
         if gain < LEAST_GAIN:
@@ -71,16 +78,27 @@ class Possible:
                 f"halting cannot pay by this readout: where the model is run with it, rows that leave {LATEST} steps "
                 f"after the oracle still agree with full depth on {max(self.live):.1%} only; {use}"
             )
-        return (
-            f"halting can pay: up to {gain:.2f}x as fast as a fixed depth of {depth}, if every row's settling is seen"
-        )
+        can = f"halting can pay: up to {gain:.2f}x as fast as a fixed depth of {depth}, if every row's settling is seen"
+        if not self.thresholds:
+            return can
+        steps = {name: one.least_steps(level) for name, one in self.thresholds.items()}
+        fewest, tried = min(steps.values()), ", ".join(f"{one:.1f} steps on the {name}" for name, one in steps.items())
+        learned = self.aucs[PROBE][self.step - 1].value if PROBE in self.aucs else math.nan
+        if depth / fewest < LEAST_GAIN and not learned >= LEAST_AUC:
+            return (
+                "halting cannot pay here because signals tell too late that a row has settled: the best threshold "
+                f"takes {tried}; {use}"
+            )
+        return f"{can}; the best threshold takes {tried}: {depth / fewest:.2f}x, less what deciding costs"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; an area that is not defined is null."""
         areas = {
             name: [[_plain(area.value), _plain(area.error)] for area in known] for name, known in self.aucs.items()
         }
-        return {**dataclasses.asdict(self.headroom), "auc": areas, "inner": self.inner, "live": list(self.live)}
+        tried = {name: dataclasses.asdict(one) for name, one in self.thresholds.items()}
+        beside = {"inner": self.inner, "live": list(self.live), "thresholds": tried}
+        return {**dataclasses.asdict(self.headroom), "auc": areas, **beside}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Possible:
@@ -92,7 +110,8 @@ class Possible:
         known = {f.name: values[f.name] for f in dataclasses.fields(Headroom) if f.name in values}
         aucs = {name: tuple(Auc(*map(_number, area)) for area in found) for name, found in values["auc"].items()}
         live = tuple(map(float, values.get("live", ())))  # files of before it was measured have none
-        return cls(Headroom.from_json(json.dumps(known)), aucs, bool(values.get("inner", False)), live)
+        tried = {name: _thresholds(one) for name, one in values.get("thresholds", {}).items()}
+        return cls(Headroom.from_json(json.dumps(known)), aucs, bool(values.get("inner", False)), live, tried)
 
 
 def _plain(value: float) -> float | None:
@@ -101,6 +120,11 @@ def _plain(value: float) -> float | None:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _thresholds(values: Mapping[str, Any]) -> Thresholds:
+    taus, steps, quality = (tuple(map(float, values[name])) for name in ("taus", "steps", "quality"))
+    return Thresholds(taus, steps, quality, int(values["full_depth"]))
 
 
 @torch.no_grad()
@@ -142,7 +166,8 @@ def possible(
         name: HeadroomAccount(steps, oracle.definition, region=name, epsilon=epsilon, item_dims=int(whole))
         for name in subject.regions
     }
-    seen = {name: AucAccount(("step norm", "margin"), steps) for name in subject.regions}
+    seen = {name: AucAccount(SIGNALS, steps) for name in subject.regions}
+    tried = {name: ThresholdAccount(SIGNALS, steps) for name in subject.regions}
     probes = {name: ProbeAccount() for name in subject.regions if probe}
     rows = dict.fromkeys(subject.regions, 0)
     for number, sample in enumerate(subject.samples):
@@ -152,8 +177,11 @@ def possible(
             _check_batch(subject, sample, recorded)
         for name, region in recorded.items():
             read = readings(region, readout, labels(sample), margins=True)
-            depths[name] = _added(found[name], read, whole)
-            seen[name].add(_scores(region, read, whole), depths[name])
+            depths[name], good = _added(found[name], read, whole)
+            scores = _scores(region, read, whole)
+            seen[name].add(scores, depths[name])
+            if oracle.definition != "best":
+                tried[name].add(scores, good, depths[name] > 0)
             if probe:
                 probes[name].add(_states(region, whole), depths[name])
             rows[name] += int((depths[name] > 0).sum())
@@ -165,7 +193,10 @@ def possible(
         raise ValueError(f"{subject.name} has no samples, or no looped region: there is nothing to halt")
     areas = {name: seen[name].result() | ({PROBE: probes[name].result()} if probe else {}) for name in found}
     last = subject.regions[-1]
-    return {name: Possible(account.result(), areas[name], name != last) for name, account in found.items()}
+    return {
+        name: Possible(account.result(), areas[name], name != last, thresholds=tried[name].result())
+        for name, account in found.items()
+    }
 
 
 def _check_batch(subject: Subject, sample: Any, recorded: Mapping[str, RegionTrajectory]) -> None:
@@ -204,8 +235,12 @@ def possible_if_known(
         return {}, str(error)
 
 
-def _added(account: HeadroomAccount, read: Readings, whole: bool) -> Tensor:
-    """Add what a recording says; the oracle depth of each row, or whole sequence, 0 where it has none."""
+def _added(account: HeadroomAccount, read: Readings, whole: bool) -> tuple[Tensor, Tensor]:
+    """Add what a recording says.
+
+    Returns:
+        the oracle depth of each row, or whole sequence, 0 where it has none; and whether it loses nothing at each step.
+    """
     predictions, losses, labels, asked = (
         None if part is None else part.cpu() for part in (read.predictions, read.losses, read.labels, read.asked)
     )
@@ -217,7 +252,8 @@ def _added(account: HeadroomAccount, read: Readings, whole: bool) -> Tensor:
         losses = None if losses is None else mean_of_asked(losses, asked)
         asked = asked.any(-1)
     depths = account.add(predictions=predictions, losses=losses, labels=labels, present=asked)
-    return depths.masked_fill(~asked, 0)
+    _, good = account.judge(predictions, losses, labels)
+    return depths.masked_fill(~asked, 0), good
 
 
 def _scores(region: RegionTrajectory, read: Readings, whole: bool) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from haltkit.headroom.oracles import Definition
 from haltkit.headroom.predictability import Auc, AucAccount, auc
 from haltkit.headroom.probe import LogisticProbe, ProbeAccount, fit_logistic, probe_by_step, split_by_sequence
 from haltkit.headroom.regret import Regret, RegretAccount, realised
+from haltkit.headroom.thresholds import ThresholdAccount, Thresholds
 
 __all__ = [
     "Auc",
@@ -16,6 +17,8 @@ __all__ = [
     "ProbeAccount",
     "Regret",
     "RegretAccount",
+    "ThresholdAccount",
+    "Thresholds",
     "auc",
     "fit_logistic",
     "probe_by_step",

@@ -171,7 +171,7 @@ class HeadroomAccount:
         Raises:
             ValueError: what the definition needs is missing, or shapes that do not fit.
         """
-        depths, good = self._judge(predictions, losses, labels)
+        depths, good = self.judge(predictions, losses, labels)
         if len(good) != self.steps or (losses is not None and losses.shape != good.shape):
             raise ValueError(f"recorded arrays {tuple(good.shape)}: {self.steps} steps of the same rows are expected")
         if present is not None and present.shape != depths.shape:
@@ -194,8 +194,13 @@ class HeadroomAccount:
         self._depths.add(flat[chosen].cpu(), index.cpu()[chosen.cpu()])
         return depths
 
-    def _judge(self, predictions: Tensor | None, losses: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Oracle depths, and whether each step would have done."""
+    def judge(
+        self, predictions: Tensor | None = None, losses: Tensor | None = None, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Oracle depths, ``(rows...)``, and whether each step would have done, ``(K, rows...)``, without adding them.
+
+        Args and errors are those of :meth:`add`.
+        """
         if self.definition in ("stable", "right"):
             if predictions is None:
                 raise ValueError(f"the {self.definition} oracle needs predictions, recorded at every step")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import haltkit
 from haltkit.comparison import Comparison
+from haltkit.comparison.oracle import Oracle
 from haltkit.comparison.possible import PROBE, Possible, possible, possible_if_known
-from haltkit.headroom import Auc, Headroom, ProbeAccount
+from haltkit.headroom import Auc, Headroom, ProbeAccount, Thresholds
 from haltkit.recording.trajectory import TrajectoryError
 from haltkit.subject import Subject
 
@@ -95,6 +96,37 @@ def test_without_signals_that_tell_no_policy_pays() -> None:
         assert said in Possible(known, {"margin": (Auc(value, 0.01),) * 4}).conclusion(0.99)
 
 
+def test_a_threshold_on_the_step_norm_waits_for_the_step_after_the_last_hop() -> None:
+    """Rows stand still from their last hop on, which the step after it shows.
+
+    Only the row of most hops can be let go at its last one: no other row takes so short a step beside its state.
+    """
+    hops = torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])
+    found = possible(_subject(hops))["loop"]
+    assert found.thresholds["step norm"].least_steps(1.0) == (2 + 3 + 3 + 6 + 2 + 2 + 4 + 6) / 8
+    assert found.thresholds["margin"].least_steps(1.0) == STEPS  # as great long before the last hop as after it
+    assert "takes 3.5 steps on the step norm, 8.0 steps on the margin: 1.71x" in found.conclusion(0.99)
+    labels = torch.where(hops < 6, 1, 0)  # rows on which full depth is wrong do not count
+    right = possible(_subject(hops, labels=lambda sample: labels), Oracle("right"))["loop"]
+    assert right.thresholds["step norm"].least_steps(1.0) == (2 + 3 + 3 + 2 + 2 + 3) / 6
+    best = possible(_subject(hops, labels=lambda sample: labels), Oracle("best"))["loop"]
+    assert best.thresholds == {}  # no step can be said to lose nothing
+
+
+def test_signals_that_tell_too_late_pay_nothing_unless_a_probe_tells_in_time() -> None:
+    known = Headroom("loop", "stable", 2, 4, 0, (3, 0, 0, 1), (0.75, 0.75, 0.75, 1.0), (), None, 1.75, None)
+    late, timely = (Thresholds((1.0,), (steps,), (1.0,), 4) for steps in (3.8, 2.5))
+    seen = {"step norm": (Auc(0.9, 0.01),) * 4}
+    said = Possible(known, seen, thresholds={"step norm": late}).conclusion(0.99)
+    assert "cannot pay here because signals tell too late" in said
+    assert said.endswith("3.8 steps on the step norm; use a fixed depth of 4")
+    both = {"step norm": timely, "margin": late}
+    assert "1.60x, less" in Possible(known, seen, thresholds=both).conclusion(0.99)
+    for value, pays in ((0.9, True), (0.6, False), (math.nan, False)):
+        learned = Possible(known, seen | {PROBE: (Auc(value, 0.01),) * 4}, thresholds={"step norm": late})
+        assert ("can pay: up to" in learned.conclusion(0.99)) == pays
+
+
 def test_a_subject_without_areadout_is_refused() -> None:
     with pytest.raises(ValueError, match="readout"):
         possible(_subject(torch.ones(1, 2), readout=None))
@@ -104,6 +136,9 @@ def test_what_is_saved_reads_back_as_it_was() -> None:
     found = possible(_subject(torch.tensor([[1, 2, 2, 6], [1, 1, 3, 6]])))["loop"]
     again = Possible.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
     assert again.headroom == found.headroom
+    assert again.thresholds == found.thresholds != {}
+    older = {name: value for name, value in found.to_json().items() if name != "thresholds"}
+    assert Possible.from_json(older).thresholds == {}
     for name, areas in found.aucs.items():
         pairs = zip(areas, again.aucs[name], strict=True)
         assert all(repr(a) == repr(b) for a, b in pairs)  # NaN where an area is not defined
