@@ -47,7 +47,7 @@ ARGUMENTS = {
         "0.4",
     ],
     "bench_rows.py": ["--rows", "64", "--steps", "2", "--repeats", "1"],
-    "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--repeats", "2"],
+    "bench_policy_cost.py": ["--rows", "16", "--width", "64", "--vocabulary", "100", "--seconds", "0.1"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,12 @@ def _heads(width: int, vocabulary: int, device: torch.device | str, dtype: torch
     return Heads(readout, lambda x: leave(x).squeeze(-1))
 
 
+def _registered() -> list[tuple[str, HaltingPolicy[Any]]]:
+    """Every registered policy that can be timed."""
+    timed = [record for record in records() if record.cost is not None]
+    return [(record.name, build_policy(f"{record.name}:{record.cost}")) for record in timed]
+
+
 @torch.inference_mode()
 def policy_cost(
     widths: Sequence[int],
@@ -58,8 +64,18 @@ def policy_cost(
     seconds: float,
     dtypes: Sequence[torch.dtype],
     device: torch.device | str = "cpu",
+    also: Callable[[int], Mapping[str, HaltingPolicy[Any]]] = lambda width: {},
 ) -> list[dict[str, Any]]:
-    """One update of each policy over one step of a body, a transformer layer, by width, rows and dtype."""
+    """One update of each policy over one step of a body, a transformer layer, by width, rows and dtype.
+
+    Args:
+        widths, rows: of the states; rows in sequences of 256.
+        vocabulary: of the readout that some policies pay for.
+        seconds: to spend on each combination, about; body and updates take turns, 3 to 50 times.
+        dtypes: of body and states.
+        device: where all of it runs.
+        also: from a width to policies beside the registered ones, by the name of their figure: those with weights.
+    """
     results = []
     for dtype in dtypes:
         for width in widths:
@@ -73,10 +89,7 @@ def policy_cost(
                 x = body(x_prev)
                 active = torch.ones(shape[:2], dtype=torch.bool, device=device)
                 runs: dict[str, Callable[[], object]] = {"body": partial(body, x_prev)}
-                for record in records():
-                    if record.cost is None:
-                        continue
-                    name, policy = record.name, build_policy(f"{record.name}:{record.cost}")
+                for name, policy in (*_registered(), *also(width).items()):
                     # A state from the middle of a loop.
                     state, _ = judge(policy, policy.init(x_prev), LoopStep(1, x_prev, x, active, head))
                     runs[name] = partial(_update, policy, state, x, x_prev, active, head)
