@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haltkit.attachment.acting import act_on_stopped, identity, zeroed
 from haltkit.attachment.axes import Axes, BodyCall
 from haltkit.attachment.description import Loop
 from haltkit.attachment.errors import (
-    AttachError,
     GradientLost,
     MutatedOutput,
     NeverEnds,
@@ -24,7 +24,7 @@ from haltkit.attachment.errors import (
 from haltkit.attachment.joining import Joining
 from haltkit.attachment.kv import CacheUse
 from haltkit.attachment.onecall import OneCall
-from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors, with_first_tensor
+from haltkit.attachment.outputs import disturbed, first_tensor, map_tensors, mapped_tensors
 from haltkit.attachment.part import by_entry
 from haltkit.attachment.retiring import HaltedEntries, Retiring
 from haltkit.attachment.steadiness import Inputs
@@ -107,7 +107,7 @@ class Frame:
                 output = self._judge(output)
                 self._ended = True
         if self._stopped is not None:
-            output = self._act_on_stopped(name, output, args, kwargs)
+            output = act_on_stopped(self.loop, name, output, args, kwargs, self._stopped)
         self._tape.append(Recorded.of(name, output, self.loop.copies))
         return output
 
@@ -303,59 +303,6 @@ class Frame:
         """An output that stays what it is, whatever the model does with the one that it was given."""
         return map_tensors(lambda t: t.clone() if self._unwatched(t) else t, output)
 
-    def _act_on_stopped(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``on_halt`` says, for the rows that had halted when this iteration began."""
-        action = self.loop.on_halt.get(name, "replay")
-        if action == "replay" or callable(action) or self._stopped is None:
-            return output
-        stopped = self._stopped
-
-        def masked(tensor: Tensor) -> Tensor:
-            return stopped.view(*stopped.shape, *[1] * (tensor.ndim - stopped.ndim))
-
-        if action == "zero":
-            return self._zeroed(name, output, lambda t: t.masked_fill(masked(t), 0))
-        held = self._identity(name, output, args, kwargs)
-        if name == self.loop.state_module:
-            passed_on, computed = self.loop.state_of(held), self.loop.state_of(output)
-            return self.loop.with_state(output, torch.where(masked(computed), passed_on, computed))
-        before, after = first_tensor(held), first_tensor(output)
-        if before is None or after is None:
-            return output
-        return with_first_tensor(output, torch.where(masked(after), before, after))
-
-    def _zeroed(self, name: str, output: Any, zeros: Callable[[Tensor], Tensor]) -> Any:
-        """What the model sums up is zero: the state of the state module, every tensor that another one gives."""
-        if name == self.loop.state_module:
-            return self.loop.with_state(output, zeros(self.loop.state_of(output)))
-        return map_tensors(zeros, output)
-
-    def _identity(self, name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An output of a body module with its own input in place of what it made of it.
-
-        Raises:
-            AttachError: where in the output that belongs is not obvious.
-        """
-        given = self._input(name, args, kwargs)
-        if name == self.loop.state_module:
-            self.loop.state_of(output)
-            return self.loop.with_state(output, given)
-        if first_tensor(output) is None:
-            raise AttachError(
-                f"on_halt='identity' for {name!r}: it returns a {type(output).__name__}, in which what it makes of its "
-                "input is not obvious. Only a tensor, or a tuple or dataclass that begins with one, can be replaced"
-            )
-        return with_first_tensor(output, given)
-
-    def _input(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a map of the state is given: for the first module what the description names, or its first argument."""
-        where = self.loop.initial if name == self.loop.body[0] else 0
-        if isinstance(where, str) and where in kwargs:
-            return kwargs[where]
-        if isinstance(where, int) and where < len(args):
-            return args[where]
-        return args[0] if args else next(iter(kwargs.values()))
-
     @staticmethod
     def _expect(name: str, recorded: str) -> None:
         """The model calls the module that it called here in the iteration before.
@@ -390,10 +337,10 @@ class Frame:
             self.kv.skipped(self.skipped)
         action = self.loop.on_halt.get(name, "replay")
         if action == "identity":
-            return self._identity(name, entry.output, args, kwargs)
+            return identity(self.loop, name, entry.output, args, kwargs)
         output = entry.again(self.allow_grad)
         if action == "zero":
-            return self._zeroed(name, output, torch.zeros_like)
+            return zeroed(self.loop, name, output, torch.zeros_like)
         self.kv.handed(beside(output, first_tensor(output)), self.computed)
         output = map_tensors(disturbed, output) if number < self.disturb_before else output
         return action(output) if callable(action) else output
