@@ -95,14 +95,23 @@ def step_size_change(step_norm: Tensor, step_norm_prev: Tensor) -> Tensor:
     return (step_norm - step_norm_prev).abs()
 
 
-def step_angle(d: Tensor, d_prev: Tensor) -> Tensor:
-    """``cos(d_k, d_{k-1})``, in [-1, 1]: [P] section 2. NaN where a step is zero and has no direction."""
-    return cosine(d, d_prev)
+def step_angle(
+    d: Tensor, d_prev: Tensor, step_norm: Tensor | None = None, step_norm_prev: Tensor | None = None
+) -> Tensor:
+    """``cos(d_k, d_{k-1})``, in [-1, 1]: [P] section 2. NaN where a step is zero and has no direction.
+
+    Step norms that are known are not measured again.
+    """
+    return cosine(d, d_prev, step_norm, step_norm_prev)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine between vectors, ``(..., D)`` twice to ``(...)``, in [-1, 1]; NaN where one of them is zero."""
-    return ((measured(a) * measured(b)).sum(-1) / (norm(a) * norm(b))).clamp(-1, 1)
+def cosine(a: Tensor, b: Tensor, norm_a: Tensor | None = None, norm_b: Tensor | None = None) -> Tensor:
+    """Cosine between vectors, ``(..., D)`` twice to ``(...)``, in [-1, 1]; NaN where one of them is zero.
+
+    Norms ``(...)`` that are known are not measured again.
+    """
+    size = (norm(a) if norm_a is None else norm_a) * (norm(b) if norm_b is None else norm_b)
+    return ((measured(a) * measured(b)).sum(-1) / size).clamp(-1, 1)
 
 
 def curvature(d: Tensor, d_prev: Tensor) -> Tensor:

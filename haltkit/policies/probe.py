@@ -33,7 +33,7 @@ def features(step: LoopStep, d_prev: Tensor, names: tuple[str, ...] = FEATURES) 
     if "size" in names:
         found["size"] = (step.step_norm / (signals.norm(step.x) + signals.EPS) + signals.EPS).log()
     if "cosine" in names:
-        found["cosine"] = torch.nan_to_num(signals.cosine(step.d, d_prev))
+        found["cosine"] = torch.nan_to_num(signals.step_angle(step.d, d_prev, step.step_norm))
     if "step" in names:
         k = step.k if isinstance(step.k, Tensor) else torch.tensor(step.k, device=step.x.device)
         found["step"] = k.to(step.step_norm.dtype).log().expand(step.x.shape[:-1])

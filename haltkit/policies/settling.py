@@ -77,17 +77,19 @@ class Settling:
         return _State(d, d, unknown, unknown, shorter, shorter)
 
     def update(self, state: _State, step: LoopStep) -> tuple[_State, Verdict]:
-        before, cosine = state.norms[..., -1], signals.step_angle(step.d, state.d)
-        slope = signals.off_plane(cosine, signals.step_angle(step.d, state.d_prev), state.cosines[..., -1])
+        size, before = step.step_norm, state.norms[..., -1]
+        cosine = signals.step_angle(step.d, state.d, size, before)
+        skip = signals.step_angle(step.d, state.d_prev, size, state.norms[..., -2])
+        slope = signals.off_plane(cosine, skip, state.cosines[..., -1])
         new = _State(
             step.d,
             state.d,
-            _append(state.norms, step.step_norm),
-            _append(state.spans, signals.span(step.step_norm, before, cosine)),
+            _append(state.norms, size),
+            _append(state.spans, signals.span(size, before, cosine)),
             _append(state.cosines, cosine),
             _append(state.slopes, slope),
         )
-        score = signals.remaining_distance(step.step_norm, before, cosine).masked_fill(self._orbits(new), 0.0)
+        score = signals.remaining_distance(size, before, cosine).masked_fill(self._orbits(new), 0.0)
         return new, Verdict(score, score < self.tau)
 
     def _orbits(self, state: _State) -> Tensor:

@@ -231,3 +231,15 @@ def test_the_way_off_a_plane_is_what_least_squares_leave(seed: int) -> None:
 def test_the_rate_of_sizes_that_recur_is_one() -> None:
     recurring = torch.tensor([[1.0, 5.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 4.0, 4.0]])
     assert signals.rate(recurring).tolist() == pytest.approx([1.0, math.nan, 2.0], nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cosine_from_known_norms_is_the_same_number(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    b[0], b[1] = 0, torch.inf
+    sizes = signals.norm(a), signals.norm(b)
+    expected = signals.cosine(a, b)
+    for known in ((sizes[0], None), (None, sizes[1]), sizes):
+        assert torch.equal(signals.cosine(a, b, *known).nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(signals.step_angle(a, b, *known).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert not torch.equal(signals.cosine(a, b, 2 * sizes[0])[2:], expected[2:])  # it is not measured again
