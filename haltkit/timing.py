@@ -54,12 +54,15 @@ def turns(count: int, repeats: int) -> Iterator[tuple[int, ...]]:
         yield (*order[shift:], *order[:shift])
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> Times:
-    """Seconds of every run in each repeat, all of them in turn."""
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], repeats: int, before: Callable[[], object] = lambda: None
+) -> Times:
+    """Seconds of every run in each repeat, all of them in turn; ``before`` is called before each and is not timed."""
     names = list(runs)
     times: Times = {name: [] for name in names}
     for order in turns(len(names), repeats):
         for index in order:
+            before()
             times[names[index]].append(clock(runs[names[index]])[0])
     return times
 
