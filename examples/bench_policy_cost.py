@@ -4,8 +4,8 @@
 
 The body is one transformer layer of the bundled model's kind. Body and updates take turns within each repeat, so a
 machine that slows down slows both; the ratio is the median of the repeats' ratios. Every update follows a body, as in a
-loop. Where other work interrupts the body, the ratios are too small: use an idle machine. Every registered policy is there;
-a gate is timed with a linear exit head, and probes with weights of the shapes that 'haltkit fit' makes.
+loop. Where other work interrupts the body, the ratios are too small: use an idle machine. Every registered policy is
+there; a gate is timed with a linear exit head, and probes with weights of the shapes that 'haltkit fit' makes.
 """
 
 from __future__ import annotations
