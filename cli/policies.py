@@ -16,7 +16,7 @@ NARROW = 60  # columns below which what is said of a name stands below it
 
 
 def policies(json_path: JsonPath = None) -> None:
-    """List the halting policies: formula, scale of the signal, keys and defaults."""
+    """List the halting policies: formula, scale of the signal, keys and defaults, source."""
     from rich.table import Table
     from rich.text import Text
 
@@ -86,17 +86,18 @@ def _keys(record: PolicyRecord) -> dict[str, str]:
 
 def _values(record: PolicyRecord) -> dict[str, typing.Any]:
     """What the listing says, as plain values."""
-    told = ("formula", "scale", "wrapped", "swept", "needs_readout")
+    told = ("formula", "scale", "source", "wrapped", "swept", "needs_readout")
     return {**{name: getattr(record, name) for name in told}, "keys": _keys(record)}
 
 
 def _describe(record: PolicyRecord) -> list[str]:
-    """Formula, scale and keys of one policy, and what else its record says."""
+    """Formula, scale, keys and source of one policy, and what else its record says."""
     notes = ["swept by haltkit compare by default"] if record.swept else []
     notes += ["needs a readout from the state to logits"] if record.needs_readout else []
     return [
         record.formula,
         f"scale: {record.scale}",
         f"keys: {', '.join(f'{name} ({values})' for name, values in _keys(record).items())}",
+        *([f"source: {record.source}"] if record.source else []),
         *([f"note: {'; '.join(notes)}"] if notes else []),
     ]

@@ -57,6 +57,7 @@ class PolicyRecord:
         cost: keys of a spec that never halts, to time an update with; None: it is not timed.
         sweep: a key that is not ``tau`` and the values that a comparison tries where a spec does not say it.
         greatest_tau: the greatest threshold that it takes; infinite where there is none.
+        source: of the formula, for the listing; empty: none is named.
     """
 
     name: str
@@ -71,6 +72,7 @@ class PolicyRecord:
     cost: str | None = None
     sweep: tuple[str, tuple[object, ...]] | None = None
     greatest_tau: float = math.inf
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, type):
@@ -121,6 +123,7 @@ _BUILTIN = (
         swept=True,
         examples=("tau=0.05",),
         cost="tau=1e-12",
+        source="arXiv 2509.23314, Eq. 3",
     ),
     PolicyRecord(
         "norm-rel",
@@ -129,6 +132,7 @@ _BUILTIN = (
         "a ratio; [0, inf)",
         examples=("tau=0.03", "tau=0.03,denominator=current"),
         cost="tau=1e-12",
+        source="arXiv 2509.23314, section 4; with denominator=current the code of arXiv 2502.05171",
     ),
     PolicyRecord(
         "kl",
@@ -139,6 +143,7 @@ _BUILTIN = (
         swept=True,
         cost="tau=1e-12",
         examples=("tau=1e-3", "tau=1e-3,direction=previous_current,temperature=0.5", "tau=1e-3,min_p=0.1"),
+        source="arXiv 2509.23314, Eq. 4; with min_p=0.1 minp-kl in the code of arXiv 2502.05171",
     ),
     PolicyRecord(
         "accel",
@@ -149,6 +154,7 @@ _BUILTIN = (
         swept=True,
         examples=("tau=0.05",),
         cost="tau=1e-12",
+        source="arXiv 2509.23314, Eq. 5",
     ),
     PolicyRecord(
         "accel-rel",
@@ -158,6 +164,7 @@ _BUILTIN = (
         patience=2,
         examples=("tau=0.2", "tau=0.05,denominator=state"),
         cost="tau=1e-12",
+        source="arXiv 2509.23314, Eq. 6; with denominator=state the code of arXiv 2502.05171",
     ),
     PolicyRecord(
         "speed",
@@ -166,6 +173,7 @@ _BUILTIN = (
         _STATE,
         examples=("tau=0.05",),
         cost="tau=1e-12",
+        source="the words of the abstract of arXiv 2509.23314",
     ),
     PolicyRecord(
         "settle",
@@ -175,6 +183,7 @@ _BUILTIN = (
         patience=2,
         examples=("tau=0.05", "tau=0.05,slack=0.1,turn=45"),
         cost="tau=1e-12",
+        source="haltkit's own",
     ),
     PolicyRecord(
         "cosine",
@@ -183,6 +192,7 @@ _BUILTIN = (
         "one minus a cosine; [0, 2]",
         examples=("tau=1e-3",),
         cost="tau=1e-12",
+        source="cosine in the code of arXiv 2502.05171; saturation in CALM, arXiv 2207.07061",
     ),
     PolicyRecord(
         "entropy",
@@ -192,6 +202,7 @@ _BUILTIN = (
         needs_readout=True,
         examples=("tau=1e-3",),
         cost="tau=1e-12",
+        source="entropy-diff in the code of arXiv 2502.05171",
     ),
     PolicyRecord(
         "margin",
@@ -201,6 +212,7 @@ _BUILTIN = (
         needs_readout=True,
         examples=("tau=0.8",),
         cost="tau=1e-12",
+        source="CALM, arXiv 2207.07061",
     ),
     PolicyRecord(
         "stable",
@@ -211,6 +223,7 @@ _BUILTIN = (
         examples=("times=3",),
         cost="times=1000000",
         sweep=("times", (1, 2, 3, 4, 6, 8)),
+        source="argmax-stability in the code of arXiv 2502.05171",
     ),
     PolicyRecord(
         "probe",
@@ -218,6 +231,7 @@ _BUILTIN = (
         "P(the prediction will change) = sigmoid(-(w x_k + u f_k + b)), w, u, b of 'haltkit fit'",
         "a probability; [0, 1]",
         greatest_tau=1.0,
+        source="haltkit's own",
     ),
     PolicyRecord(
         "gate",
@@ -227,6 +241,7 @@ _BUILTIN = (
         examples=("tau=0.3", "tau=0.1,rule=cumulative", "tau=0.1,rule=sum"),
         cost="tau=1e-12,rule=cumulative",
         greatest_tau=1.0,
+        source="TRM (arXiv 2510.04871), HRM (2506.21734), PonderNet (2107.05407), Ouro (2510.25741), ACT (1603.08983)",
     ),
     PolicyRecord(
         "table",
@@ -234,6 +249,7 @@ _BUILTIN = (
         "depth[kind of row], looked up before the loop; of 'haltkit fit --policy table'",
         "steps; from 1",
         wrapped=False,
+        source="haltkit's own",
     ),
     PolicyRecord(
         "fixed",
@@ -260,6 +276,7 @@ def register(
     cost: str | None = None,
     sweep: tuple[str, tuple[object, ...]] | None = None,
     greatest_tau: float = math.inf,
+    source: str = "",
 ) -> Callable[[C], C]:
     """Give a policy a name and a record, as a decorator of its class::
 
@@ -289,6 +306,7 @@ def register(
                 cost=cost,
                 sweep=sweep,
                 greatest_tau=greatest_tau,
+                source=source,
             )
         )
         return policy

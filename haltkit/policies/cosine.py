@@ -14,10 +14,11 @@ __all__ = ["CosineDistance"]
 
 @dataclass(frozen=True)
 class CosineDistance:
-    """Halt a row when ``1 - cos(x_k, x_{k-1}) < tau``: ``cosine`` in the code of arXiv 2502.05171; saturation in CALM.
+    """Halt a row when ``1 - cos(x_k, x_{k-1}) < tau``: ``cosine`` in the code of arXiv 2502.05171.
 
-    Blind to a state that only grows or shrinks. Near convergence it is half the square of the part of the normalized
-    step that is across the state, so its useful thresholds are about the square of those of ``norm-rel``.
+    The saturation measure of CALM (arXiv 2207.07061) is the same. Blind to a state that only grows or shrinks. Near
+    convergence it is half the square of the part of the normalized step that is across the state, so its useful
+    thresholds are about the square of those of ``norm-rel``.
 
     Args:
         tau: threshold, without unit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -175,10 +176,22 @@ def test_what_a_policy_is_registered_with_is_its_record() -> None:
         "cost": "tau=2",
         "sweep": ("times", (1, 2)),
         "greatest_tau": 7.0,
+        "source": "a paper",
     }
     haltkit.register("half", **given)(Half)
     assert vars(registry.record_of("half")) == {"name": "half", "policy": Half, **given}
     assert set(inspect.signature(haltkit.register).parameters) == {"name", *given}
+
+
+def test_every_formula_has_its_source_where_it_is_listed_and_where_it_is_implemented() -> None:
+    """The papers in the listing are those of the class's docstring: a source that is corrected is corrected in both."""
+    for record in registry.records():
+        if record.policy is Fixed or not record.policy.__module__.startswith("haltkit."):
+            continue
+        assert record.source, record.name
+        papers = set(re.findall(r"\d{4}\.\d{5}", record.source))
+        assert papers or record.source == "haltkit's own", record.name
+        assert papers <= set(re.findall(r"\d{4}\.\d{5}", inspect.getdoc(record.policy) or "")), record.name
 
 
 @pytest.mark.usefixtures("table")
