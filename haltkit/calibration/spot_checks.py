@@ -110,6 +110,13 @@ class SpotChecks:
         """After a unit that was checked: it took ``full_steps`` again, and halting it lost ``loss``."""
         return replace(self.passed(steps), extra=self.extra + full_steps, monitor=self.monitor.update(loss))
 
+    def __str__(self) -> str:
+        seen = f"{self.monitor.checks:,} of {self.units:,} units checked"
+        if not self.monitor.checks:
+            return f"{seen}, so nothing is known about the risk"
+        found = f"mean loss {self.monitor.risk:.4g} where {self.monitor.epsilon:g} is certified"
+        return f"{seen}, {found}, {'ALARM' if self.alarm else 'no alarm'} (p-value {self.monitor.p_value:.3g})"
+
     @property
     def alarm(self) -> bool:
         """Whether the certified risk is exceeded; it stays on."""

@@ -288,6 +288,16 @@ def test_other_losses_are_those_of_the_certificate(tmp_path: Path, about: str, e
     assert run.checks.monitor.risk == expected
 
 
+def test_spot_checks_say_in_a_line_what_is_known() -> None:
+    checks = SpotChecks(Monitor(0.05, 0.1), rate=0.5)
+    assert str(checks.passed(3)) == "0 of 1 units checked, so nothing is known about the risk"
+    checks = checks.passed(3).checked(3, 12, 0.0).checked(3, 12, 1.0)
+    assert str(checks).startswith("2 of 3 units checked, mean loss 0.5 where 0.05 is certified, no alarm (p-value ")
+    for _ in range(20):
+        checks = checks.checked(3, 12, 1.0)
+    assert "ALARM" in str(checks)
+
+
 def test_losses_are_told_apart() -> None:
     halted = Judged(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[1, 2], [3, 4]]))
     full = Judged(torch.tensor([[0.0, 0.2], [1.0, 1.0]]), torch.tensor([[1, 0], [3, 4]]))
