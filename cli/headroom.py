@@ -38,8 +38,8 @@ def headroom(
     epsilon: Annotated[float | None, typer.Option(min=0, help="Of eps-loss, in nats. \\[default: 0.01]")] = None,
     max_loops: MaxLoops = 32,
     text: Text = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to record.")] = 1536,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 2,
     device: Device = "auto",
     json_path: JsonPath = None,
 ) -> None:
@@ -97,8 +97,9 @@ def _print(console: Console, name: str, region: Possible, level: float, oracle: 
 
 
 def _print_kept(console: Console, kept: Kept) -> None:
-    late = ", ".join(f"{share:.1%} {lag} later" if lag else f"{share:.1%}" for lag, share in enumerate(kept.late))
-    tell(console, f"Run live, rows that leave at the oracle's step agree with full depth on {late}")
+    first, *later = kept.late
+    told = "".join(f", {lag} step{'s' * (lag > 1)} later on {share:.1%}" for lag, share in enumerate(later, 1))
+    say(console, f"Run live, rows that leave at the oracle's step agree with full depth on {first:.1%}{told}")
     depths = " ".join(map(str, kept.depths.values()))
     several = " in " + ", ".join(kept.depths) if len(kept.depths) > 1 else ""
     tell(console, f"A fixed depth of {depths}{several} agrees on {kept.agreement:.1%}; haltkit compare looks for less")

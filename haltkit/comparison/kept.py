@@ -68,12 +68,14 @@ def kept_live(
     full = subject.full_depth
     own = {name: one.headroom.fixed_depth(level) for name, one in found.items()}
     deeper = (Depth({name: min(k + more, full) for name, k in own.items()}) for more in DEEPER)
-    depths = [one for one in dict.fromkeys(deeper) if one.deepest < full] + [Depth.uniform(full, subject.regions)]
-    late = oracle_settings(subject, oracles[:count])[: LATEST + 1]
-    rows = measure(subject, [Setting(depths[-1]), *late, *map(Setting, depths)], repeats=1).rows[1:]
+    depths = [one for one in dict.fromkeys(deeper) if one.deepest < full]
+    settings = [Setting.of(full, subject.regions), *oracle_settings(subject, oracles[:count])[: LATEST + 1]]
+    rows = measure(subject, [*settings, *map(Setting, depths)], repeats=1).rows
     agreed = [row.agreement or 0.0 for row in rows]
-    share, depth = next((share, d) for share, d in zip(agreed[len(late) :], depths, strict=True) if share >= level)
-    return Kept(tuple(agreed[: len(late)]), dict(depth.steps), share)
+    late, fixed = agreed[1 : len(settings)], zip(depths, agreed[len(settings) :], strict=True)
+    deepest = Depth.uniform(full, subject.regions)
+    depth, share = next(((one, share) for one, share in fixed if share >= level), (deepest, 1.0))
+    return Kept(tuple(late), dict(depth.steps), share)
 
 
 def with_live(found: Mapping[str, Possible], rows: Sequence[Row]) -> dict[str, Possible]:
