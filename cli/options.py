@@ -149,9 +149,10 @@ def given_policies(text: str, without_certificate: bool) -> list[str | Card]:
     Raises:
         ValueError: a bad spec, a card that cannot be read, or ``--without-certificate`` where nothing is a card.
     """
+    from haltkit.attachment.saved import card_at
     from haltkit.specs import parse_choice, parse_choices
 
-    given = [_card(item, without_certificate) or item for item in parse_choices(text)]
+    given = [card_at(item, without_certificate) or item for item in parse_choices(text)]
     for item in given:
         if isinstance(item, str):
             parse_choice(item)
@@ -178,17 +179,6 @@ def have_weights(given: Iterable[str | Card]) -> bool:
     return any(files_of(parse_choice(item) if isinstance(item, str) else item.choice) for item in given)
 
 
-def _card(text: str, without_certificate: bool) -> Card | None:
-    """The card that a text is the path of, as it is to be used; None: the text is a spec."""
-    from haltkit.attachment.saved import load_card
-    from haltkit.card import is_card
-
-    if not is_card(text):
-        return None
-    card = load_card(text)
-    return card.without_certificate() if without_certificate else card
-
-
 def read_policies(
     text: str, model: nn.Module, regions: Sequence[str], full_depth: int, without_certificate: bool = False
 ) -> tuple[dict[str, HaltingPolicy[Any]], Standing]:
@@ -201,10 +191,11 @@ def read_policies(
         ValueError: a bad spec, an unknown region, or a card that is not there, is another model's, or whose certificate
             is about other weights, another dtype or another full depth, unless it is used without.
     """
+    from haltkit.attachment.saved import card_at
     from haltkit.specs import policy_for_regions
     from haltkit.standing import PLAIN
 
-    card = _card(text, without_certificate)
+    card = card_at(text, without_certificate)
     if card is None:
         return policy_for_regions(text, regions), PLAIN
     standing = card.check(model, regions, full_depth)

@@ -23,6 +23,7 @@ __all__ = [
     "HaltingPolicy",
     "Heads",
     "LoopStep",
+    "Passing",
     "Readout",
     "ThresholdPolicy",
     "Verdict",
@@ -285,6 +286,19 @@ def judge(policy: HaltingPolicy[Any], state: Any, step: LoopStep) -> tuple[Any, 
         ) from error
     _check_verdict(policy, verdict, step.active)
     return state, verdict
+
+
+class Passing:
+    """A policy around ``policy`` that keeps nothing of its own: rows decide together and states begin as inside it."""
+
+    policy: HaltingPolicy[Any]
+
+    @property
+    def granularity(self) -> Granularity:
+        return granularity_of(self.policy)
+
+    def init(self, x0: Tensor) -> Any:
+        return self.policy.init(x0)
 
 
 def _check_verdict(policy: HaltingPolicy[Any], verdict: Any, active: Tensor) -> None:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from haltkit.protocol import (
-    Granularity,
     LoopStep,
+    Passing,
     ThresholdPolicy,
     Verdict,
     check_count,
-    granularity_of,
     judge,
 )
 
@@ -112,7 +111,7 @@ class StepTaus:
 
 
 @dataclass(frozen=True)
-class TauByStep:
+class TauByStep(Passing):
     """Halt a row whose score at step k is below the threshold of step k.
 
     Args:
@@ -139,13 +138,6 @@ class TauByStep:
     def tau(self) -> float:
         """The largest threshold."""
         return self.taus.largest
-
-    @property
-    def granularity(self) -> Granularity:
-        return granularity_of(self.policy)
-
-    def init(self, x0: Tensor) -> Any:
-        return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, _) = judge(self.policy, state, step)

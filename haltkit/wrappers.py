@@ -17,6 +17,7 @@ from haltkit.protocol import (
     Granularity,
     HaltingPolicy,
     LoopStep,
+    Passing,
     ThresholdPolicy,
     Verdict,
     check_count,
@@ -57,7 +58,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class MinSteps:
+class MinSteps(Passing):
     """Never halt before step ``steps``."""
 
     policy: HaltingPolicy[Any]
@@ -66,20 +67,13 @@ class MinSteps:
     def __post_init__(self) -> None:
         check_count("min_steps", self.steps, least=0)
 
-    @property
-    def granularity(self) -> Granularity:
-        return granularity_of(self.policy)
-
-    def init(self, x0: Tensor) -> Any:
-        return self.policy.init(x0)
-
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, halt) = judge(self.policy, state, step)
         return state, Verdict(score, halt & (step.k >= self.steps))
 
 
 @dataclass(frozen=True)
-class CheckEvery:
+class CheckEvery(Passing):
     """Halt only at steps that are a multiple of ``every``; measure at all of them."""
 
     policy: HaltingPolicy[Any]
@@ -87,13 +81,6 @@ class CheckEvery:
 
     def __post_init__(self) -> None:
         check_count("check_every", self.every)
-
-    @property
-    def granularity(self) -> Granularity:
-        return granularity_of(self.policy)
-
-    def init(self, x0: Tensor) -> Any:
-        return self.policy.init(x0)
 
     def update(self, state: Any, step: LoopStep) -> tuple[Any, Verdict]:
         state, (score, halt) = judge(self.policy, state, step)

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, settings
 from cases import write_documents
 from haltkit.models.checkpoint import build_model
 from haltkit.models.gpt.config import ModelConfig
+from haltkit.models.gpt.files import save_checkpoint
 from haltkit.models.gpt.model import LoopedGPT
 from haltkit.models.text.prepare import prepare
 from haltkit.models.text.source import resolve_source
+from haltkit.models.text.tokenizer import TOKENIZER_FILE, load_tokenizer, write_ranks
 from haltkit.models.training.config import load_config
 
 settings.register_profile("default", max_examples=30, deadline=None)
@@ -51,6 +53,16 @@ def data_folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     return load_config("tiny").model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config: ModelConfig, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model with the test data's tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    save_checkpoint(folder, build_model(tiny_config), tiny_config, dtype=torch.float32, trained={})
+    write_ranks(load_tokenizer(data_folder), folder / TOKENIZER_FILE)
+    return folder
 
 
 @pytest.fixture

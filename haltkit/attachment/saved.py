@@ -10,12 +10,12 @@ from typing import Any
 from haltkit.attachment.description import Loop
 from haltkit.attachment.regions import ONE
 from haltkit.calibration.certificate import Certificate
-from haltkit.card import Card
+from haltkit.card import Card, is_card
 from haltkit.identity import Identity
 from haltkit.measured import Measured
 from haltkit.weights import Weights
 
-__all__ = ["check_savable", "load", "load_card", "save"]
+__all__ = ["card_at", "check_savable", "load", "load_card", "save"]
 
 # The fields that a file can contain, and their defaults.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Loop) if not field.metadata.get("code")}
@@ -85,10 +85,19 @@ def load_card(given: Card | str | PathLike[str]) -> Card:
     Raises:
         ValueError: as :meth:`haltkit.card.Card.load`, or a description with fields that no loop has.
     """
-    card = given if isinstance(given, Card) else Card.load(given)
-    for described in card.loops.values():
-        _read(_place(given), described)
-    return card
+    return load(given)[0]
+
+
+def card_at(text: str, without_certificate: bool) -> Card | None:
+    """The card that a text is the path of, as it is to be used; None: the text is a spec.
+
+    Raises:
+        ValueError: as :func:`load_card`.
+    """
+    if not is_card(text):
+        return None
+    card = load_card(text)
+    return card.without_certificate() if without_certificate else card
 
 
 def load(given: Card | str | PathLike[str]) -> tuple[Card, dict[str, Loop] | None]:

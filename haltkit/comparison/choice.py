@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from haltkit import timing
 from haltkit.attachment.regions import ONE
@@ -48,13 +49,11 @@ def save_winner(path: Path, result: Comparison, subject: Subject, title: str) ->
     text, weights = _packed(winner.setting, path)
     full_depth = max((result.rows[0].depth or {}).values())  # the first row is full depth
     bound = winner.setting.standing.bound or bool(weights)
-    save(
+    _save(
         path,
+        subject,
         text,
-        None if undescribed(subject) else subject.described or None,
         f"chosen by haltkit compare on {title}: {winner.label}",
-        model=type(subject.model).__name__,
-        regions=subject.regions,
         identity=Identity.of(subject.model, full_depth) if bound else None,
         weights=weights,
         measured=_measured(result.item, winner.ms, result.rows[0].ms, winner.steps, result.headroom),
@@ -78,13 +77,11 @@ def save_certified(path: Path, found: Certified, subject: Subject, title: str) -
         raise ValueError(f"--save: {certificate.reason}, so {str(path)!r} was not written")
     text, weights = _packed(found.setting, path)
     units = f"{certificate.units} of unit {certificate.unit}"
-    save(
+    _save(
         path,
+        subject,
         text,
-        None if undescribed(subject) else subject.described or None,
         f"certified by haltkit calibrate on {units}, {title}: {_steps(found)}",
-        model=type(subject.model).__name__,
-        regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         certificate=certificate,
         weights=weights,
@@ -111,6 +108,15 @@ def _level(certificate: Certificate) -> float:
     """The agreement that a certificate promises; the usual level where it is about something else."""
     agreement = certificate.loss in ("disagreement", "disagreement-anywhere")
     return float(f"{1 - certificate.epsilon:.6g}") if agreement else LEVEL
+
+
+def _save(path: Path, subject: Subject, policy: str, about: str, **more: Any) -> None:
+    """Write a card for the subject's model, with the description of its loops where a file can hold it.
+
+    ``more``: other arguments of :func:`haltkit.attachment.saved.save`.
+    """
+    described = None if undescribed(subject) else subject.described or None
+    save(path, policy, described, about, model=type(subject.model).__name__, regions=subject.regions, **more)
 
 
 def _packed(setting: Setting, path: Path) -> tuple[str, dict[str, Weights]]:
@@ -164,13 +170,11 @@ def save_fitted(path: Path, found: Fitted, subject: Subject, title: str) -> None
     """
     text, weights = packed(found.policies())
     steps = " ".join(f"{taken:.2f}" for taken in found.row.steps.values())
-    save(
+    _save(
         path,
+        subject,
         text,
-        None if undescribed(subject) else subject.described or None,
         f"fitted by haltkit fit on {title}: agreement {found.row.agreement:.4f} at {steps} steps of {found.full_depth}",
-        model=type(subject.model).__name__,
-        regions=subject.regions,
         identity=Identity.of(subject.model, found.full_depth),
         weights=weights,
         measured=_measured(

@@ -12,8 +12,8 @@ from typing import Any
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from haltkit.attachment.saved import load_card
-from haltkit.card import Card, is_card
+from haltkit.attachment.saved import card_at
+from haltkit.card import Card
 from haltkit.files import check_output, write_text
 from haltkit.protocol import HaltingPolicy, granularity_of
 from haltkit.rows import Outcome
@@ -33,10 +33,7 @@ def asked_policy(policy: Any, without_certificate: Any) -> str | Card | None:
     waived = {"true": True, "false": False}.get(str(without_certificate).lower())
     if waived is None:
         raise ValueError(f"without_certificate={without_certificate}: allowed are True and False")
-    if policy is None or not is_card(policy):
-        return policy if policy is None else str(policy)
-    card = load_card(policy)
-    return card.without_certificate() if waived else card
+    return None if policy is None else card_at(policy, waived) or str(policy)
 
 
 def log_standing(standing: Standing) -> None:

@@ -11,23 +11,9 @@ from torch import Tensor
 
 import haltkit
 from cases import run_command
-from haltkit.models.checkpoint import build_model
-from haltkit.models.gpt.config import ModelConfig
-from haltkit.models.gpt.files import save_checkpoint
-from haltkit.models.text.tokenizer import TOKENIZER_FILE, load_tokenizer, write_ranks
 from standins import OuroForCausalLM
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_config: ModelConfig, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model with the test data's tokenizer."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    save_checkpoint(folder, build_model(tiny_config), tiny_config, dtype=torch.float32, trained={})
-    write_ranks(load_tokenizer(data_folder), folder / TOKENIZER_FILE)
-    return folder
 
 
 @pytest.mark.parametrize(
